@@ -1,0 +1,1 @@
+"""Read, write and convert quantized model checkpoints without losing a bit."""

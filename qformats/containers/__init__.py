@@ -1,0 +1,1 @@
+"""Containers: byte sources, safetensors, GGUF, atomic output. No quantization knowledge."""

@@ -1,0 +1,102 @@
+"""``RawTensor``: a named, typed, shaped window on a byte source. Torch-free; knows no quantization.
+
+``dtype`` is the container's own word: a safetensors code (``F32 F16 BF16 F64 I8 U8 I16 U16 I32 U32 I64 U64 BOOL F8_E4M3 F8_E5M2 …``)
+or, out of a GGUF, a ggml type name (``F32 F16 BF16 F64 I8 I16 I32 I64 Q4_0 …``). ``shape`` is always in row-major (torch) order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qformats.containers.source import ByteSource, MemorySource
+from qformats.errors import BadFile
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["NUMPY_DTYPES", "RawTensor"]
+
+# storage view of each plain dtype as little-endian numpy; bfloat16 and 8-bit floats travel as integers of their width
+NUMPY_DTYPES = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4",
+    "I16": "<i2", "U16": "<u2", "I8": "|i1", "U8": "|u1", "BOOL": "|u1", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """``nbytes`` bytes at ``offset`` of ``source``; for block types (GGUF) a row's bytes are ``nbytes // rows``."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: ByteSource
+    offset: int
+    nbytes: int
+    big_endian: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Product of all but the last dimension (1 for vectors and scalars)."""
+        count = 1
+        for size in self.shape[:-1]:
+            count *= size
+        return count
+
+    @property
+    def row_nbytes(self) -> int:
+        return self.nbytes // self.rows if self.rows else 0
+
+    def read(self) -> bytes:
+        """All bytes."""
+        return self.source.pread(self.offset, self.nbytes)
+
+    def array(self) -> np.ndarray[Any, Any]:
+        """The whole tensor as a fresh, writable numpy array of its storage dtype (plain dtypes), else uint8 ``(rows, row_nbytes)``."""
+        return self.row_range(0, self.rows).reshape(self.shape if self.dtype in NUMPY_DTYPES else (self.rows, -1))
+
+    def row_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Rows ``start:stop`` of the tensor flattened to two dimensions, as a fresh numpy array ``(stop - start, K)``."""
+        import numpy as np
+
+        dtype = self._numpy_dtype()
+        width = self.row_nbytes // dtype.itemsize
+        out = np.empty((stop - start, width), dtype)
+        if out.nbytes:
+            self.source.pread_into(self.offset + start * self.row_nbytes, out.reshape(-1).view("u1").data)
+        return self._native(out)
+
+    def column_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Columns ``start:stop`` (elements of a plain dtype) of every row, ``(rows, stop - start)``; one read for each row."""
+        import numpy as np
+
+        dtype = self._numpy_dtype()
+        width = self.row_nbytes // dtype.itemsize
+        if start == 0 and stop == width:
+            return self.row_range(0, self.rows)
+        out = np.empty((self.rows, stop - start), dtype)
+        flat, step = out.reshape(-1).view("u1").data, (stop - start) * dtype.itemsize
+        at = self.offset + start * dtype.itemsize
+        for row in range(self.rows):
+            self.source.pread_into(at + row * self.row_nbytes, flat[row * step : (row + 1) * step])
+        return self._native(out)
+
+    def _numpy_dtype(self) -> np.dtype[Any]:
+        import numpy as np
+
+        dtype = np.dtype(NUMPY_DTYPES.get(self.dtype, "|u1"))
+        return dtype.newbyteorder(">") if self.big_endian and dtype.itemsize > 1 else dtype
+
+    def _native(self, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return array.astype(array.dtype.newbyteorder("<")) if self.big_endian and array.dtype.itemsize > 1 else array
+
+    @classmethod
+    def from_array(cls, name: str, dtype: str, array: np.ndarray[Any, Any]) -> RawTensor:
+        """Wrap an in-memory array whose bytes are already those of ``dtype`` (plain dtypes only)."""
+        import numpy as np
+
+        if dtype not in NUMPY_DTYPES or np.dtype(NUMPY_DTYPES[dtype]).itemsize != array.dtype.itemsize:
+            raise BadFile("dtype", f"array of {array.dtype} is not {dtype}", tensor=name)
+        data = np.ascontiguousarray(array)
+        return cls(name, dtype, tuple(int(n) for n in array.shape), MemorySource(data.reshape(-1).view("u1").data, name), 0, data.nbytes)

@@ -1,0 +1,129 @@
+"""Where bytes come from: a file or memory behind one small reading interface, bounds-checked. Knows no format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from qformats.errors import BadFile
+
+__all__ = ["ByteSource", "FileSource", "MemorySource"]
+
+
+@runtime_checkable
+class ByteSource(Protocol):
+    """Random access to an immutable run of bytes.
+
+    ``name`` is for messages, ``size`` in bytes, ``identity`` a string that two sources share only if they are the same bytes
+    in the same place. ``pread`` returns exactly ``nbytes`` or raises ``BadFile('truncated')``.
+    """
+
+    name: str
+    size: int
+
+    def pread(self, offset: int, nbytes: int) -> bytes: ...
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None: ...
+
+    def identity(self) -> str: ...
+
+    def close(self) -> None: ...
+
+
+def _truncated(name: str, offset: int, wanted: int, found: int) -> BadFile:
+    return BadFile(
+        "truncated",
+        f"wanted {wanted} bytes, found {found}",
+        path=name,
+        offset_bytes=offset,
+        hint="the file is incomplete or was cut while it was read; fetch it again",
+    )
+
+
+class FileSource:
+    """A file read with ``pread``, so that a file truncated meanwhile is an error and never a SIGBUS. Thread-safe."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.name = str(path)
+        try:
+            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+        except FileNotFoundError:
+            raise BadFile("not-found", "no such file", path=path, hint="check the path") from None
+        except IsADirectoryError:
+            raise BadFile("not-a-file", "is a directory, not a file", path=path) from None
+        except OSError as error:
+            raise BadFile("unreadable", f"cannot be opened: {error.strerror}", path=path) from None
+        stat = os.fstat(self._fd)
+        if not os.path.isfile(self.name):
+            os.close(self._fd)
+            raise BadFile("not-a-file", "is not a regular file", path=path)
+        self.size = stat.st_size
+        self._identity = f"{stat.st_dev}:{stat.st_ino}"
+
+    def pread(self, offset: int, nbytes: int) -> bytes:
+        buffer = bytearray(nbytes)
+        self.pread_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        if offset < 0:
+            raise BadFile("truncated", f"negative offset {offset}", path=self.name)
+        view, done = buffer.cast("B"), 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._fd, [view[done : done + (1 << 30)]], offset + done)
+            except OSError as error:
+                raise BadFile("unreadable", f"read failed: {error.strerror}", path=self.name, offset_bytes=offset) from None
+            if got == 0:
+                raise _truncated(self.name, offset, len(view), done)
+            done += got
+
+    def identity(self) -> str:
+        return self._identity
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_fd", -1) >= 0:
+            self.close()
+
+    def __enter__(self) -> FileSource:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"FileSource({Path(self.name).name!r}, {self.size} bytes)"
+
+
+class MemorySource:
+    """Bytes in memory with the interface of a file."""
+
+    def __init__(self, data: bytes | bytearray | memoryview, name: str = "<memory>") -> None:
+        self.name = name
+        self._view = memoryview(data).cast("B")
+        self.size = len(self._view)
+
+    def pread(self, offset: int, nbytes: int) -> bytes:
+        if offset < 0 or offset + nbytes > self.size:
+            raise _truncated(self.name, offset, nbytes, max(0, self.size - offset))
+        return bytes(self._view[offset : offset + nbytes])
+
+    def pread_into(self, offset: int, buffer: memoryview) -> None:
+        view = buffer.cast("B")
+        if offset < 0 or offset + len(view) > self.size:
+            raise _truncated(self.name, offset, len(view), max(0, self.size - offset))
+        view[:] = self._view[offset : offset + len(view)]
+
+    def identity(self) -> str:
+        return f"memory:{id(self._view)}"
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+

@@ -1,0 +1,84 @@
+"""What every format module provides, and the small values that pass between formats, checkpoint and planner. Torch-free.
+
+A format is a module (or package) with these names; the registry holds one row for each and imports it only when needed:
+
+- ``NAME``: users' word (``"awq"``). ``SUFFIXES``: leaf names it owns beside ``bias`` (``{"qweight", "qzeros", "scales", "g_idx"}``).
+- ``detect(config, names) -> Match | None``: from the quantization config (``{}`` if there is none) and the tensor names only.
+- ``scheme(module) -> Scheme``: from headers only; checks companions, dtypes and shapes (``BadFile``), refuses unknown variants
+  by name (``Unsupported``). ``module.match`` carries the config.
+- ``read(module, start=0, stop=None) -> QuantizedTensor``: output rows ``start:stop`` (any range), codes in logical order (N, K).
+- ``storages(target, scheme) -> list[Storage]``: the types of ``target`` that could hold a weight shaped like ``scheme``
+  (best-effort candidates; ``reencode`` decides what fits). Refuses unknown type names and options (``UsageError``).
+- ``layout(storage, shape) -> dict[leaf, PartInfo]``: the parts a weight of ``shape`` becomes; sizes follow from it.
+- ``write(storage, tensor, start, shape) -> list[Piece]``: rows ``start : start + n`` of the whole weight ``shape`` as pieces of parts.
+  ``tensor`` is exactly in the storage's form (same grid, one scale plane a group, constant or per-group zero point).
+- ``config_out(target, modules, skipped, original) -> dict``: the quantization config; ``modules`` maps module name to its Storage,
+  ``skipped`` lists linear modules left dense, ``original`` is the config of the same format from a provenance record, or None.
+- ``can_store(storage, scheme) -> Yes | No``: whether ``write`` takes such a tensor as it stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qformats.containers.raw import RawTensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Match", "Module", "PartInfo", "Piece", "Target"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim."""
+
+    format: str
+    config: Mapping[str, Any]
+    dialect: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One module of a checkpoint: its raw parts by leaf name (``qweight``, ``weight``, ``bias`` …)."""
+
+    name: str
+    parts: Mapping[str, RawTensor]
+    match: Match
+
+
+@dataclass(frozen=True, slots=True)
+class PartInfo:
+    """A stored part: the container's dtype word and its row-major shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a part: ``array`` goes to rows ``row : row + array.shape[0]`` and columns ``column : …`` of the part seen as 2-D.
+
+    For block types (GGUF) ``array`` is uint8 (rows, row bytes) and ``column`` 0.
+    """
+
+    leaf: str
+    array: np.ndarray[Any, Any]
+    row: int = 0
+    column: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed ``FORMAT[:TYPE][,key=value…]``."""
+
+    format: str
+    type: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        pairs = "".join(f",{k}={v}" if v else f",{k}" for k, v in self.options.items())
+        return f"{self.format}{':' + self.type if self.type else ''}{pairs}"

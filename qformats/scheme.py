@@ -1,0 +1,194 @@
+"""What a quantized tensor *is*, without its data: grids, blocks, parameter specs, schemes, and what a target type can store.
+
+Torch-free. ``Scheme`` describes a tensor (the planner reads it from headers); ``Storage`` describes the tensors that one target
+type can hold. Whether a scheme, after exact rewrites, fits a storage is decided in ``qformats.reencode``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from math import prod
+
+__all__ = [
+    "Block",
+    "Cyclic",
+    "Flat",
+    "Float",
+    "Grid",
+    "Integer",
+    "Learned",
+    "No",
+    "ParamSpec",
+    "Scheme",
+    "Storage",
+    "Table",
+    "Tile",
+    "Yes",
+    "whole",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Integer:
+    """Code c stands for the integer c. Unsigned: 0 … 2^bits − 1; signed: −2^(bits−1) … 2^(bits−1) − 1."""
+
+    bits: int
+    signed: bool = False
+
+    @property
+    def lowest(self) -> int:
+        return -(1 << (self.bits - 1)) if self.signed else 0
+
+    @property
+    def highest(self) -> int:
+        return self.lowest + (1 << self.bits) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Float:
+    """Code c is the bit pattern of a small float: ``e4m3fn e4m3fnuz ue4m3 e5m2 e5m2fnuz e2m1 e2m3 e3m2 e8m0``."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Code c indexes a constant book of ``qformats.grids``: ``nf4 fp4 iq4_nl iq2_s …``; one entry is ``v_in`` values along K."""
+
+    name: str
+    v_in: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """Code c indexes the tensor's own ``codebook`` (books, entries, v_out, v_in); the books' entries are summed."""
+
+    entries: int
+    v_out: int = 1
+    v_in: int = 1
+    books: int = 1
+
+
+Grid = Integer | Float | Table | Learned
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One parameter for each tile of ``sizes`` (same rank as the tensor); the last tile of an axis may be short."""
+
+    sizes: tuple[int, ...]
+
+    def counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(-(-n // size) for n, size in zip(shape, self.sizes, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Flat:
+    """One parameter for each run of ``n`` elements of the row-major vector."""
+
+    n: int
+
+    def counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (-(-prod(shape) // self.n),)
+
+
+@dataclass(frozen=True, slots=True)
+class Cyclic:
+    """Element i of the row-major vector uses parameter i mod ``count``."""
+
+    count: int
+
+    def counts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (self.count,)
+
+
+Block = Tile | Flat | Cyclic
+
+
+def whole(shape: tuple[int, ...]) -> Tile:
+    """The tile that covers a whole tensor: one parameter."""
+    return Tile(tuple(max(1, n) for n in shape))
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter: dtype (torch's word: ``float16``, ``int32``, … or ``"codes"`` when nested), block, constant value if known."""
+
+    dtype: str
+    block: Block
+    inverse: bool = False
+    nested: Scheme | None = None
+    constant: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """A tensor's shape (K last), grid and parameters; ``group_index`` says whether an act-order index *may* be non-trivial."""
+
+    shape: tuple[int, ...]
+    grid: Grid
+    scales: tuple[ParamSpec, ...] = ()
+    zero_point: ParamSpec | None = None
+    offset: ParamSpec | None = None
+    signs: bool = False
+    group_index: bool = False
+
+    @property
+    def group_size(self) -> int | None:
+        """Columns under one scale when all tiles are single rows (K for per-channel), else None."""
+        sizes = [s.block.sizes for s in self.scales if isinstance(s.block, Tile) and s.block.sizes[-1] < self.shape[-1]]
+        if not all(isinstance(s.block, Tile) for s in self.scales):
+            return None
+        return min((size[-1] for size in sizes), default=self.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Yes:
+    """The target can hold it as it stands."""
+
+    def __bool__(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class No:
+    """The target cannot hold it; ``reason`` completes the sentence "cannot be stored as X: …"."""
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """The affine tensors that one target type holds: ``w = scale * (code - zero_point) + offset`` with one scale a K-group.
+
+    - ``type``: the type's name as users write it (``q5_0``, ``int4``); ``bits_per_weight`` all parameters included.
+    - ``grid``: integer codes. ``group``: columns under one scale, None = the whole row, always consecutive.
+    - ``k_multiple``/``n_multiple``: required divisors of in_features/out_features.
+    - ``scale_dtypes``: dtypes the scale may be stored in (first = the default). ``negative_scale``: whether its sign is free.
+    - ``zero_point``: an int (that constant, always), a pair (lowest, highest) of per-group integers, or None (no zero point).
+    - ``offset``: dtype of a per-group additive offset, or None.
+    - ``sub_scale``: for two-level types, (sub-blocks' width, highest integer sub-scale, highest integer sub-offset):
+      scale = d * sc and offset = -dmin * m with d and dmin in ``scale_dtypes[0]`` for each ``group`` columns.
+    - ``group_index``: whether an act-order index can be stored beside it.
+    - ``options``: the type's own switches, kept for its writer (format version, packing, labels).
+    """
+
+    type: str
+    grid: Integer
+    group: int | None
+    bits_per_weight: float
+    scale_dtypes: tuple[str, ...] = ("float16",)
+    negative_scale: bool = True
+    zero_point: int | tuple[int, int] | None = None
+    offset: str | None = None
+    sub_scale: tuple[int, int, int] | None = None
+    k_multiple: int = 1
+    n_multiple: int = 1
+    group_index: bool = False
+    options: dict[str, object] = field(default_factory=dict, hash=False)
+
+    def with_group(self, group: int | None) -> Storage:
+        return replace(self, group=group)
