@@ -1,0 +1,52 @@
+"""Model families: names, row operations, metadata and tokenizers, HF ↔ GGUF, as invertible data. Never imports torch.
+
+One file a family holds its data; ``mapping`` and ``rows`` apply it to names and rows, ``fields`` and ``rope`` to hyper-parameters,
+``tokenizer`` and its neighbours to vocabularies. ``find`` and ``find_gguf`` choose the family.
+
+>>> find({"architectures": ["LlamaForCausalLM"]}).gguf
+'llama'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qformats.architectures.binding import Architecture, Binding
+from qformats.architectures.gemma3 import GEMMA3
+from qformats.architectures.llama import LLAMA
+from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
+from qformats.architectures.qwen2 import QWEN2
+from qformats.architectures.qwen3_moe import QWEN3_MOE
+from qformats.errors import BadFile, Unsupported
+
+if TYPE_CHECKING:
+    from qformats.containers.gguf import Metadata
+
+__all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "TensorMap", "find", "find_gguf"]
+
+FAMILIES: tuple[Architecture, ...] = (LLAMA, QWEN2, QWEN3_MOE, GEMMA3)
+
+
+def find(config: Mapping[str, Any]) -> Architecture:
+    """Choose the family of an HF config by ``architectures``, else by ``model_type``; ``Unsupported('architecture')`` if none."""
+    classes = config.get("architectures")
+    named = [str(name) for name in classes] if isinstance(classes, list) else []
+    for family in FAMILIES:
+        if any(name in family.hf_classes for name in named) or (not named and config.get("model_type") in family.model_types):
+            return family
+    wanted = ", ".join(named) or str(config.get("model_type"))
+    supported = ", ".join(name for family in FAMILIES for name in family.hf_classes)
+    raise Unsupported("architecture", f"architecture {wanted!r} is not supported", hint=f"supported are {supported}")
+
+
+def find_gguf(metadata: Metadata) -> Architecture:
+    """Choose the family of a GGUF by ``general.architecture``; ``Unsupported('architecture')`` if none."""
+    stored = metadata.get("general.architecture")
+    if stored is None or stored.type != "str":
+        raise BadFile("gguf-key", "the file has no text key 'general.architecture'")
+    for family in FAMILIES:
+        if family.gguf == stored.value:
+            return family
+    supported = ", ".join(family.gguf for family in FAMILIES)
+    raise Unsupported("architecture", f"GGUF architecture {stored.value!r} is not supported", hint=f"supported are {supported}")

@@ -1,0 +1,189 @@
+"""A model family as data (``Architecture``), and one model of it (``Binding``), which maps names, rows, metadata and files both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from qformats.architectures.fields import Field, positive, read_fields, text_config
+from qformats.architectures.mapping import Mapped, Parts, Rule, TensorMap, map_to_gguf, map_to_hf
+from qformats.architectures.rope import frequency_factors, recover_llama3, rope_parameters, rope_to_config
+from qformats.errors import BadFile, Unsupported
+
+if TYPE_CHECKING:
+    from qformats.containers.gguf import Metadata
+
+__all__ = ["Architecture", "Binding"]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One family: its names in both worlds, its rules, its hyper-parameter table and its defaults.
+
+    ``defaults`` are transformers' own for fields that a config.json may leave out; ``fixed`` config fields must have one of the
+    given values because llama.cpp has no key for them; ``ignored`` ones are reported as dropped where they differ from the value
+    llama.cpp assumes. ``before`` and ``after`` are the GGUF keys around the rotary ones, in llama.cpp's order; ``first_own_key`` is
+    the first one that the family adds behind the common ones. ``writes_head_dim``: transformers always has a head size for this
+    family. ``spm_from_json``: a byte-fallback tokenizer.json stands for a SentencePiece model.
+    """
+
+    name: str
+    gguf: str
+    hf_classes: tuple[str, ...]
+    model_types: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    before: tuple[Field, ...]
+    after: tuple[Field, ...]
+    defaults: Mapping[str, Any]
+    rebuilt: Mapping[str, Any]
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    biases: Mapping[str, str] = field(default_factory=dict)
+    first_own_key: str = ""
+    writes_head_dim: bool = True
+    spm_from_json: bool = False
+    adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
+
+    def bind(self, config: Mapping[str, Any]) -> Binding:
+        """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""
+        full = {**self.defaults, **{k: v for k, v in text_config(config).items() if v is not None}}
+        for name, allowed in self.fixed.items():
+            if name in full and full[name] not in allowed:
+                raise Unsupported(
+                    "config-value", f"config field {name!r} is {full[name]!r}; llama.cpp's {self.gguf!r} only knows {allowed[0]!r}"
+                )
+        return Binding(self, dict(config), full, MappingProxyType(self._dims(full)))
+
+    def bind_gguf(self, metadata: Metadata, tensors: Mapping[str, Any]) -> Binding:
+        """Rebuild the HF config from GGUF metadata and bind it.
+
+        ``tensors``: full tensor name → shape, or → an object with ``.shape`` and ``.array()`` (``RawTensor``). A file with
+        ``rope_freqs.weight`` needs the latter for that tensor, to turn its values into rope parameters.
+        """
+        shapes = {name: tuple(getattr(tensor, "shape", tensor)) for name, tensor in tensors.items()}
+        values = read_fields(metadata, self.gguf)
+        config: dict[str, Any] = dict(self.rebuilt)
+        for entry in (*self.before, *self.after):
+            if entry.key in values:
+                config[entry.config] = values[entry.key]
+        embedding = shapes.get("token_embd.weight", ())
+        if len(embedding) != 2:
+            raise BadFile("missing-tensor", "there is no two-dimensional token embedding", tensor="token_embd.weight")
+        config["vocab_size"] = embedding[0]
+        config["tie_word_embeddings"] = "output.weight" not in shapes
+        config.update({name: f"blk.0.{base}.bias" in shapes for name, base in self.biases.items()})
+        full = {**self.defaults, **config}
+        dims = self._dims(full)
+        config.setdefault("head_dim", dims["D"])
+        config["rope_parameters"] = self._rope_back(values, tensors, dims["D"], full)
+        if self.adjust is not None:
+            self.adjust(config, values)
+        return self.bind(config)
+
+    def _rope_back(self, values: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int, full: Mapping[str, Any]) -> dict[str, Any]:
+        theta = float(full["rope_theta"])
+        recovered = None
+        if (stored := tensors.get("rope_freqs.weight")) is not None:
+            if not hasattr(stored, "array"):
+                raise BadFile(
+                    "rope-factors", "the values of the rotary factors are needed to rebuild the config", tensor="rope_freqs.weight"
+                )
+            base = float(values.get("rope.freq_base", theta))
+            recovered = recover_llama3(stored.array(), base, head_dim, int(full.get("max_position_embeddings", 8192)))
+        return rope_to_config(values, recovered, theta)
+
+    def _dims(self, full: Mapping[str, Any]) -> dict[str, int]:
+        """Sizes by letter: H hidden, L layers, A heads, G key-value heads, D head size, Q = A·D, V = G·D, F feed forward,
+        T vocabulary, E experts, X feed forward of an expert."""
+        dims = {
+            "H": positive(full, "hidden_size"), "L": positive(full, "num_hidden_layers"), "A": positive(full, "num_attention_heads"),
+            "F": positive(full, "intermediate_size"), "T": positive(full, "vocab_size"),
+        }  # fmt: skip
+        dims["G"] = positive(full, "num_key_value_heads") if "num_key_value_heads" in full else dims["A"]
+        if "head_dim" not in full and dims["H"] % dims["A"]:
+            raise BadFile("config-field", f"hidden_size {dims['H']} is not a multiple of num_attention_heads {dims['A']}")
+        dims["D"] = positive(full, "head_dim") if "head_dim" in full else dims["H"] // dims["A"]
+        if dims["A"] % dims["G"] or dims["D"] % 2:
+            raise BadFile("config-field", f"{dims['A']} heads of {dims['D']} do not fit {dims['G']} key-value heads")
+        dims["Q"], dims["V"] = dims["A"] * dims["D"], dims["G"] * dims["D"]
+        if any("E" in rule.shape for rule in self.rules):
+            dims["E"], dims["X"] = positive(full, "num_experts"), positive(full, "moe_intermediate_size")
+        return dims
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One model: ``config`` (HF, as given or rebuilt), ``full`` (flattened, defaults filled in), ``dims`` (sizes by letter)."""
+
+    architecture: Architecture
+    config: dict[str, Any]
+    full: dict[str, Any]
+    dims: Mapping[str, int]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output matrix is the embedding."""
+        return bool(self.full.get("tie_word_embeddings"))
+
+    def to_gguf(self, parts: Parts) -> Mapped:
+        """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
+        dropped = self._ignored()
+        tensors = map_to_gguf(self.architecture.rules, self.dims, parts, tied=self.tied, dropped=dropped)
+        factors = frequency_factors(rope_parameters(self.full), self.dims["D"], float(self.full["rope_theta"]))
+        if factors is not None:
+            made = TensorMap("rope_freqs", "weight", (len(factors),), (), 0.0, "rope", factors)
+            tensors = (made, *tensors)
+        return Mapped(tensors, dropped)
+
+    def to_hf(self, parts: Parts) -> Mapped:
+        """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order."""
+        dropped: dict[str, str] = {}
+        return Mapped(map_to_hf(self.architecture.rules, self.dims, parts, dropped=dropped), dropped)
+
+    def producers(self, module: str) -> tuple[tuple[str, str], ...]:
+        """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.
+
+        ``("…up_proj", "rows")``: any order, the same for all named. ``("…v_proj", "per-head")``: within each head only, and the
+        query heads that share a key-value head need the same order. Empty where the input comes from a norm or the residual.
+        """
+        base, _, last = module.rpartition(".")
+        if last == "down_proj":
+            return ((f"{base}.gate_proj", "rows"), (f"{base}.up_proj", "rows"))
+        if last == "o_proj":
+            return ((f"{base}.v_proj", "per-head"),)
+        return ()
+
+    def metadata(
+        self,
+        tokenizer_files: Mapping[str, bytes],
+        *,
+        name: str | None = None,
+        file_type: int | None = None,
+        quantization_version: int | None = None,
+        pre: str | None = None,
+    ) -> Metadata:
+        """Build the GGUF metadata as llama.cpp's converter does: general, architecture, tokenizer.
+
+        ``tokenizer_files``: the checkpoint's side files by name (``metadata.SIDE_FILES``). ``pre`` names the pre-tokenizer where it
+        cannot be recognised. The file type and the quantization version are written in their places when given.
+        """
+        from qformats.architectures.metadata import build_metadata
+
+        return build_metadata(
+            self, tokenizer_files, name=name, file_type=file_type, quantization_version=quantization_version, pre=pre
+        )
+
+    def hf_files(self, metadata: Metadata) -> dict[str, bytes]:
+        """Build config.json, generation_config.json and the tokenizer files that plain transformers loads."""
+        from qformats.architectures.metadata import build_hf_files
+
+        return build_hf_files(self, metadata)
+
+    def _ignored(self) -> dict[str, str]:
+        return {
+            f"config:{name}": f"is {self.full[name]!r}; llama.cpp always computes as with {assumed[0]!r}"
+            for name, assumed in self.architecture.ignored.items()
+            if name in self.full and self.full[name] not in assumed
+        }

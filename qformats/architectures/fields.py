@@ -1,0 +1,87 @@
+"""Hyper-parameters, config.json ↔ GGUF keys, as one table read in both directions.
+
+Facts: llama.cpp, ``conversion/base.py`` ``TextModel.set_gguf_parameters`` and the family modules; value types:
+``gguf-py/gguf/gguf_writer.py``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qformats.errors import BadFile
+
+if TYPE_CHECKING:
+    from qformats.containers.gguf import Metadata
+
+__all__ = ["ATTENTION", "EXPERTS", "HEAD_SIZES", "NORM", "Field", "as_float32", "positive", "read_fields", "shortest_float", "text_config"]
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """GGUF key (after the architecture's name), its type, and the config field it is."""
+
+    key: str
+    type: str
+    config: str
+
+
+ATTENTION = (
+    Field("block_count", "u32", "num_hidden_layers"),
+    Field("context_length", "u32", "max_position_embeddings"),
+    Field("embedding_length", "u32", "hidden_size"),
+    Field("feed_forward_length", "u32", "intermediate_size"),
+    Field("attention.head_count", "u32", "num_attention_heads"),
+    Field("attention.head_count_kv", "u32", "num_key_value_heads"),
+)
+NORM = (Field("attention.layer_norm_rms_epsilon", "f32", "rms_norm_eps"),)
+EXPERTS = (Field("expert_count", "u32", "num_experts"), Field("expert_used_count", "u32", "num_experts_per_tok"))
+HEAD_SIZES = (Field("attention.key_length", "u32", "head_dim"), Field("attention.value_length", "u32", "head_dim"))
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's fields: those of ``text_config`` over those at the top."""
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, Mapping) else dict(config)
+
+
+def positive(config: Mapping[str, Any], name: str) -> int:
+    """Give a config field that must be a whole number above zero, else raise ``BadFile('config-field')``."""
+    value = config.get(name)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 31:
+        raise BadFile(
+            "config-field",
+            f"config field {name!r} is {value!r}, expected a whole number above zero",
+            hint="config.json is incomplete or not that of this checkpoint",
+        )
+    return value
+
+
+def as_float32(value: float) -> float:
+    """Round to float32, as a GGUF stores it."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def shortest_float(value: float) -> float:
+    """Give the float with the fewest digits whose float32 is ``value``: what the config said before it was rounded.
+
+    >>> shortest_float(9.999999747378752e-06)
+    1e-05
+    """
+    for digits in range(1, 10):
+        candidate = float(f"{value:.{digits}g}")
+        if as_float32(candidate) == value:
+            return candidate
+    return value
+
+
+def read_fields(metadata: Metadata, arch: str) -> dict[str, Any]:
+    """Collect the keys of architecture ``arch`` without its prefix, floats in their shortest form."""
+    values: dict[str, Any] = {}
+    for key, stored in metadata.items():
+        if key.startswith(arch + "."):
+            value = stored.value
+            values[key[len(arch) + 1 :]] = shortest_float(value) if stored.type == "f32" and isinstance(value, float) else value
+    return values

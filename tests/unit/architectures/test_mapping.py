@@ -1,0 +1,276 @@
+"""Names and row operations: each family both ways, exact inverses, and the errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qformats.architectures import FAMILIES, Mapped, TensorMap, find
+from qformats.architectures.rows import inverse_order, rope_order
+from qformats.errors import BadFile, QFormatError, Unsupported
+
+BASE: dict[str, Any] = {
+    "hidden_size": 24, "num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20,
+    "vocab_size": 30, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 6, "num_experts_per_tok": 2,
+}  # fmt: skip
+FAMILY_NAMES = [family.name for family in FAMILIES]
+
+
+def config_of(name: str, **changes: Any) -> dict[str, Any]:
+    family = next(family for family in FAMILIES if family.name == name)
+    return {**BASE, "architectures": [family.hf_classes[0]], "norm_topk_prob": True, **changes}
+
+
+def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The modules a checkpoint of this family has, from its rules."""
+    binding = find(config).bind(config)
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for rule in binding.architecture.rules:
+        if rule.kind == "output" and binding.tied:
+            continue
+        for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
+            for expert in range(binding.dims["E"] if "{e}" in rule.hf else 1):
+                shape = rule.sizes(binding.dims)
+                leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape}
+                if rule.bias and bias:
+                    leaves["bias"] = shape[:1]
+                parts[rule.hf.format(i=layer, e=expert)] = leaves
+    return parts
+
+
+def fill(parts: dict[str, dict[str, tuple[int, ...]]]) -> dict[tuple[str, str], np.ndarray[Any, Any]]:
+    rng = np.random.default_rng(7)
+    return {(m, leaf): rng.standard_normal(shape).astype(np.float32) for m, leaves in parts.items() for leaf, shape in leaves.items()}
+
+
+def build(mapped: Mapped, values: dict[tuple[str, str], np.ndarray[Any, Any]]) -> dict[tuple[str, str], np.ndarray[Any, Any]]:
+    """Carry out a mapping, checking each piece's period on the way."""
+    return {(tensor.target, tensor.leaf): build_one(tensor, values) for tensor in mapped.tensors}
+
+
+def build_one(tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    if tensor.constant is not None:
+        return tensor.constant
+    width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
+    pieces = []
+    for piece in tensor.sources:
+        if not piece.module:
+            pieces.append(np.zeros((piece.stop - piece.start, width), np.float32))
+            continue
+        rows = values[piece.module, piece.leaf].reshape(-1, width)[piece.start : piece.stop]
+        if piece.index is not None:
+            assert np.array_equal(np.sort(piece.index), np.arange(len(rows)))
+            assert np.array_equal(piece.index // piece.period, np.arange(len(rows)) // piece.period)
+            rows = rows[piece.index]
+        pieces.append(rows)
+    return np.concatenate(pieces).reshape(tensor.shape) + np.float32(tensor.shift)
+
+
+def gguf_parts(mapped: Mapped) -> dict[str, dict[str, tuple[int, ...]]]:
+    parts: dict[str, dict[str, tuple[int, ...]]] = {}
+    for tensor in mapped.tensors:
+        parts.setdefault(tensor.target, {})[tensor.leaf] = tensor.shape
+    return parts
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_to_hf_undoes_to_gguf(name: str, bias: bool) -> None:
+    config = config_of(name)
+    binding = find(config).bind(config)
+    parts = hf_parts(name, config, bias)
+    values = fill(parts)
+    forward = binding.to_gguf(parts)
+    back = binding.to_hf(gguf_parts(forward))
+    restored = build(back, build(forward, values))
+    assert forward.dropped == {}
+    assert restored.keys() == values.keys()
+    for key, value in values.items():
+        assert restored[key].shape == value.shape
+        assert np.allclose(restored[key], value, atol=0 if "norm" not in key[0] else 1e-6), key
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_names_are_those_of_gguf(name: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    config = config_of(name)
+    binding = find(config).bind(config)
+    arch = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[binding.architecture.gguf]
+    names = gguf.get_tensor_name_map(arch, binding.dims["L"])
+    for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
+        module = tensor.sources[0].module
+        merged = module.replace("experts.0.", "experts.")
+        assert names.get_name(f"{merged}.{tensor.leaf}", try_suffixes=(".weight", ".bias")) == tensor.name
+
+
+def test_rope_order_is_the_converters_permutation() -> None:
+    weight = np.arange(4 * 8 * 3).reshape(32, 3)
+    expected = weight.reshape(4, 2, 4, 3).swapaxes(1, 2).reshape(32, 3)
+    order = rope_order(4, 8)
+    assert np.array_equal(weight[order], expected)
+    assert np.array_equal(weight[order][inverse_order(order)], weight)
+
+
+def test_blocks_follow_in_numeric_order_between_embedding_and_output() -> None:
+    config = config_of("llama")
+    names = [t.target for t in find(config).bind(config).to_gguf(hf_parts("llama", config)).tensors]
+    assert names[0] == "token_embd"
+    assert names[-2:] == ["output_norm", "output"]
+    assert [int(n.split(".")[1]) for n in names[1:-2]] == sorted(int(n.split(".")[1]) for n in names[1:-2])
+
+
+def test_order_does_not_depend_on_the_order_of_the_source() -> None:
+    config = config_of("gemma3")
+    binding, parts = find(config).bind(config), hf_parts("gemma3", config)
+    names = [t.name for t in binding.to_gguf(parts).tensors]
+    assert names == [t.name for t in binding.to_gguf(dict(reversed(parts.items()))).tensors]
+
+
+def test_fused_experts_give_the_same_tensors_as_single_ones() -> None:
+    config = config_of("qwen3_moe", num_hidden_layers=1)
+    binding, parts = find(config).bind(config), hf_parts("qwen3_moe", config)
+    values = fill(parts)
+    single = build(binding.to_gguf(parts), values)
+    base = "model.layers.0.mlp.experts"
+    stack = lambda leaf: np.stack([values[f"{base}.{e}.{leaf}", "weight"] for e in range(3)])  # noqa: E731
+    fused = {key: value for key, value in values.items() if ".experts." not in key[0]}
+    fused[base, "gate_up_proj"] = np.concatenate([stack("gate_proj"), stack("up_proj")], axis=1)
+    fused[base, "down_proj"] = stack("down_proj")
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for (module, leaf), value in fused.items():
+        shapes.setdefault(module, {})[leaf] = value.shape
+    both = build(binding.to_gguf(shapes), fused)
+    assert both.keys() == single.keys()
+    assert all(np.array_equal(both[key], single[key]) for key in both)
+
+
+def test_gemma_rows_beyond_the_vocabulary_are_cut_and_come_back_as_zeros() -> None:
+    config = config_of("gemma3")
+    binding, parts = find(config).bind(config), hf_parts("gemma3", config)
+    parts["model.embed_tokens"]["weight"] = (37, 24)
+    forward = binding.to_gguf(parts)
+    assert forward.tensors[0].shape == (30, 24)
+    wider = find(config).bind({**config, "vocab_size": 37})
+    embedding = wider.to_hf(gguf_parts(forward)).tensors[0]
+    assert embedding.shape == (37, 24)
+    assert [(p.module, p.start, p.stop) for p in embedding.sources] == [("token_embd", 0, 30), ("", 0, 7)]
+
+
+def test_gemma_norms_are_shifted_by_one_and_back() -> None:
+    config = config_of("gemma3")
+    binding = find(config).bind(config)
+    forward = binding.to_gguf(hf_parts("gemma3", config))
+    assert {t.shift for t in forward.tensors if t.kind == "norm"} == {1.0}
+    assert {t.shift for t in forward.tensors if t.kind != "norm"} == {0.0}
+    assert {t.shift for t in binding.to_hf(gguf_parts(forward)).tensors if t.kind == "norm"} == {-1.0}
+
+
+@pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
+def test_the_text_part_of_a_multimodal_checkpoint(prefix: str) -> None:
+    config = config_of("gemma3")
+    plain = hf_parts("gemma3", config)
+    parts = {(prefix + m if prefix == "language_model." else m.replace("model.", prefix, 1)): s for m, s in plain.items()}
+    parts["model.vision_tower.encoder.layers.0.mlp"] = {"weight": (3, 3)}
+    mapped = find(config).bind({"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}).to_gguf(parts)
+    assert len(mapped.tensors) == len(plain)
+    assert list(mapped.dropped) == ["model.vision_tower.encoder.layers.0.mlp.weight"]
+
+
+def test_buffers_and_a_tied_head_are_dropped_with_a_reason() -> None:
+    config = config_of("llama", tie_word_embeddings=True)
+    parts = hf_parts("llama", config)
+    parts["lm_head"] = {"weight": (30, 24)}
+    parts["model.layers.0.self_attn.rotary_emb"] = {"inv_freq": (4,)}
+    mapped = find(config).bind(config).to_gguf(parts)
+    assert set(mapped.dropped) == {"lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"}
+    assert "output" not in [t.target for t in mapped.tensors]
+
+
+def test_config_fields_llama_cpp_ignores_are_reported() -> None:
+    config = config_of("qwen3_moe", norm_topk_prob=False)
+    assert "config:norm_topk_prob" in find(config).bind(config).to_gguf(hf_parts("qwen3_moe", config)).dropped
+
+
+def test_producers_of_act_order() -> None:
+    config = config_of("qwen3_moe")
+    binding = find(config).bind(config)
+    assert binding.producers("model.layers.1.mlp.experts.2.down_proj") == (
+        ("model.layers.1.mlp.experts.2.gate_proj", "rows"),
+        ("model.layers.1.mlp.experts.2.up_proj", "rows"),
+    )
+    assert binding.producers("model.layers.1.self_attn.o_proj") == (("model.layers.1.self_attn.v_proj", "per-head"),)
+    assert binding.producers("model.layers.1.self_attn.q_proj") == ()
+
+
+def _missing(parts: dict[str, Any]) -> None:
+    del parts["model.layers.3.mlp.up_proj"]
+
+
+def _unknown(parts: dict[str, Any]) -> None:
+    parts["model.layers.3.mlp.extra_proj"] = {"weight": (4, 4)}
+
+
+def _unknown_leaf(parts: dict[str, Any]) -> None:
+    parts["model.norm"]["offset"] = (24,)
+
+
+def _wrong_shape(parts: dict[str, Any]) -> None:
+    parts["model.layers.3.mlp.up_proj"] = {"weight": (21, 24)}
+
+
+def _too_many_layers(parts: dict[str, Any]) -> None:
+    parts["model.layers.11.mlp.up_proj"] = {"weight": (20, 24)}
+
+
+def _scalar(parts: dict[str, Any]) -> None:
+    parts["model.layers.3.self_attn.q_proj"] = {"weight": ()}
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (_missing, "missing-tensor"), (_unknown, "unmapped-tensor"), (_unknown_leaf, "unmapped-tensor"),
+        (_wrong_shape, "tensor-shape"), (_too_many_layers, "unmapped-tensor"), (_scalar, "tensor-shape"),
+    ],
+)  # fmt: skip
+def test_tensors_that_disagree_with_the_config(damage: Any, code: str) -> None:
+    config = config_of("llama")
+    parts = hf_parts("llama", config)
+    damage(parts)
+    with pytest.raises(BadFile) as caught:
+        find(config).bind(config).to_gguf(parts)
+    assert caught.value.code == code
+    assert caught.value.tensor
+
+
+def test_a_missing_expert_is_named() -> None:
+    config = config_of("qwen3_moe")
+    parts = hf_parts("qwen3_moe", config)
+    del parts["model.layers.2.mlp.experts.1.up_proj"]
+    with pytest.raises(BadFile, match=r"experts\.1\.up_proj") as caught:
+        find(config).bind(config).to_gguf(parts)
+    assert caught.value.code == "missing-tensor"
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "kind"),
+    [
+        ({"hidden_size": None}, "config-field", BadFile), ({"num_hidden_layers": "2"}, "config-field", BadFile),
+        ({"num_attention_heads": 0}, "config-field", BadFile), ({"vocab_size": True}, "config-field", BadFile),
+        ({"num_key_value_heads": 3}, "config-field", BadFile), ({"head_dim": 7}, "config-field", BadFile),
+        ({"hidden_act": "gelu"}, "config-value", Unsupported),
+    ],
+)  # fmt: skip
+def test_configs_that_cannot_be_bound(changes: dict[str, Any], code: str, kind: type[QFormatError]) -> None:
+    config = config_of("llama", **changes)
+    with pytest.raises(kind) as caught:
+        find(config).bind(config)
+    assert caught.value.code == code
+
+
+def test_an_unknown_architecture_names_the_known_ones() -> None:
+    with pytest.raises(Unsupported, match="LlamaForCausalLM") as caught:
+        find({"architectures": ["MixtralForCausalLM"]})
+    assert caught.value.code == "architecture"
