@@ -54,7 +54,7 @@ class RawTensor:
 
     def array(self) -> np.ndarray[Any, Any]:
         """The whole tensor as a fresh, writable numpy array of its storage dtype (plain dtypes), else uint8 ``(rows, row_nbytes)``."""
-        return self.row_range(0, self.rows).reshape(self.shape if self.dtype in NUMPY_DTYPES else (self.rows, -1))
+        return self.row_range(0, self.rows).reshape(self.shape if self.dtype in NUMPY_DTYPES else (self.rows, self.row_nbytes))
 
     def row_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
         """Rows ``start:stop`` of the tensor flattened to two dimensions, as a fresh numpy array ``(stop - start, K)``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -46,22 +47,28 @@ class FileSource:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = str(path)
+        self._fd = -1
         try:
-            self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            # without O_NONBLOCK opening a named pipe would wait for a writer
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
             raise BadFile("not-found", "no such file", path=path, hint="check the path") from None
         except IsADirectoryError:
             raise BadFile("not-a-file", "is a directory, not a file", path=path) from None
-        except OSError as error:
-            raise BadFile("unreadable", f"cannot be opened: {error.strerror}", path=path) from None
-        stat = os.fstat(self._fd)
-        if not os.path.isfile(self.name):
-            os.close(self._fd)
-            raise BadFile("not-a-file", "is not a regular file", path=path)
-        self.size = stat.st_size
-        self._identity = f"{stat.st_dev}:{stat.st_ino}"
+        except (OSError, ValueError) as error:
+            raise BadFile("unreadable", f"cannot be opened: {getattr(error, 'strerror', None) or error}", path=path) from None
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            os.close(fd)
+            kind = "is a directory, not a file" if stat.S_ISDIR(found.st_mode) else "is not a regular file"
+            raise BadFile("not-a-file", kind, path=path)
+        self._fd = fd
+        self.size = found.st_size
+        self._identity = f"{found.st_dev}:{found.st_ino}"
 
     def pread(self, offset: int, nbytes: int) -> bytes:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise _truncated(self.name, offset, nbytes, max(0, self.size - offset))
         buffer = bytearray(nbytes)
         self.pread_into(offset, memoryview(buffer))
         return bytes(buffer)
@@ -110,7 +117,7 @@ class MemorySource:
         self.size = len(self._view)
 
     def pread(self, offset: int, nbytes: int) -> bytes:
-        if offset < 0 or offset + nbytes > self.size:
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
             raise _truncated(self.name, offset, nbytes, max(0, self.size - offset))
         return bytes(self._view[offset : offset + nbytes])
 
