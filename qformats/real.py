@@ -2,15 +2,21 @@
 
 A ``Real`` is an unevaluated sum ``high + low`` of float64 tensors. Sums and products of parameters whose significands add up to
 at most 106 bits are exact; every format's parameters do (the widest is fp32 x fp32 x 8-bit code = 56 bits, plus an fp32 offset).
-Products use Veltkamp/Dekker splitting, sums Knuth's two-sum (both from Shewchuk, "Adaptive Precision Floating-Point Arithmetic", 1997).
+Where an exact result needs more, ``low`` is rounded to odd, so that rounding the value once more still goes the right way
+(Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008).
+Products use Veltkamp/Dekker splitting, sums Knuth's two-sum (both from Shewchuk, "Adaptive Precision Floating-Point Arithmetic", 1997);
+magnitudes stay between 2^-900 and 2^990, which three float32 factors do. Infinities, NaN and the sign of a zero follow IEEE 754.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from qformats.errors import Unsupported
 
 __all__ = ["Real", "round_once"]
 
@@ -35,6 +41,27 @@ def _two_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return p, ((ah * bh - p) + ah * bl + al * bh) + al * bl
 
 
+def _nudge(bits: Tensor, inexact: Tensor, away: Tensor) -> Tensor:
+    """Round to odd on integer views: where ``inexact`` and the last bit is 0, step one unit away from or towards zero."""
+    step = torch.where(away, 1, -1).to(bits.dtype)
+    return torch.where(inexact & ((bits & 1) == 0), bits + step, bits)
+
+
+def _to_odd(value: Tensor, rest: Tensor) -> Tensor:
+    """``value + rest`` rounded to odd, where ``|rest| <= ulp(value) / 2``; infinities and NaN stay."""
+    odd = _nudge(value.view(torch.int64), rest != 0, torch.signbit(rest) == torch.signbit(value))
+    return torch.where(torch.isfinite(value), odd.view(torch.float64), value)
+
+
+def _sum_to_odd(terms: list[Tensor]) -> Tensor:
+    """The sum of small terms rounded to odd (exact where it fits 53 bits)."""
+    total, rest = terms[0], None
+    for term in terms[1:]:
+        total, error = _two_sum(total, term)
+        rest = error if rest is None else rest + error
+    return total if rest is None else _to_odd(*_two_sum(total, rest))
+
+
 @dataclass(frozen=True, slots=True)
 class Real:
     """``high + low`` in float64, ``|low| <= ulp(high) / 2``; ``low`` is None where it is known to be zero."""
@@ -47,54 +74,58 @@ class Real:
         """Any float or integer tensor up to 53 significant bits."""
         return cls(values.to(torch.float64))
 
+    @classmethod
+    def _normal(cls, value: Tensor, error: Tensor) -> Real:
+        """``value + error`` with the larger part first; an infinity, a NaN or a signed zero in ``value`` is kept as it is."""
+        error = torch.where(torch.isfinite(value) & torch.isfinite(error), error, 0.0)
+        if not bool(error.any()):
+            return cls(value)
+        high, low = _two_sum(value, error)
+        exact = error == 0
+        return cls(torch.where(exact, value, high), torch.where(exact, 0.0, low))
+
     def __add__(self, other: Real) -> Real:
         s, e = _two_sum(self.high, other.high)
-        for low in (self.low, other.low):
-            if low is not None:
-                e = e + low
-        return Real(*_two_sum(s, e))
+        return self._normal(s, _sum_to_odd([e, *(low for low in (self.low, other.low) if low is not None)]))
 
     def __mul__(self, other: Real) -> Real:
         p, e = _two_product(self.high, other.high)
+        small = [e]
         if other.low is not None:
-            e = e + self.high * other.low
+            small += _two_product(self.high, other.low)
         if self.low is not None:
-            e = e + self.low * other.high
-        return Real(*_two_sum(p, e))
+            small += _two_product(self.low, other.high)
+            if other.low is not None:
+                small.append(self.low * other.low)
+        return self._normal(p, _sum_to_odd(small))
 
     def __neg__(self) -> Real:
         return Real(-self.high, None if self.low is None else -self.low)
 
     def divide(self, other: Real) -> Real:
-        """Quotient to about 106 bits; exact quotients come out exact."""
+        """The quotient to 106 bits, its last bit rounded to odd; exact quotients come out exact."""
         q = self.high / other.high
         residual = self + -(Real(q) * other)
-        return Real(*_two_sum(q, residual.high / other.high))
+        low = residual.high / other.high
+        rest = (residual + -(Real(low) * other)).high / other.high
+        return self._normal(q, _to_odd(low, rest))
 
-    def map(self, function: object) -> Real:
+    def map(self, function: Callable[..., Tensor]) -> Real:
         """Apply a shape operation (indexing, expansion) to both parts."""
-        assert callable(function)
         return Real(function(self.high), None if self.low is None else function(self.low))
 
 
-def _nudge(bits: Tensor, inexact: Tensor, away: Tensor) -> Tensor:
-    """Round to odd on integer views: where ``inexact`` and the last bit is 0, step one unit away from or towards zero."""
-    step = torch.where(away, 1, -1).to(bits.dtype)
-    return torch.where(inexact & ((bits & 1) == 0), bits + step, bits)
-
-
 def round_once(value: Real, dtype: torch.dtype) -> Tensor:
-    """``value`` rounded once, to nearest even, to ``dtype`` (float64, float32, float16 or bfloat16)."""
-    high = value.high
+    """``value`` rounded once, to nearest even, to ``dtype`` (float64, float32, float16 or bfloat16; else ``Unsupported('dtype')``)."""
+    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise Unsupported("dtype", f"values cannot be rounded to {dtype}", hint="use float64, float32, float16 or bfloat16")
     if dtype == torch.float64:
-        return high
-    if value.low is not None:
-        odd = _nudge(high.view(torch.int64), value.low != 0, torch.signbit(value.low) == torch.signbit(high))
-        high = torch.where(torch.isfinite(high), odd.view(torch.float64), high)
+        return value.high
+    high = value.high if value.low is None else _to_odd(value.high, value.low)
     single = high.to(torch.float32)
     if dtype == torch.float32:
         return single
     error = high - single.to(torch.float64)
-    odd32 = _nudge(single.contiguous().view(torch.int32), error != 0, torch.signbit(error) == torch.signbit(single))
-    single = torch.where(torch.isfinite(single), odd32.view(torch.float32), single)
+    odd = _nudge(single.contiguous().view(torch.int32), error != 0, torch.signbit(error) == torch.signbit(single))
+    single = torch.where(torch.isfinite(single), odd.view(torch.float32), single)
     return single.to(dtype)

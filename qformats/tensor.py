@@ -28,7 +28,8 @@ class Param:
 
     ``values``: a tensor (stored dtype kept bit for bit) or a ``QuantizedTensor`` where the parameter itself is stored as codes,
     of shape ``block.counts(shape)``. ``inverse``: the stored number divides. ``rounded_to``: the owner defines the parameter as
-    that dtype's rounding of the nested value.
+    the nested value evaluated in that dtype, each product and sum rounded (bitsandbytes 0.50 ``dequantize_blockwise`` then
+    ``+ offset`` in float32; hqq 0.2.8 ``Quantizer.dequantize`` of a quantized scale in its compute dtype).
     """
 
     values: Tensor | QuantizedTensor
@@ -41,7 +42,7 @@ class Param:
         if not isinstance(self.values, QuantizedTensor):
             return Real.of(self.values)
         if self.rounded_to is not None:
-            return Real.of(self.values.dequantize(self.rounded_to))
+            return Real.of(self.values.evaluate_in(self.rounded_to))
         return self.values.real()
 
     def spec(self) -> ParamSpec:
@@ -60,13 +61,16 @@ def constant(value: int | float, shape: tuple[int, ...], dtype: torch.dtype = to
 
 
 def expand(values: Tensor, block: Block, shape: tuple[int, ...], group_index: Tensor | None = None) -> Tensor:
-    """Spread a parameter's values over every element of ``shape``; ``group_index`` (K,) or (E, K) replaces the last tile size."""
+    """Spread a parameter's values over every element of ``shape``.
+
+    ``group_index`` (K,) or (E, K) replaces the last tile size, except where that size is 1 (a factor for each column).
+    """
     if isinstance(block, Flat):
         return values.reshape(-1).repeat_interleave(block.n)[: prod(shape)].reshape(shape)
     if isinstance(block, Cyclic):
         return values.reshape(-1).repeat(-(-prod(shape) // block.count))[: prod(shape)].reshape(shape)
     for axis, (size, length) in enumerate(zip(block.sizes, shape, strict=True)):
-        if axis == len(shape) - 1 and group_index is not None and values.shape[axis] > 1:
+        if axis == len(shape) - 1 and group_index is not None and values.shape[axis] > 1 and size > 1:
             values = _gather_groups(values, group_index)
         elif values.shape[axis] == 1:
             values = values.expand(*values.shape[:axis], length, *values.shape[axis + 1 :])
@@ -77,9 +81,12 @@ def expand(values: Tensor, block: Block, shape: tuple[int, ...], group_index: Te
 
 def _gather_groups(values: Tensor, group_index: Tensor) -> Tensor:
     index = group_index.to(torch.int64)
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < values.shape[-1]:
+        found = f"{int(index.min())} … {int(index.max())}"
+        raise BadFile("group-index", f"group indices run over {found}, expected 0 … {values.shape[-1] - 1}")
     if index.ndim == 1:
         return values.index_select(-1, index)
-    return torch.stack([values[min(e, len(values) - 1)].index_select(-1, row) for e, row in enumerate(index)])
+    return torch.stack([plane.index_select(-1, row) for plane, row in zip(values, index, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,7 +105,8 @@ class QuantizedTensor:
     """Codes and parameters of one weight.
 
     - ``shape``: (K,), (N, K) or (E, N, K), K = in_features last.
-    - ``codes``: uint8, int8 or int16 in logical order, shape (..., N / v_out, K / v_in[, books]).
+    - ``codes``: uint8, int8 or int16 in logical order, shape (..., N / v_out, K / v_in[, books]). A negative code of a ``Float`` or
+      ``Learned`` grid is the stored bit pattern read as signed.
     - ``grid``: what a code stands for; ``codebook``: (books, entries, v_out, v_in) where the grid is ``Learned``.
     - ``scales``: factors, each a ``Param``. ``zero_point``: in code units. ``offset``: in weight units.
     - ``signs``: uint8 (..., ceil(K / 8)), bit i of byte j set where element 8 j + i is negative.
@@ -123,13 +131,27 @@ class QuantizedTensor:
             raise BadFile("codes-shape", f"codes have shape {tuple(self.codes.shape)}, expected {expected}")
         if self.codes.dtype not in (torch.uint8, torch.int8, torch.int16):
             raise BadFile("codes-dtype", f"codes are {self.codes.dtype}, expected uint8, int8 or int16")
+        self._check_planes()
         for name, param in self.params():
             self._check_param(name, param)
+
+    def _check_planes(self) -> None:
+        k = self.shape[-1]
+        if self.signs is not None and tuple(self.signs.shape) != (*self.shape[:-1], -(-k // 8)):
+            raise BadFile("signs-shape", f"signs have shape {tuple(self.signs.shape)}, expected {(*self.shape[:-1], -(-k // 8))}")
+        if self.group_index is not None and tuple(self.group_index.shape) not in ((k,), (*self.shape[:-2], k)):
+            raise BadFile("group-index", f"the group index has shape {tuple(self.group_index.shape)}, expected {(k,)}")
+        if isinstance(self.grid, Learned):
+            book = (self.grid.books, self.grid.entries, self.grid.v_out, self.grid.v_in)
+            if self.codebook is None or tuple(self.codebook.shape) != book:
+                found = None if self.codebook is None else tuple(self.codebook.shape)
+                raise BadFile("codebook", f"the codebook has shape {found}, expected {book}")
 
     def _check_param(self, name: str, param: Param) -> None:
         counts = param.block.counts(self.shape)
         found = tuple(param.values.shape)
-        if self.group_index is not None and isinstance(param.block, Tile) and len(found) == len(counts):
+        grouped = isinstance(param.block, Tile) and len(found) == len(counts) and param.block.sizes[-1] > 1
+        if self.group_index is not None and grouped:
             counts = (*counts[:-1], found[-1])
         if found != counts:
             raise BadFile("param-shape", f"{name} has shape {found}, expected {counts} for {param.block} on {self.shape}")
@@ -169,20 +191,25 @@ class QuantizedTensor:
             return Real.of(self.codes)
         if isinstance(self.grid, Learned):
             return _book_values(self.codes, self.codebook, self.grid, self.shape)
-        index = self.codes.to(torch.int64)
         if isinstance(self.grid, Float):
-            return Real.of(grids.float_values(self.grid.name)[index & 0xFF])
-        entries = grids.table_values(self.grid.name)  # (entries,) or (entries, v_in)
-        return Real.of(entries[index].reshape(self.shape))
+            values = grids.float_values(self.grid.name).to(self.codes.device)
+            return Real.of(values[_index(self.codes, len(values), wrap=256)])
+        entries = grids.table_values(self.grid.name).to(self.codes.device)  # (entries,) or (entries, v_in)
+        return Real.of(entries[_index(self.codes, len(entries), wrap=0)].reshape(self.shape))
 
-    def real(self) -> Real:
-        """Every weight as an exact double-double value, shape ``shape``."""
+    def _centred(self) -> Real:
+        """sign * (sum of the codes' values - zero_point), shape ``shape``."""
         w = self.grid_values()
         if self.zero_point is not None:
             w = w + -self._spread(self.zero_point)
         if self.signs is not None:
             negative = _unpack_signs(self.signs, self.shape[-1])
             w = w.map(lambda v: torch.where(negative, -v, v))
+        return w
+
+    def real(self) -> Real:
+        """Every weight as an exact double-double value, shape ``shape``."""
+        w = self._centred()
         for scale in self.scales:
             spread = self._spread(scale)
             w = w.divide(spread) if scale.inverse else w * spread
@@ -198,30 +225,39 @@ class QuantizedTensor:
         if like is None:
             return round_once(self.real(), dtype)
         if like == "ggml":
-            return self._product_in(torch.float32).to(dtype)
+            return self.evaluate_in(torch.float32).to(dtype)
         if like in ("gptqmodel", "autoawq"):
-            return self._product_in(torch.float16).to(dtype)
+            return self.evaluate_in(torch.float16).to(dtype)
         raise Unsupported("like", f"no rounding order is known for {like!r}", hint="use ggml, gptqmodel or autoawq")
 
-    def _product_in(self, dtype: torch.dtype) -> Tensor:
-        centred = self.grid_values()
-        if self.zero_point is not None:
-            centred = centred + -self._spread(self.zero_point)
-        scale = Real.of(torch.ones((), dtype=torch.float64))
+    def evaluate_in(self, dtype: torch.dtype) -> Tensor:
+        """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded."""
+        scale = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         for factor in self.scales:
-            scale = scale * self._spread(factor)
-        w = round_once(centred, dtype) * round_once(scale, dtype)
-        if self.offset is not None:
-            w = w + round_once(self._spread(self.offset), dtype)
-        return w
+            spread = self._spread(factor)
+            scale = scale.divide(spread) if factor.inverse else scale * spread
+        w = round_once(self._centred(), dtype) * round_once(scale, dtype)
+        return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
 
 
 def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
-    if isinstance(grid, Learned):
-        *lead, n, k = shape
-        return (*lead, n // grid.v_out, k // grid.v_in, grid.books)
-    v_in = grid.v_in if isinstance(grid, Table) else 1
-    return (*shape[:-1], shape[-1] // v_in)
+    v_in = grid.v_in if isinstance(grid, Table | Learned) else 1
+    v_out = grid.v_out if isinstance(grid, Learned) else 1
+    *lead, n, k = (1, *shape)
+    if n % v_out or k % v_in:
+        raise BadFile("codes-shape", f"a weight of shape {shape} is not made of whole {v_out} x {v_in} codebook entries")
+    rows = (*lead, n // v_out)[1:]
+    return (*rows, k // v_in, grid.books) if isinstance(grid, Learned) else (*rows, k // v_in)
+
+
+def _index(codes: Tensor, entries: int, wrap: int) -> Tensor:
+    """Codes as int64 indices, negative ones plus ``wrap``; ``BadFile('codes-range')`` where one names no entry."""
+    if codes.numel():
+        low, high = int(codes.min()), int(codes.max())
+        if high >= entries or (low < 0 and not 0 <= low + wrap < entries):
+            raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {entries} entries")
+    index = codes.to(torch.int64)
+    return torch.where(index < 0, index + wrap, index) if codes.dtype != torch.uint8 else index
 
 
 def _book_values(codes: Tensor, codebook: Tensor | None, grid: Learned, shape: tuple[int, ...]) -> Real:
@@ -229,7 +265,8 @@ def _book_values(codes: Tensor, codebook: Tensor | None, grid: Learned, shape: t
         raise BadFile("codebook", "a learned grid needs its codebook")
     total: Real | None = None
     for book in range(grid.books):
-        picked = codebook[book].to(torch.float64)[codes[..., book].to(torch.int64) & 0xFFFF]  # (..., N/vo, K/vi, vo, vi)
+        index = _index(codes[..., book], grid.entries, wrap=grid.entries)
+        picked = codebook[book].to(torch.float64)[index]  # (..., N/vo, K/vi, vo, vi)
         spread = Real(picked.transpose(-2, -3).reshape(shape))
         total = spread if total is None else total + spread
     assert total is not None
@@ -237,5 +274,5 @@ def _book_values(codes: Tensor, codebook: Tensor | None, grid: Learned, shape: t
 
 
 def _unpack_signs(signs: Tensor, k: int) -> Tensor:
-    bits = (signs.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+    bits = (signs.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=signs.device)) & 1
     return bits.flatten(-2)[..., :k].bool()

@@ -1,0 +1,144 @@
+"""Real against fractions.Fraction: exact sums, products and quotients, and one rounding to every float dtype."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from math import copysign, inf, isnan, ldexp, nan
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rationals import DTYPES, LIMITS, assert_rounded_once, round_fraction
+
+from qformats.errors import Unsupported
+from qformats.real import Real, round_once
+
+torch.set_num_threads(1)
+FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)  # includes subnormals and signed zeros
+NORMAL32 = st.floats(width=32, min_value=2.0**-126, allow_nan=False, allow_infinity=False)
+CODES = st.integers(-255, 255)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def _real(*values: float) -> Real:
+    return Real.of(torch.tensor(values, dtype=torch.float64))
+
+
+def _exact(value: Real) -> list[Fraction]:
+    low = torch.zeros_like(value.high) if value.low is None else value.low
+    return [Fraction(h) + Fraction(e) for h, e in zip(value.high.tolist(), low.tolist())]
+
+
+@given(st.lists(st.tuples(FLOAT32, FLOAT32, CODES, FLOAT32), min_size=1, max_size=8))
+def test_two_float32_factors_times_a_code_are_exact(rows: list[tuple[float, float, int, float]]) -> None:
+    a, b, code, _ = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    found = Real.of(code) * Real.of(a) * Real.of(b)
+    assert _exact(found) == [Fraction(x) * Fraction(y) * c for x, y, c, _ in rows]
+
+
+@given(st.lists(st.tuples(FLOAT32, FLOAT32, CODES, FLOAT32), min_size=1, max_size=8))
+def test_product_plus_offset_rounds_once_to_every_dtype(rows: list[tuple[float, float, int, float]]) -> None:
+    a, b, code, offset = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    found = Real.of(code) * Real.of(a) * Real.of(b) + Real.of(offset)
+    exact = [Fraction(x) * Fraction(y) * c + Fraction(o) for x, y, c, o in rows]
+    for dtype in DTYPES:
+        assert_rounded_once(round_once(found, dtype), exact, dtype)
+
+
+@given(st.lists(st.tuples(CODES, FLOAT32, FLOAT32, FLOAT32), min_size=1, max_size=8))
+def test_float_zero_point_of_any_size_rounds_once(rows: list[tuple[int, float, float, float]]) -> None:
+    code, zero, scale, offset = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    found = (Real.of(code) + -Real.of(zero)) * Real.of(scale) + Real.of(offset)
+    exact = [(c - Fraction(z)) * Fraction(s) + Fraction(o) for c, z, s, o in rows]
+    for dtype in DTYPES:
+        assert_rounded_once(round_once(found, dtype), exact, dtype)
+
+
+@given(st.lists(st.tuples(FLOAT32, CODES, NORMAL32, NORMAL32), min_size=1, max_size=8))
+def test_quotients_round_once(rows: list[tuple[float, int, float, float]]) -> None:
+    a, code, divisor, factor = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    found = (Real.of(code) * Real.of(a)).divide(Real.of(divisor)) * Real.of(factor)
+    quotient = (Real.of(code) * Real.of(a)).divide(Real.of(divisor))
+    for dtype in DTYPES:
+        assert_rounded_once(round_once(quotient, dtype), [Fraction(x) * c / Fraction(d) for x, c, d, _ in rows], dtype)
+    exact = [Fraction(x) * c / Fraction(d) * Fraction(f) for x, c, d, f in rows]
+    for dtype in DTYPES[1:]:
+        assert_rounded_once(round_once(found, dtype), exact, dtype)
+
+
+@dtypes
+@given(data=st.data())
+def test_neighbourhood_of_every_tie(dtype: torch.dtype, data: st.DataObject) -> None:
+    precision, lowest, highest = LIMITS[dtype]
+    steps = data.draw(st.integers(0, 2**precision - 1))
+    low = data.draw(st.integers(max(lowest, -300) - precision + 1, min(highest, 300) - precision + 1), label="exponent of the last bit")
+    nearby = data.draw(st.sampled_from([-1, 0, 1])) * ldexp(1.0, low - 1 - data.draw(st.integers(1, 500 if low > -400 else 0)))
+    sign = data.draw(st.sampled_from([-1, 1]))
+    tie = Real.of(torch.tensor([sign * float(steps)], dtype=torch.float64)) * _real(ldexp(1.0, low)) + _real(sign * ldexp(1.0, low - 1))
+    value = tie + _real(sign * nearby)
+    exact = sign * ((steps + Fraction(1, 2)) * Fraction(2) ** low + Fraction(nearby))
+    assert_rounded_once(round_once(value, dtype), [exact], dtype)
+
+
+@dtypes
+def test_subnormals_and_underflow(dtype: torch.dtype) -> None:
+    precision, lowest, _ = LIMITS[dtype]
+    if dtype == torch.float64:
+        lowest = -800  # products further down are outside the stated range
+    smallest = Fraction(2) ** (lowest - precision + 1)
+    numbers = [smallest * Fraction(n, 8) * sign for n in range(1, 40) for sign in (1, -1)]
+    found = round_once(Real.of(torch.tensor([float(x) for x in numbers], dtype=torch.float64)), dtype)
+    assert_rounded_once(found, numbers, dtype)
+
+
+@dtypes
+def test_overflow_goes_to_infinity_from_half_a_step_above_the_largest(dtype: torch.dtype) -> None:
+    if dtype == torch.float64:
+        return
+    precision, _, highest = LIMITS[dtype]
+    limit = Fraction(2) ** (highest + 1) - Fraction(2) ** (highest - precision)
+    exact = [limit, -limit, limit - Fraction(2) ** -20]
+    value = Real.of(torch.tensor([float(limit)] * 3, dtype=torch.float64) * torch.tensor([1.0, -1.0, 1.0]).double())
+    value = value + _real(0.0, 0.0, -(2.0**-20))
+    found = round_once(value, dtype)
+    assert_rounded_once(found, exact, dtype)
+    assert found[:2].tolist() == [inf, -inf] and bool(torch.isfinite(found[2]))
+
+
+def test_sign_of_zero_follows_ieee() -> None:
+    minus = _real(-0.0)
+    for value, negative in [
+        (minus * _real(3.0), True), (minus * _real(-3.0), False), (_real(0.0) * _real(-0.1), True), (minus + minus, True),
+        (minus + _real(0.0), False), (_real(0.1) + _real(-0.1), False), (minus.divide(_real(7.0)), True), (minus + _real(-0.0), True),
+    ]:  # fmt: skip
+        for dtype in DTYPES:
+            assert copysign(1.0, round_once(value, dtype).item()) == (-1.0 if negative else 1.0)
+
+
+@dtypes
+def test_infinities_and_nan_pass_through(dtype: torch.dtype) -> None:
+    products = round_once(_real(inf, -inf, inf, nan, inf) * _real(0.1, 0.1, -3.0, 1.0, 0.0), dtype).tolist()
+    assert products[:3] == [inf, -inf, -inf] and isnan(products[3]) and isnan(products[4])
+    sums = round_once(_real(inf, inf, nan) * _real(0.1, 0.1, 1.0) + _real(0.3, -inf, 0.1), dtype).tolist()
+    assert sums[0] == inf and isnan(sums[1]) and isnan(sums[2])
+    assert round_once(_real(inf, 1.0, 0.1).divide(_real(3.0, 0.0, inf)), dtype).tolist() == [inf, inf, 0.0]
+
+
+def test_low_is_none_where_the_product_is_exact_in_float64() -> None:
+    assert (Real.of(torch.arange(16)) * Real.of(torch.tensor(0.1))).low is None
+    assert (_real(0.1) * _real(0.1)).low is not None
+
+
+def test_dtypes_that_are_no_target_are_refused() -> None:
+    with pytest.raises(Unsupported) as refusal:
+        round_once(_real(1.0), torch.float8_e4m3fn)
+    assert refusal.value.code == "dtype"
+
+
+@settings(max_examples=50)
+@given(st.integers(-(2**70), 2**70), st.integers(-200, 60))
+def test_the_evaluator_itself_rounds_as_python_does(numerator: int, exponent: int) -> None:
+    x = numerator * Fraction(2) ** exponent
+    assert round_fraction(x, torch.float64) == float(x)
+    assert round_fraction(Fraction(float(x)), torch.float32) == torch.tensor(float(x), dtype=torch.float64).float().item()
