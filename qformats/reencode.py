@@ -1,0 +1,512 @@
+"""Can these codes be kept? The search for the rewrites that bring a tensor into a target type's form, and the kind of the result.
+
+``fit`` decides from the parameters (and from the range of the codes in a block only where a rule asks for it) how every block is
+relabelled; ``finish`` applies the decision to the codes. Both see any row range of a tensor and decide block by block, so a plan
+made on row ranges holds for the whole. Names no format: targets are ``Storage`` values.
+
+The relabellings are invertible: shift (q + n), flip (n − q, with the scale's sign changed), a choice of zero point, and the
+split or merge of groups. What rounds is only ever a scale or an offset, and then the kind is ``codes-exact``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qformats import rewrite
+from qformats.rewrite import Refused
+from qformats.scheme import Integer, Storage, Tile
+from qformats.tensor import Param, QuantizedTensor, constant
+
+__all__ = ["KINDS", "Fit", "Hint", "finish", "fit", "worst_kind"]
+
+KINDS = ("copied", "exact", "codes-exact", "dequantized", "requantized")
+_F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
+
+Ranges = Callable[[int], tuple[Tensor, Tensor]]
+
+
+def worst_kind(kinds: list[str]) -> str:
+    """The least exact of ``kinds`` (``copied`` if there are none)."""
+    return max(kinds, key=KINDS.index, default="copied")
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """What a provenance record knows of the tensor to be restored: its zero points (N, G) and whether all scales were positive."""
+
+    zero_point: Tensor | None = None
+    positive: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How a tensor is relabelled for a storage: ``new code = shift ± code`` on runs of ``width`` columns, and the new parameters."""
+
+    kind: str
+    reason: str
+    rewrites: tuple[str, ...]
+    width: int
+    shift: Tensor | None
+    flip: Tensor | None
+    grid: Integer
+    scale: Param
+    zero_point: Param | None
+    offset: Param | None
+    nested: bool = False
+
+
+@dataclass(slots=True)
+class _Affine:
+    """The source with one scale plane and integer zero points on runs of ``width`` columns of one row."""
+
+    shape: tuple[int, ...]
+    grid: Integer
+    scale: Tensor
+    zero: Tensor
+    width: int
+    ranges: Ranges
+    notes: list[str]
+    rounded: list[str]
+    flipped: Tensor | None = None
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    def plane(self, values: Tensor, width: int) -> Tensor:
+        """A plane on runs of ``self.width`` spread to runs of ``width`` (a divisor, or the same)."""
+        if values.numel() == 1 or width == self.width:
+            return values
+        return values.index_select(-1, torch.arange(-(-self.k // width)) * width // self.width)
+
+
+def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
+    """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
+
+    ``ranges(width)`` gives the smallest and largest code of each run of ``width`` columns; by default they are computed from
+    ``t.codes``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype.
+    """
+    _check_shape(t.shape, storage)
+    keep_index = _check_index(t, storage)
+    if ranges is None:
+        ranges = _lazy_ranges(t)
+    affine, offset = _affine(t, storage, ranges, rounding)
+    if offset is not None:
+        return _keep_offset(affine, offset, storage)
+    group = storage.group or affine.k
+    if keep_index and affine.width != min(group, affine.k) and affine.scale.shape[-1] > 1:
+        raise Refused(f"act-order groups of {affine.width} cannot become groups of {group}")
+    if hint is not None and hint.positive:
+        _straighten(affine)
+    if storage.sub_scale is not None:
+        return _two_level(affine, storage)
+    if storage.offset is not None:
+        return _to_offset(affine, storage, rounding)
+    if isinstance(storage.zero_point, tuple):
+        return _to_zero_range(affine, storage, hint)
+    return _to_constant(affine, storage)
+
+
+def finish(t: QuantizedTensor, decision: Fit) -> QuantizedTensor:
+    """Apply ``decision`` to the codes of ``t`` (the tensor it was made for)."""
+    codes = t.codes
+    if decision.shift is not None or decision.grid.signed != (codes.dtype == torch.int8):
+        shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
+        codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed)
+    out = QuantizedTensor(t.shape, codes, decision.grid, (decision.scale,), decision.zero_point, decision.offset, None, t.group_index)
+    return out
+
+
+def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
+    n, k = (shape[-2] if len(shape) > 1 else 1), shape[-1]
+    if k % storage.k_multiple:
+        raise Refused(f"{k} columns are not a multiple of {storage.k_multiple}")
+    if n % storage.n_multiple:
+        raise Refused(f"{n} rows are not a multiple of {storage.n_multiple}")
+
+
+def _check_index(t: QuantizedTensor, storage: Storage) -> bool:
+    if t.group_index is None:
+        return False
+    if not storage.group_index:
+        raise Refused("act-order: the columns of a group are not consecutive")
+    return True
+
+
+def _lazy_ranges(t: QuantizedTensor) -> Ranges:
+    known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def ranges(width: int) -> tuple[Tensor, Tensor]:
+        if width not in known:
+            known[width] = rewrite.block_range(t, width)
+        return known[width]
+
+    return ranges
+
+
+# ---------------------------------------------------------------- the source's affine form
+
+
+def _affine(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool) -> tuple[_Affine, Tensor | None]:
+    """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart."""
+    if not isinstance(t.grid, Integer):
+        raise Refused("the codes are not integers on a uniform grid")
+    notes: list[str] = []
+    rounded: list[str] = []
+    t = _one_scale(t, storage, notes, rounded, rounding)
+    t = rewrite.to_row_blocks(t)
+    keep = t.offset is not None and storage.offset is not None
+    if t.offset is not None and not keep:
+        try:
+            t = rewrite.offset_to_zero(t)
+        except Refused:
+            if not rounding:
+                raise
+            t = rewrite.offset_to_zero(t, rounding=True)
+            rounded.append("the offset is the float16 rounding of scale x zero point")
+        notes.append("offset to zero point")
+    width, scale, zero, offset = _common_planes(t)
+    assert isinstance(t.grid, Integer)
+    return _Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded), offset
+
+
+def _one_scale(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
+    if len(t.scales) != 1 or t.scales[0].inverse or isinstance(t.scales[0].values, QuantizedTensor):
+        t = rewrite.fold_scales(rewrite.unnest_scale(t) if isinstance(t.scales[0].values, QuantizedTensor) else t, torch.float32)
+        notes.append("fold scale factors")
+    values = t.scales[0].values
+    assert isinstance(values, Tensor)
+    name = str(values.dtype).removeprefix("torch.")
+    if name not in storage.scale_dtypes:
+        target = storage.scale_dtypes[0]
+        t, wrong = rewrite.round_scale(t, getattr(torch, target), rounding=rounding)
+        notes.append(f"scale {name} to {target}")
+        if wrong:
+            rounded.append(f"{wrong} of {values.numel()} scales round to {target} ({_F16_BOUND})")
+    return t
+
+
+def _common_planes(t: QuantizedTensor) -> tuple[int, Tensor, Tensor, Tensor | None]:
+    params = [p for _, p in t.params() if isinstance(p.values, Tensor) and p.values.numel() > 1]
+    widths = [min(p.block.sizes[-1], t.shape[-1]) for p in params if isinstance(p.block, Tile)]
+    width = min(widths, default=t.shape[-1])
+    if t.group_index is None and any(w % width and w < t.shape[-1] for w in widths):
+        raise Refused("scale and zero point are on groups that do not nest")
+
+    def plane(param: Param | None, values: Tensor) -> Tensor:
+        if param is None or values.numel() == 1 or not isinstance(param.block, Tile):
+            return values
+        if min(param.block.sizes[-1], t.shape[-1]) == width:
+            return values
+        return values.index_select(-1, torch.arange(-(-t.shape[-1] // width)) * width // param.block.sizes[-1])
+
+    scale, zero = t.scales[0].values, rewrite.zero_values(t)
+    assert isinstance(scale, Tensor)
+    offset = t.offset.values if t.offset is not None else None
+    if isinstance(offset, QuantizedTensor):
+        raise Refused("the offset is itself stored as codes")
+    scale = plane(t.scales[0], scale)
+    if scale.numel() == 1:
+        scale = scale.expand(*t.shape[:-1], -(-t.shape[-1] // width))
+    return width, scale, plane(t.zero_point, zero), None if offset is None else plane(t.offset, offset)
+
+
+def _straighten(a: _Affine) -> None:
+    """Flip every run whose scale is negative: the codes as the record's producer had them."""
+    negative = torch.signbit(a.scale)
+    if not bool(negative.any()):
+        return
+    inner, low_high = a.ranges, a.grid.lowest + a.grid.highest
+    if a.zero.numel() == 1:
+        a.zero = a.zero.expand(a.scale.shape)
+    a.zero = torch.where(negative, low_high - a.zero, a.zero)
+    a.scale = torch.where(negative, -a.scale, a.scale)
+    flipped, width = negative, a.width
+    a.flipped = flipped
+    a.notes.append("flip runs with a negative scale")
+
+    def ranges(w: int) -> tuple[Tensor, Tensor]:
+        if w > width:
+            return _merge_range(ranges(width), w // width)
+        low, high = inner(w)
+        mask = flipped if w == width else flipped.index_select(-1, torch.arange(low.shape[-1]) * w // width)
+        return torch.where(mask, low_high - high, low), torch.where(mask, low_high - low, high)
+
+    a.ranges = ranges
+
+
+def _merge_range(lows_highs: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    low, high = lows_highs
+    pad = -low.shape[-1] % count
+    if pad:
+        low = torch.cat((low, low[..., -1:].expand(*low.shape[:-1], pad)), -1)
+        high = torch.cat((high, high[..., -1:].expand(*high.shape[:-1], pad)), -1)
+    return low.unflatten(-1, (-1, count)).amin(-1), high.unflatten(-1, (-1, count)).amax(-1)
+
+
+# ---------------------------------------------------------------- the target's forms
+
+
+def _param(values: Tensor, shape: tuple[int, ...], width: int) -> Param:
+    return Param(values.contiguous(), Tile((*(1 for _ in shape[:-1]), width)))
+
+
+def _done(
+    a: _Affine, storage: Storage, width: int, shift: Tensor, flip: Tensor | None, scale: Tensor, reason: str, **params: object
+) -> Fit:
+    group = min(storage.group or a.k, a.k)
+    if scale.shape[-1] == -(-a.k // width) and width > group:
+        scale = scale.index_select(-1, torch.arange(-(-a.k // group)) * group // width)
+    if width > group:
+        a.notes.append(f"split groups of {width} into {group}")
+    zero, offset = params.get("zero_point"), params.get("offset")
+    if a.flipped is not None:
+        flip, shift = _compose_flip(a, width, shift, flip)
+    trivial = flip is None and bool((shift == 0).all())
+    if a.rounded:
+        reason = "; ".join((*a.rounded, reason)) if reason else "; ".join(a.rounded)
+    return Fit(
+        "codes-exact" if a.rounded else "exact",
+        reason,
+        tuple(a.notes),
+        min(width, a.k),
+        None if trivial else shift,
+        flip,
+        storage.grid,
+        _param(scale, a.shape, group),
+        zero if isinstance(zero, Param) else None,
+        offset if isinstance(offset, Param) else None,
+    )
+
+
+def _compose_flip(a: _Affine, width: int, shift: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The relabelling of flipped codes as one of the stored codes: n ± (c − q) is a flip or a plain shift again."""
+    assert a.flipped is not None
+    turned, around = a.plane(a.flipped, width), a.grid.lowest + a.grid.highest
+    again = torch.zeros_like(turned) if flip is None else flip
+    moved = torch.where(again, shift - around, shift + around)
+    return torch.where(turned, ~again, again), torch.where(turned, moved, shift.expand(turned.shape))
+
+
+def _merged_scale(a: _Affine, scale: Tensor, group: int) -> Tensor:
+    """One scale for each ``group`` columns out of finer runs that must be equal bit for bit."""
+    if group <= a.width or scale.shape[-1] == 1:
+        return scale
+    if group % a.width and group < a.k:
+        raise Refused(f"groups of {a.width} do not fill groups of {group}")
+    holder = QuantizedTensor(a.shape, torch.zeros(1, dtype=torch.uint8).expand(a.shape), a.grid, (_param(scale, a.shape, a.width),))
+    merged = rewrite.merge_groups(holder, group).scales[0].values
+    assert isinstance(merged, Tensor)
+    a.notes.append(f"merge groups of {a.width} into {group}")
+    return merged
+
+
+def _working_width(a: _Affine, group: int) -> int:
+    """Runs on which a block decision is made: the target's group, or the source's run where that is finer."""
+    if a.width > group and (a.width % group and a.width < a.k):
+        raise Refused(f"groups of {a.width} columns are not a multiple of {group}")
+    return min(group, a.width)
+
+
+def _to_constant(a: _Affine, storage: Storage) -> Fit:
+    """Codes around one constant zero point (Q4_0, Q5_0, Q8_0, symmetric integers): shift, flip single blocks if they must be."""
+    centre = storage.zero_point if isinstance(storage.zero_point, int) else 0
+    group = min(storage.group or a.k, a.k)
+    lo, hi = storage.grid.lowest - centre, storage.grid.highest - centre
+    params = {"zero_point": constant(centre, a.shape) if centre else None}
+    if not storage.negative_scale:
+        _straighten(a)
+    width = _working_width(a, group)
+    if a.grid.lowest - int(a.zero.max()) >= lo and a.grid.highest - int(a.zero.min()) <= hi:
+        scale = _merged_scale(a, a.scale, group)
+        shift = centre - a.zero
+        if a.zero.numel() > 1 or int(shift.reshape(-1)[0]):
+            a.notes.append(f"recentre to zero point {centre}")
+        reason = f"every code minus its zero point fits {storage.type}"
+        return _done(a, storage, a.width, shift, None, scale, reason, **params)
+    low, high = a.ranges(width)
+    zero = a.plane(a.zero, width)
+    smallest, largest = low - zero, high - zero
+    direct = (smallest >= lo) & (largest <= hi)
+    shift, flip, scale = (centre - zero).expand(direct.shape), None, a.plane(a.scale, width)
+    if not bool(direct.all()):
+        flipped = ~direct & (-largest >= lo) & (-smallest <= hi)
+        bad = int((~direct & ~flipped).sum())
+        if bad or not storage.negative_scale:
+            bad = bad or int(flipped.sum())
+            raise Refused(f"{bad} of {direct.numel()} blocks have code minus zero point outside {lo} … {hi}")
+        flip = flipped
+        shift = torch.where(flipped, centre + zero, centre - zero)
+        scale = torch.where(flipped, -scale, scale)
+        a.notes.append(f"flip {int(flipped.sum())} blocks")
+    if group > width:
+        scale = _merged_scale(a, scale, group)
+    a.notes.append(f"recentre to zero point {centre}")
+    return _done(a, storage, width, shift, flip, scale, f"every block fits {storage.type}", **params)
+
+
+def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
+    """Codes with a float offset a block (Q4_1, Q5_1): offset = scale x integer must be representable; else flip or shift the block."""
+    group = min(storage.group or a.k, a.k)
+    dtype = getattr(torch, storage.offset or "float16")
+    top = storage.grid.highest
+    if a.grid.signed:
+        raise Refused("signed codes have no place in an unsigned grid with offset")
+    width = _working_width(a, group)
+    scale, zero = a.plane(a.scale, width), a.plane(a.zero, width)
+    if group > width:
+        raise Refused(f"groups of {width} are finer than the target's {group}")
+    zero = zero.expand(scale.shape)
+    fits = a.grid.highest <= top
+    exact = _product_exact(scale, -zero, dtype) if fits else torch.zeros_like(zero, dtype=torch.bool)
+    flip, offset_code = torch.zeros_like(exact), -zero
+    if not bool(exact.all()):
+        flip, offset_code, exact = _search_offset(a, scale, zero, exact, width, top, dtype)
+    left = int((~exact).sum())
+    if left and (not rounding or not fits):
+        raise Refused(f"scale x zero point is not {storage.offset} in {left} of {exact.numel()} blocks, in any flip or shift")
+    offset_code = torch.where(exact, offset_code, -zero)
+    flip &= exact
+    offset = (scale.to(torch.float64) * offset_code).to(torch.float32).to(dtype)
+    if not bool(torch.isfinite(offset).all()):
+        raise Refused(f"scale x zero point overflows {storage.offset}")
+    shift = torch.where(flip, offset_code + zero, -offset_code - zero)
+    if left:
+        a.rounded.append(f"the offset of {left} of {exact.numel()} blocks rounds to {storage.offset} ({_F16_BOUND})")
+    moved = int((flip | (shift != 0)).sum())
+    a.notes.append(f"zero point to offset, {moved} blocks flipped or shifted" if moved else "zero point to offset")
+    scale = torch.where(flip, -scale, scale)
+    any_flip = flip if bool(flip.any()) else None
+    return _done(a, storage, width, shift, any_flip, scale, "" if left else "scale x zero point is representable in every block",
+                 offset=_param(offset, a.shape, group))  # fmt: skip
+
+
+def _product_exact(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where scale x integer (exact in float64) is a finite ``dtype`` number."""
+    product = scale.to(torch.float64) * factor
+    stored = product.to(torch.float32).to(dtype)
+    return (stored.to(torch.float64) == product) & torch.isfinite(stored)
+
+
+def _search_offset(a: _Affine, scale: Tensor, zero: Tensor, exact: Tensor, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """For blocks whose plain offset rounds, the first flip or shift whose offset does not: w = s·q' + s·k or w = −s·q' + s·j."""
+    flip, chosen = torch.zeros_like(exact), -zero
+    todo = ~exact
+    mirrored = top - zero  # q' = top − q, no code range needed
+    if a.grid.highest <= top:
+        hit = todo & _product_exact(scale, mirrored, dtype)
+        flip, chosen, todo = flip | hit, torch.where(hit, mirrored, chosen), todo & ~hit
+    if not bool(todo.any()):
+        return flip, chosen, ~todo
+    low, high = a.ranges(width)
+    smallest, largest = (low - zero)[todo], (high - zero)[todo]
+    s, picked, picked_flip = scale[todo], chosen[todo], flip[todo]
+    open_ = torch.ones_like(picked_flip)
+    for step in range(top + 1):
+        for mirror in (False, True):
+            code = largest + step if mirror else smallest - step
+            legal = code <= smallest + top if mirror else code >= largest - top
+            hit = open_ & legal & _product_exact(s, code, dtype)
+            picked, picked_flip = torch.where(hit, code, picked), torch.where(hit, torch.tensor(mirror), picked_flip)
+            open_ &= ~hit
+    chosen, flip = chosen.clone(), flip.clone()
+    chosen[todo], flip[todo] = picked, picked_flip
+    left = todo.clone()
+    left[todo] = open_
+    return flip, chosen, ~left
+
+
+def _to_zero_range(a: _Affine, storage: Storage, hint: Hint | None) -> Fit:
+    """Integer zero points a group (GPTQ, AWQ): keep them, take the record's, or choose ones that bring all codes into the grid."""
+    assert isinstance(storage.zero_point, tuple)
+    zlo, zhi = storage.zero_point
+    group = min(storage.group or a.k, a.k)
+    if not storage.negative_scale:
+        _straighten(a)
+    width = _working_width(a, group)
+    wanted = None if hint is None else hint.zero_point
+    move = storage.grid.lowest - a.grid.lowest  # 2^(b-1) from signed to unsigned codes, else 0
+    zero = a.zero + move
+    in_range = zlo <= int(zero.min()) and int(zero.max()) <= zhi and a.grid.highest + move <= storage.grid.highest
+    if wanted is None and group <= a.width and in_range:
+        reason = "codes, scales and zero points are kept"
+        return _done(a, storage, a.width, torch.full_like(zero, move), None, a.scale, reason, zero_point=_zero_param(zero, a, group))
+    scale = _merged_scale(a, a.plane(a.scale, width), group)
+    low, high = a.ranges(width)
+    source_zero = a.plane(a.zero, width)
+    smallest, largest = _merge_range((low - source_zero, high - source_zero), max(1, -(-min(group, a.k) // width)))
+    floor = torch.clamp(storage.grid.lowest - smallest, min=zlo)
+    ceiling = torch.clamp(storage.grid.highest - largest, max=zhi)
+    chosen = _choose_zero(floor, ceiling, source_zero, wanted, 1 << (storage.grid.bits - 1), group <= width)
+    bad = int(((chosen < floor) | (chosen > ceiling)).sum())
+    if bad:
+        raise Refused(f"{bad} of {chosen.numel()} groups span more codes than {storage.grid.bits} bits with zero points {zlo} … {zhi}")
+    spread = chosen if group <= width else chosen.index_select(-1, torch.arange(low.shape[-1]) * width // group)
+    a.notes.append("choose zero points")
+    shift = (spread - source_zero).expand(low.shape)
+    reason = "every group fits with an integer zero point"
+    return _done(a, storage, width, shift, None, scale, reason, zero_point=_zero_param(chosen, a, group))
+
+
+def _choose_zero(floor: Tensor, ceiling: Tensor, source: Tensor, wanted: Tensor | None, half: int, same: bool) -> Tensor:
+    if wanted is not None:
+        wanted = wanted.to(torch.int16)
+        if wanted.shape == floor.shape:
+            return torch.where((wanted >= floor) & (wanted <= ceiling), wanted, floor)
+    if same:
+        kept = source.expand(floor.shape)
+        if bool(((kept >= floor) & (kept <= ceiling)).all()):
+            return kept
+    if bool(((half >= floor) & (half <= ceiling)).all()):
+        return torch.full_like(floor, half)
+    return floor
+
+
+def _zero_param(zero: Tensor, a: _Affine, group: int) -> Param:
+    if zero.numel() == 1 or bool((zero == zero.reshape(-1)[0]).all()):
+        return constant(int(zero.reshape(-1)[0]), a.shape)
+    counts = (*a.shape[:-1], -(-a.k // group))
+    if tuple(zero.shape) != counts and a.width > group:
+        zero = a.plane(zero, group)
+    return _param(zero.expand(counts), a.shape, group)
+
+
+def _two_level(a: _Affine, storage: Storage) -> Fit:
+    """K-quants from sources with one scale over whole super-blocks: unit sub-scales, the zero point as integer sub-offset."""
+    assert storage.sub_scale is not None and storage.group is not None
+    _, _, highest = storage.sub_scale
+    inner = Storage(storage.type, storage.grid, storage.group, storage.bits_per_weight, storage.scale_dtypes, True, (0, highest))
+    if a.width % storage.group and a.width < a.k:
+        raise Refused(f"one scale spans {a.width} columns, not {storage.group}")
+    decision = _to_zero_range(a, inner, None)
+    blank = torch.zeros(1, dtype=torch.uint8).expand(a.shape)
+    holder = QuantizedTensor(a.shape, blank, storage.grid, (decision.scale,), decision.zero_point)
+    bits = highest.bit_length()
+    nested = rewrite.nest_scale(holder, storage.group, bits)
+    notes = (*decision.rewrites, "unit sub-scales, zero point as sub-offset")
+    return Fit(decision.kind, decision.reason or "one scale spans every super-block", notes, decision.width, decision.shift, decision.flip,
+               storage.grid, nested.scales[0], None, nested.offset, True)  # fmt: skip
+
+
+def _keep_offset(a: _Affine, offset: Tensor, storage: Storage) -> Fit:
+    """A source that has an offset already, for a storage that has one: codes stay, planes are split."""
+    if storage.sub_scale is not None:
+        raise Refused("sub-scales would need a search")
+    group = min(storage.group or a.k, a.k)
+    if a.grid.highest > storage.grid.highest or a.grid.lowest < storage.grid.lowest:
+        raise Refused(f"{a.grid.bits}-bit codes do not fit {storage.grid.bits} bits")
+    dtype = getattr(torch, storage.offset or "float16")
+    stored = offset.to(torch.float32).to(dtype)
+    if bool((stored.to(torch.float64) != offset.to(torch.float64)).any()):
+        raise Refused(f"an offset is not a {storage.offset} number")
+    width = _working_width(a, group)
+    if group > width:
+        raise Refused(f"groups of {width} are finer than the target's {group}")
+    if a.zero.numel() > 1 or int(a.zero.reshape(-1)[0]):
+        raise Refused("both a zero point and an offset")
+    return _done(a, storage, a.width, torch.zeros(1, dtype=torch.int16), None, a.scale, "codes, scales and offsets are kept",
+                 offset=_param(a.plane(stored, group), a.shape, group))  # fmt: skip
