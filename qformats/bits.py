@@ -1,0 +1,211 @@
+"""Packing b-bit codes into words: one bit stream, permutations inside eight values, and the matrix forms that formats use.
+
+The stream: value i of a row occupies bits [i*b, (i+1)*b) of the row's little-endian bytes, whatever words they are grouped in; a value may
+straddle two words. For b = 2, 4, 8 that is "32 / b values a word, the first in the low bits"; for b = 3 it is AutoGPTQ's hand-written
+layout (auto-gptq 0.7.1 ``qlinear_cuda_old.py``), for 5, 6, 7 AutoRound's ``pack_bitstream`` (auto-round 0.16.1).
+Eight values are always exactly b bytes. Example, b = 4: codes 1 2 3 4 5 6 7 8 -> bytes 21 43 65 87 -> int32 word 0x87654321.
+
+``pack_stream`` and ``unpack_stream`` (torch, last axis) are the definition. The ``*_columns`` and ``*_interleaved`` functions work on numpy
+arrays, transpose on the way, and run compiled loops (``qformats.loops.words``) where numba can be imported, else the definition.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from qformats.errors import Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    Array = np.ndarray[Any, Any]
+
+__all__ = [
+    "AWQ_ORDER",
+    "AWQ_REVERSE",
+    "inverse_order",
+    "pack_columns",
+    "pack_interleaved",
+    "pack_rows",
+    "pack_stream",
+    "reorder",
+    "unpack_columns",
+    "unpack_interleaved",
+    "unpack_rows",
+    "unpack_stream",
+    "words_for",
+]
+
+# autoawq 0.2.9 ``modules/linear/gemm.py``: field i of a word holds column AWQ_ORDER[i]; column c is read from field AWQ_REVERSE[c].
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_REVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+
+def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
+    """The permutation that undoes ``order``: ``inverse_order(AWQ_ORDER) == AWQ_REVERSE``."""
+    inverse = [0] * len(order)
+    for field, column in enumerate(order):
+        inverse[column] = field
+    return tuple(inverse)
+
+
+def words_for(count: int, bits: int, word_bits: int = 32) -> int:
+    """Words that hold ``count`` values of ``bits`` bits; the last one is filled up with zeros."""
+    return -(-count * bits // word_bits)
+
+
+def _little_endian_host() -> None:
+    if sys.byteorder != "little":
+        raise Unsupported("big-endian-host", "packed weights can only be read on little-endian machines")
+
+
+def _word_dtype(word_bits: int) -> Any:
+    import torch
+
+    return {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[word_bits]
+
+
+def pack_stream(values: Tensor, bits: int, word_bits: int = 32) -> Tensor:
+    """Pack integers (..., n) in 0 .. 2^bits - 1 along the last axis into signed words (..., ``words_for(n, bits)``); tails are zero."""
+    import torch
+
+    _little_endian_host()
+    *lead, count = values.shape
+    eights = -(-count // 8)
+    padded = torch.zeros(*lead, eights * 8, dtype=torch.int64)
+    padded[..., :count] = values.to(torch.int64) & ((1 << bits) - 1)
+    shifts = torch.arange(8, dtype=torch.int64) * bits
+    packed = (padded.reshape(*lead, eights, 8) << shifts).sum(-1)  # (..., n/8) int64, the low b bytes are the stream
+    stream = packed.unsqueeze(-1).view(torch.uint8)[..., :bits].reshape(*lead, eights * bits)
+    nbytes = words_for(count, bits, word_bits) * word_bits // 8
+    out = torch.zeros(*lead, nbytes, dtype=torch.uint8)
+    kept = min(nbytes, stream.shape[-1])
+    out[..., :kept] = stream[..., :kept]
+    return out.view(_word_dtype(word_bits)) if nbytes else out.to(_word_dtype(word_bits))
+
+
+def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
+    """Unpack the first ``count`` values of each row of integer words (..., w) of any width into uint8 (..., count)."""
+    import torch
+
+    _little_endian_host()
+    *lead, width = words.shape
+    stream = words.contiguous().view(torch.uint8).reshape(*lead, width * words.element_size())
+    if bits in (1, 2, 4, 8):
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+        fields = (stream.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # (..., bytes, 8 / b)
+        return fields.reshape(*lead, stream.shape[-1] * (8 // bits))[..., :count].contiguous()
+    eights = -(-count // 8)
+    padded = torch.zeros(*lead, eights * bits, dtype=torch.uint8)
+    kept = min(stream.shape[-1], eights * bits)
+    padded[..., :kept] = stream[..., :kept]
+    lanes = torch.arange(bits, dtype=torch.int64) * 8
+    packed = (padded.reshape(*lead, eights, bits).to(torch.int64) << lanes).sum(-1, keepdim=True)  # (..., n/8, 1)
+    fields = (packed >> (torch.arange(8, dtype=torch.int64) * bits)) & ((1 << bits) - 1)
+    return fields.to(torch.uint8).reshape(*lead, eights * 8)[..., :count].contiguous()
+
+
+def reorder(values: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Permute the last axis inside blocks of ``len(order)``: ``out[block + i] = values[block + order[i]]``; the length must divide."""
+    import torch
+
+    blocks = values.reshape(*values.shape[:-1], -1, len(order))
+    return blocks.index_select(-1, torch.tensor(order)).reshape(values.shape)
+
+
+def _loops() -> ModuleType | None:
+    try:
+        from qformats.loops import words
+    except ImportError:
+        return None
+    return words
+
+
+def _as_tensor(array: Array) -> Tensor:
+    import numpy as np
+    import torch
+
+    signed = array if array.dtype.kind == "i" or array.itemsize == 1 else array.view(f"<i{array.itemsize}")
+    return torch.from_numpy(np.ascontiguousarray(signed))
+
+
+def unpack_columns(words: Array, bits: int, count: int) -> Array:
+    """Words (W, n) packed along the first axis -> uint8 codes (n, count)."""
+    import numpy as np
+
+    loops = _loops()
+    if loops is None or words.itemsize != 4 or count % 8:
+        return unpack_stream(_as_tensor(words).T, bits, count).numpy()
+    out = np.empty((words.shape[1], count), np.uint8)
+    loops.unpack_columns(np.ascontiguousarray(words).view(np.uint32), bits, out.view(np.uint64))
+    return out
+
+
+def pack_columns(codes: Array, bits: int, word_bits: int = 32) -> Array:
+    """uint8 codes (n, count) -> words (W, n) packed along the first axis."""
+    import numpy as np
+
+    rows, count = codes.shape
+    loops = _loops()
+    if loops is None or word_bits != 32 or count % 8 or count * bits % 32:
+        packed: Array = np.ascontiguousarray(pack_stream(_as_tensor(codes), bits, word_bits).numpy().T)
+        return packed
+    out = np.empty((count * bits // 32, rows), np.uint32)
+    loops.pack_columns(np.ascontiguousarray(codes).view(np.uint64), bits, out)
+    return out.view(np.int32)
+
+
+def unpack_rows(words: Array, bits: int, count: int) -> Array:
+    """Words (n, W) packed along the last axis -> uint8 codes (n, count)."""
+    import numpy as np
+
+    loops = _loops()
+    if loops is None or words.itemsize != 4 or count % 8:
+        return unpack_stream(_as_tensor(words), bits, count).numpy()
+    out = np.empty((words.shape[0], count), np.uint8)
+    loops.unpack_rows(np.ascontiguousarray(words).view(np.uint32), bits, out.view(np.uint64))
+    return out
+
+
+def pack_rows(codes: Array, bits: int, word_bits: int = 32) -> Array:
+    """uint8 codes (n, count) -> words (n, W) packed along the last axis."""
+    import numpy as np
+
+    rows, count = codes.shape
+    loops = _loops()
+    if loops is None or word_bits != 32 or count % 8 or count * bits % 32:
+        return pack_stream(_as_tensor(codes), bits, word_bits).numpy()
+    out = np.empty((rows, count * bits // 32), np.uint32)
+    loops.pack_rows(np.ascontiguousarray(codes).view(np.uint64), bits, out)
+    return out.view(np.int32)
+
+
+def unpack_interleaved(words: Array, bits: int = 4) -> Array:
+    """AWQ GEMM words (K, n * bits / 32), eight columns interleaved by ``AWQ_ORDER`` -> uint8 codes (n, K)."""
+    import numpy as np
+
+    rows, width = words.shape
+    columns = width * 32 // bits
+    loops = _loops()
+    if loops is None or bits != 4:
+        fields = reorder(unpack_stream(_as_tensor(words), bits, columns), AWQ_REVERSE)
+        out: Array = np.ascontiguousarray(fields.numpy().T)
+        return out
+    codes = np.empty((columns, rows), np.uint8)
+    loops.unpack_interleaved(np.ascontiguousarray(words).view(np.uint32), codes)
+    return codes
+
+
+def pack_interleaved(codes: Array, bits: int = 4) -> Array:
+    """uint8 codes (n, K), n a multiple of 32 / bits (of 32 for odd widths) -> AWQ GEMM words (K, n * bits / 32)."""
+    import numpy as np
+
+    loops = _loops()
+    if loops is None or bits != 4:
+        return pack_stream(reorder(_as_tensor(np.ascontiguousarray(codes.T)), AWQ_ORDER), bits).numpy()
+    out = np.empty((codes.shape[1], codes.shape[0] // 8), np.uint32)
+    loops.pack_interleaved(np.ascontiguousarray(codes), out)
+    return out.view(np.int32)
