@@ -11,9 +11,13 @@ from math import prod
 from typing import Any
 
 import torch
+from hypothesis import settings
 
 from qformats.scheme import Cyclic, Flat, Float, Integer, Learned, Table
 from qformats.tensor import Param, QuantizedTensor
+
+settings.register_profile("unit", deadline=None)  # a shared machine is slow at times
+settings.load_profile("unit")
 
 # precision, smallest and largest exponent of a normal number
 LIMITS = {torch.float64: (53, -1022, 1023), torch.float32: (24, -126, 127), torch.float16: (11, -14, 15), torch.bfloat16: (8, -126, 127)}
@@ -85,7 +89,8 @@ def stepwise(t: QuantizedTensor, where: tuple[int, ...], dtype: torch.dtype) -> 
     centred = code_value(t, where)
     if t.zero_point is not None:
         centred = Fraction(round_fraction(centred - _param(t.zero_point, where, t.shape, t.group_index), dtype))
-    result = Fraction(round_fraction(centred * prod((_param(s, where, t.shape, t.group_index) for s in t.scales), start=Fraction(1)), dtype))
+    factor = prod((_param(s, where, t.shape, t.group_index) for s in t.scales), start=Fraction(1))
+    result = Fraction(round_fraction(centred * factor, dtype))
     if t.offset is not None:
         result = Fraction(round_fraction(result + _param(t.offset, where, t.shape, t.group_index), dtype))
     return result
@@ -122,8 +127,12 @@ def table_entry(name: str, code: int, position: int) -> Fraction:
     return Fraction(float(codec.grid[0, 0, code, position]))
 
 
-# bitsandbytes 0.50.2 functional.get_4bit_type("nf4"), as hexadecimal float32 numbers
-NF4 = [float.fromhex(text) for text in ["-0x1.0000000000000p+0", "-0x1.6473620000000p-1", "-0x1.0cd6600000000p-1", "-0x1.9465400000000p-2", "-0x1.23449a0000000p-2", "-0x1.7a6a7e0000000p-3", "-0x1.74f0e20000000p-4", "0x0.0p+0", "0x1.45f5fe0000000p-4", "0x1.4995c60000000p-3", "0x1.f809ba0000000p-3", "0x1.5a06740000000p-2", "0x1.c349700000000p-2", "0x1.200f560000000p-1", "0x1.7227660000000p-1", "0x1.0000000000000p+0"]]  # fmt: skip
+NF4 = list(map(float.fromhex, (  # bitsandbytes 0.50.2 functional.get_4bit_type("nf4"), as hexadecimal float32 numbers
+    "-0x1.0000000000000p+0", "-0x1.6473620000000p-1", "-0x1.0cd6600000000p-1", "-0x1.9465400000000p-2",
+    "-0x1.23449a0000000p-2", "-0x1.7a6a7e0000000p-3", "-0x1.74f0e20000000p-4", "0x0.0p+0",
+    "0x1.45f5fe0000000p-4", "0x1.4995c60000000p-3", "0x1.f809ba0000000p-3", "0x1.5a06740000000p-2",
+    "0x1.c349700000000p-2", "0x1.200f560000000p-1", "0x1.7227660000000p-1", "0x1.0000000000000p+0",
+)))  # fmt: skip
 
 
 def weight(t: QuantizedTensor, where: tuple[int, ...]) -> Fraction:
