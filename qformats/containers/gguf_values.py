@@ -332,7 +332,8 @@ def _encode_elements(key: str, name: str, values: Iterable[Any]) -> bytes:
         items = list(values)
         if not all(isinstance(item, (str, bytes)) for item in items):
             raise TypeError("a string is expected")
-        return b"".join(encode_string(item, f"the value of {key!r}") for item in items)
+        what = f"the value of {key!r}"
+        return b"".join([encode_string(item, what) for item in items])
     items = list(values)
     if name == "bool" and not all(isinstance(item, bool) or item in (0, 1) for item in items):
         raise TypeError("a bool is expected")
