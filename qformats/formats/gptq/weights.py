@@ -1,0 +1,341 @@
+"""GPTQ tensors read and written. ``read`` and ``write`` mirror each other; the layout table is in the package's docstring."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from qformats.bits import pack_columns, unpack_columns, words_for
+from qformats.errors import BadFile, Unsupported, UsageError
+from qformats.formats.gptq import shapes
+from qformats.formats.gptq.settings import producer_is_gptqmodel
+from qformats.formats.gptq.shapes import Geometry, geometry
+from qformats.formats.protocol import Module, PartInfo, Piece, Target
+from qformats.scheme import Integer, No, Scheme, Storage, Tile, Yes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from qformats.formats.gptq.zeros import Zeros
+    from qformats.tensor import QuantizedTensor
+
+    Array = np.ndarray[Any, Any]
+
+__all__ = ["ROW_MULTIPLE", "can_store", "layout", "module_warnings", "read", "storage_of", "storages", "write"]
+
+ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, so that every range ends on a word of qzeros
+WIDTHS = (2, 3, 4, 8)
+_OPTIONS = {"group", "sym", "asym", "format", "act-order"}
+_CONTAINER = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+_WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
+
+
+def read(module: Module, start: int = 0, stop: int | None = None, *, zero_policy: str | None = None) -> QuantizedTensor:
+    """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
+
+    ``zero_policy`` overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    """
+    import torch
+
+    from qformats.formats.gptq.zeros import decode
+    from qformats.tensor import Param, QuantizedTensor, constant
+
+    g = geometry(module)
+    stop = g.n if stop is None else stop
+    tile = Tile((1, g.group))
+    codes = unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k)  # (K*b/32, n) words -> (n, K)
+    scales = _float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
+    words, zeros = _zeros(module, g, zero_policy)
+    shape = (stop - start, g.k)
+    if zeros.constant is not None:
+        zero = constant(zeros.constant, shape)
+    else:
+        first, last = start * g.bits // g.word_bits, words_for(stop, g.bits, g.word_bits)
+        skip = start - first * g.word_bits // g.bits if g.word_bits % g.bits == 0 else None
+        if skip is None:  # a field may straddle words: decode from the first column
+            planes = decode(words, g.bits, g.n, zeros.policy)[start:stop]
+        else:
+            planes = decode(words[:, first:last], g.bits, skip + stop - start, zeros.policy)[skip:]
+        zero = Param(torch.from_numpy(planes.copy() if not planes.flags.c_contiguous else planes), tile)
+    index = _group_index(module, g)
+    return QuantizedTensor(
+        shape,
+        torch.from_numpy(codes),
+        Integer(g.bits),
+        (Param(scales, tile),),
+        zero,
+        group_index=None if index is None else torch.from_numpy(index),
+    )
+
+
+def _zeros(module: Module, g: Geometry, forced: str | None) -> tuple[Array, Zeros]:
+    """All words of qzeros (G, W), and how they are meant."""
+    from qformats.formats.gptq.zeros import decide
+
+    config = module.match.config
+    words = module.parts["qzeros"].array()
+    gptqmodel = producer_is_gptqmodel(config)
+    return words, decide(words, g.bits, g.n, g.settings.label, g.settings.sym, gptqmodel, forced)
+
+
+def _float_tensor(array: Array, dtype: str) -> Tensor:
+    import torch
+
+    if dtype == "BF16":
+        return torch.from_numpy(array.view("<i2")).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _float_array(values: Tensor) -> Array:
+    """The values' own bytes as a numpy array; bfloat16 travels as uint16."""
+    import torch
+
+    array: Array = values.view(torch.int16).numpy().view("<u2") if values.dtype == torch.bfloat16 else values.numpy()
+    return array
+
+
+def _stored_index(module: Module, g: Geometry) -> tuple[str, Array | None]:
+    """``absent``, ``empty``, ``zeros``, ``trivial`` or ``act-order``, and the index (K,) int32 if it is the last."""
+    import numpy as np
+
+    if g.index != "stored":
+        return g.index, None
+    stored = module.parts["g_idx"].array()
+    if np.array_equal(stored, np.arange(g.k, dtype=stored.dtype) // g.group):
+        return "trivial", None
+    if not stored.any():
+        return "zeros", None
+    low, high = int(stored.min()), int(stored.max())
+    if low < 0 or high >= g.groups:
+        text = f"g_idx holds {low if low < 0 else high}, expected 0 … {g.groups - 1}"
+        raise BadFile("g-idx-range", text, tensor=f"{module.name}.g_idx")
+    return "act-order", stored.astype(np.int32)
+
+
+def _group_index(module: Module, g: Geometry) -> Array | None:
+    return _stored_index(module, g)[1]
+
+
+def module_warnings(module: Module, *, zero_policy: str | None = None) -> tuple[str, ...]:
+    """What a user should know of how ``module`` was understood; reads its small parts, not its weights."""
+    import numpy as np
+
+    from qformats.formats.gptq.zeros import decode
+
+    g = geometry(module)
+    words, zeros = _zeros(module, g, zero_policy)
+    said = list(zeros.warnings)
+    if zeros.policy == "v1" and zero_policy is None and (decode(words, g.bits, g.n, "v1") == 1 << g.bits).any():
+        said.append(f"zero-point fields of {(1 << g.bits) - 1} under v1 are read as {1 << g.bits}, as the common kernels do")
+    kind, index = _stored_index(module, g)
+    if kind == "zeros" and g.groups > 1:
+        said.append("g_idx is all zero although there are several groups: read as consecutive groups")
+    if index is not None and np.bincount(index, minlength=g.groups)[:-1].max(initial=0) > g.group:
+        said.append(f"act-order groups are not all of {g.group} columns")
+    if g.settings.bits is not None and g.settings.bits != g.bits:
+        said.append(f"the config's first matching rule says {g.settings.bits} bits, the tensors hold {g.bits}")
+    return tuple(said)
+
+
+def storage_of(module: Module, *, zero_policy: str | None = None) -> Storage:
+    """The storage that reproduces ``module`` byte for byte when what ``read`` returns is written again."""
+    from qformats.formats.gptq.zeros import zero_range
+
+    g = geometry(module)
+    _, zeros = _zeros(module, g, zero_policy)
+    kind, _ = _stored_index(module, g)
+    options: dict[str, object] = {
+        "checkpoint_format": g.settings.label,
+        "zeros": zeros.policy,
+        "g_idx": kind,
+        "g_idx_dtype": module.parts["g_idx"].dtype if "g_idx" in module.parts else "I32",
+        "word_bits": g.word_bits,
+        "word_dtype": module.parts["qweight"].dtype,
+        "dialect": module.match.dialect,
+        "act_order": kind == "act-order",
+        "one_group": g.groups == 1,
+    }
+    zero = zeros.constant if zeros.constant is not None else zero_range(zeros.policy, g.bits)
+    return _storage(g.bits, None if g.groups == 1 else g.group, zero, (shapes.torch_word(g.scale),), kind == "act-order", options)
+
+
+def _storage(
+    bits: int, group: int | None, zero: int | tuple[int, int], scales: tuple[str, ...], group_index: bool, options: dict[str, object]
+) -> Storage:
+    extra = (16 + bits) / group if group else 0.0
+    return Storage(f"int{bits}", Integer(bits), group, bits + extra, scales, True, zero, group_index=group_index, options=options)
+
+
+def storages(target: Target, scheme: Scheme) -> list[Storage]:
+    """Candidates in the order of preference: symmetric, asymmetric v1 (1 … 2^b - 1), asymmetric ``gptq_v2`` (0 … 2^b - 1), and last
+    v1 as the kernels read it (1 … 2^b).
+
+    Options: ``group=N|-1`` (default: the source's, else 128), ``sym``, ``asym``, ``format=v1|v2``, ``act-order=no``.
+    """
+    widths = _widths(target)
+    unknown = sorted(set(target.options) - _OPTIONS)
+    if unknown:
+        raise UsageError("option", f"gptq has no option {unknown[0]!r}", hint=f"options: {', '.join(sorted(_OPTIONS))}")
+    group = _group_option(target, scheme)
+    sym, asym = _flag(target, "sym"), _flag(target, "asym")
+    if sym and asym:
+        raise UsageError("option", "sym and asym exclude each other")
+    label = target.options.get("format", "")
+    if label not in ("", "v1", "v2", "gptq", "gptq_v2"):
+        raise UsageError("option", f"format={label} is not known", hint="use format=v1 or format=v2")
+    return [
+        storage
+        for bits in widths
+        for storage in _candidates(bits, group, label.removeprefix("gptq").strip("_") or ("v1" if label else ""), scheme, target)
+        if not (sym and not isinstance(storage.zero_point, int)) and not (asym and isinstance(storage.zero_point, int))
+    ]
+
+
+def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, target: Target) -> list[Storage]:
+    top = 1 << bits
+    act_order = _flag(target, "act-order", True)
+    kinds: list[tuple[int | tuple[int, int], str, str]] = [
+        (top // 2, "gptq", "v1"), ((1, top - 1), "gptq", "v1"), ((0, top - 1), "gptq_v2", "v2"), ((1, top), "gptq", "v1"),
+    ]  # fmt: skip
+    if version == "v2":
+        kinds = [(top // 2, "gptq_v2", "v2"), ((0, top - 1), "gptq_v2", "v2")]
+    elif version == "v1":
+        kinds = [kind for kind in kinds if kind[2] == "v1"]
+    may_permute = act_order and scheme.group_index
+    return [
+        _storage(bits, group, zero, ("float16",), act_order, {
+            "checkpoint_format": label, "zeros": policy, "g_idx": "trivial", "g_idx_dtype": "I32", "word_bits": 32, "word_dtype": "I32",
+            "dialect": "", "act_order": may_permute, "one_group": group is None,
+        })
+        for zero, label, policy in kinds
+    ]  # fmt: skip
+
+
+def _widths(target: Target) -> tuple[int, ...]:
+    if target.type is None:
+        return WIDTHS
+    named = {f"int{bits}": bits for bits in WIDTHS}
+    if target.type not in named:
+        raise UsageError("type", f"gptq has no type {target.type!r}", hint=f"types: {', '.join(named)}")
+    return (named[target.type],)
+
+
+def _flag(target: Target, key: str, default: bool = False) -> bool:
+    value = target.options.get(key)
+    if value is None:
+        return default
+    if value.lower() in ("", "1", "true", "yes", "on"):
+        return True
+    if value.lower() in ("0", "false", "no", "off"):
+        return False
+    raise UsageError("option", f"{key}={value} is not a yes or no")
+
+
+def _group_option(target: Target, scheme: Scheme) -> int | None:
+    """Columns a group, None for the whole row."""
+    value = target.options.get("group")
+    if value is None:
+        size = scheme.group_size or 128
+        return None if size >= scheme.shape[-1] and scheme.group_size else size
+    if not value.lstrip("-").isdigit() or int(value) == 0 or int(value) < -1:
+        raise UsageError("option", f"group={value} is not a number of columns or -1")
+    return None if int(value) == -1 else int(value)
+
+
+def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
+    """The parts of a weight (N, K)."""
+    n, k = shape
+    options, bits = storage.options, storage.grid.bits
+    word_bits = _option_int(options, "word_bits", 32)
+    words, group = str(options.get("word_dtype", _WORDS[word_bits])), storage.group or k
+    groups = -(-k // group)
+    parts = {
+        "qweight": PartInfo(words, (words_for(k, bits, word_bits), n)),
+        "qzeros": PartInfo(words, (groups, words_for(n, bits, word_bits))),
+        "scales": PartInfo(_CONTAINER[storage.scale_dtypes[0]], (groups, n)),
+    }
+    kind = options.get("g_idx", "trivial")
+    if kind != "absent":
+        parts["g_idx"] = PartInfo(str(options.get("g_idx_dtype", "I32")), (0 if kind == "empty" else k,))
+    return parts
+
+
+def _option_int(options: Mapping[str, object], key: str, default: int) -> int:
+    value = options.get(key, default)
+    return value if isinstance(value, int) else default
+
+
+def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[int, ...]) -> list[Piece]:
+    """Rows ``start : start + len(tensor)`` of a weight ``shape``; ``start`` is a multiple of ``ROW_MULTIPLE``, and so is the end unless it
+    is N. ``Unsupported('storage-form')`` if ``tensor`` is not exactly in the storage's form."""
+    from qformats.formats.gptq.zeros import encode
+
+    rows = tensor.shape[0]
+    bits, word_bits = storage.grid.bits, _option_int(storage.options, "word_bits", 32)
+    if start % ROW_MULTIPLE or ((start + rows) % ROW_MULTIPLE and start + rows != shape[0]):
+        raise Unsupported("row-range", f"rows {start} … {start + rows} of {shape[0]} do not fall on multiples of {ROW_MULTIPLE}")
+    verdict = can_store(storage, tensor.scheme)
+    if isinstance(verdict, No):
+        raise Unsupported("storage-form", f"cannot be written as gptq {storage.type}: {verdict.reason}")
+    scale = tensor.scales[0].values
+    groups = -(-shape[1] // (storage.group or shape[1]))
+    zeros = _zero_array(tensor, storage, groups)
+    pieces = [
+        Piece("qweight", pack_columns(tensor.codes.numpy(), bits, word_bits), 0, start),  # (n, K) -> (K*b/32, n) words
+        Piece("scales", _float_array(scale.T.contiguous()), 0, start),  # type: ignore[union-attr]
+        Piece("qzeros", encode(zeros, bits, word_bits, str(storage.options.get("zeros", "v1"))), 0, start * bits // word_bits),
+    ]
+    if start == 0:
+        pieces += _index_piece(storage, tensor, shape[1])
+    return pieces
+
+
+def _zero_array(tensor: QuantizedTensor, storage: Storage, groups: int) -> Array:
+    """True zero points (n, G), checked against what the storage's policy can hold."""
+    import numpy as np
+
+    from qformats.formats.gptq.zeros import zero_range
+
+    assert tensor.zero_point is not None
+    values: Array = tensor.zero_point.values.numpy()  # type: ignore[union-attr]
+    low, high = zero_range(str(storage.options.get("zeros", "v1")), storage.grid.bits)
+    if values.size and (int(values.min()) < low or int(values.max()) > high):
+        text = f"zero points {int(values.min())} … {int(values.max())} are outside {low} … {high}"
+        raise Unsupported("zero-point-range", text, hint="write gptq with format=v2")
+    return np.broadcast_to(values, (tensor.shape[0], groups)).astype(np.int16)
+
+
+def _index_piece(storage: Storage, tensor: QuantizedTensor, k: int) -> list[Piece]:
+    import numpy as np
+
+    kind = str(storage.options.get("g_idx", "trivial"))
+    if tensor.group_index is not None:
+        index = tensor.group_index.numpy()
+        if kind == "absent":
+            raise Unsupported("storage-form", "an act-order index cannot be written without g_idx")
+    elif kind in ("absent", "empty"):
+        return []
+    else:
+        index = np.zeros(k, np.int32) if kind == "zeros" else np.arange(k, dtype=np.int32) // (storage.group or k)
+    dtype = np.int64 if storage.options.get("g_idx_dtype") == "I64" else np.int32
+    return [Piece("g_idx", index.astype(dtype).reshape(1, k))]
+
+
+def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
+    """Whether ``write`` takes such a tensor as it stands."""
+    if len(scheme.shape) != 2:
+        return No(f"it has {len(scheme.shape)} dimensions, not 2")
+    if scheme.grid != storage.grid:
+        return No(f"its codes are {scheme.grid}, not {storage.grid}")
+    if scheme.offset is not None or scheme.signs or len(scheme.scales) != 1:
+        return No("it has an offset, signs or several scales")
+    tile = Tile((1, min(storage.group or scheme.shape[1], scheme.shape[1])))
+    scale, zero = scheme.scales[0], scheme.zero_point
+    if scale.block != tile or scale.inverse or scale.dtype not in storage.scale_dtypes:
+        return No(f"its scale is {scale.dtype} on {scale.block}, not {' or '.join(storage.scale_dtypes)} on {tile}")
+    if zero is None or zero.dtype not in ("uint8", "int8", "int16", "int32") or (zero.constant is None and zero.block != tile):
+        return No("it has no integer zero point for each group")
+    if scheme.group_index and not storage.group_index:
+        return No("it has an act-order index")
+    return Yes()
