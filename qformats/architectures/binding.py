@@ -157,7 +157,7 @@ class Binding:
 
     def metadata(
         self,
-        tokenizer_files: Mapping[str, bytes],
+        tokenizer_files: Mapping[str, bytes] | None,
         *,
         name: str | None = None,
         file_type: int | None = None,
@@ -166,7 +166,8 @@ class Binding:
     ) -> Metadata:
         """Build the GGUF metadata as llama.cpp's converter does: general, architecture, tokenizer.
 
-        ``tokenizer_files``: the checkpoint's side files by name (``metadata.SIDE_FILES``). ``pre`` names the pre-tokenizer where it
+        ``tokenizer_files``: the checkpoint's side files by name (``metadata.SIDE_FILES``), None for a model without
+        vocabulary. ``pre`` names the pre-tokenizer where it
         cannot be recognised. The file type and the quantization version are written in their places when given.
         """
         from qformats.architectures.metadata import build_metadata

@@ -42,9 +42,12 @@ HEAD_SIZES = (Field("attention.key_length", "u32", "head_dim"), Field("attention
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The language model's fields: those of ``text_config`` over those at the top."""
+    """The language model's fields: those of ``text_config`` over those at the top; ``num_local_experts`` is ``num_experts``."""
     inner = config.get("text_config")
-    return {**config, **inner} if isinstance(inner, Mapping) else dict(config)
+    fields = {**config, **inner} if isinstance(inner, Mapping) else dict(config)
+    if fields.get("num_experts") is None and "num_local_experts" in fields:  # transformers 5 saves Qwen3-MoE's under this name
+        fields["num_experts"] = fields["num_local_experts"]
+    return fields
 
 
 def positive(config: Mapping[str, Any], name: str) -> int:

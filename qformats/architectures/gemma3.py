@@ -75,5 +75,6 @@ GEMMA3 = Architecture(
         "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     },
     fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)},
+    spm_from_json=True,
     adjust=_layer_types,
 )  # fmt: skip

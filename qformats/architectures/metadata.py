@@ -51,7 +51,7 @@ def json_file(files: Mapping[str, bytes], name: str) -> dict[str, Any] | None:
 
 def build_metadata(
     binding: Binding,
-    files: Mapping[str, bytes],
+    files: Mapping[str, bytes] | None,
     *,
     name: str | None,
     file_type: int | None,
@@ -66,7 +66,7 @@ def build_metadata(
         "general.architecture": Value("str", binding.architecture.gguf),
         "general.type": Value("str", "model"),
     }
-    for key, kind, value in _sampling(json_file(files, "generation_config.json") or {}):
+    for key, kind, value in _sampling(json_file(files or {}, "generation_config.json") or {}):
         metadata[f"general.sampling.{key}"] = Value(kind, value)
     if (title := name or _title(binding.config)) is not None:
         metadata["general.name"] = Value("str", title)

@@ -1,0 +1,194 @@
+"""Hugging Face tokenizer files from a GGUF vocabulary: plain transformers then gives the ids that llama.cpp gives.
+
+``gpt2`` becomes a byte-level BPE with the named pre-tokenizer's rules, ``llama`` (SentencePiece BPE) a byte-fallback BPE whose
+merges follow from the scores. Every control and user-defined token becomes an added token under its own id; ``[PAD…]`` tokens only
+fill ids up to the model's size and are left out. What a GGUF does not say is not invented: no Unicode normalizer (llama.cpp applies none).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qformats.architectures import pretokenizers
+from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, merges_of
+from qformats.errors import BadFile, Unsupported
+
+if TYPE_CHECKING:
+    from qformats.containers.gguf import Metadata
+
+__all__ = ["hf_tokenizer_files"]
+
+_PREFIX = "tokenizer.ggml."
+_IDS = {
+    "bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "sep": "seperator_token_id",
+    "pad": "padding_token_id", "mask": "mask_token_id",
+}  # fmt: skip
+_PADDING = re.compile(r"\[PAD\d+\]")
+
+
+def _get(metadata: Metadata, key: str, default: Any = None) -> Any:
+    stored = metadata.get(_PREFIX + key)
+    return default if stored is None else stored.value
+
+
+def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Build tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
+
+    Returns (files, token ids by name for config.json). A GGUF without vocabulary gives neither. ``BadFile('tokenizer')`` if the
+    columns disagree, ``Unsupported`` for a vocabulary kind or pre-tokenizer that has no counterpart.
+    """
+    model = _get(metadata, "model", "none")
+    if model in ("none", "no_vocab"):
+        return {}, {}
+    tokens = list(_get(metadata, "tokens", ()))
+    types = list(_get(metadata, "token_type", [NORMAL] * len(tokens)))
+    if not tokens or len(types) != len(tokens):
+        raise BadFile("tokenizer", f"the vocabulary has {len(tokens)} tokens and {len(types)} types")
+    special = _special_ids(metadata, len(tokens))
+    if model == "gpt2":
+        parsed = _byte_level(metadata, tokens, types)
+    elif model == "llama":
+        parsed = _byte_fallback(metadata, tokens, types, special.get("unk"))
+    else:
+        raise Unsupported("tokenizer", f"a vocabulary of kind {model!r} cannot be written as tokenizer.json")
+    parsed["added_tokens"] = _added_tokens(tokens, types)
+    parsed["post_processor"] = _post_processor(metadata, tokens, special, model)
+    names = {f"{name}_token": tokens[number] for name, number in special.items()}
+    files = {
+        "tokenizer.json": json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n",
+        "special_tokens_map.json": _dump(names),
+        **_settings(metadata, names),
+    }
+    ids: dict[str, Any] = dict(special)
+    if (eot := _get(metadata, "eot_token_id")) is not None and "eos" in ids and eot != ids["eos"]:
+        ids["eos"] = [ids["eos"], eot]
+    return files, {name: ids[name] for name in ("bos", "eos", "pad") if name in ids}
+
+
+def _special_ids(metadata: Metadata, size: int) -> dict[str, int]:
+    ids: dict[str, int] = {}
+    for name, key in _IDS.items():
+        number = _get(metadata, key)
+        if number is None or number == 0xFFFFFFFF:  # llama.cpp's "no such token"
+            continue
+        if not isinstance(number, int) or not 0 <= number < size:
+            raise BadFile("tokenizer", f"{key} is {number!r}, the vocabulary has {size} tokens")
+        ids[name] = number
+    return ids
+
+
+def _vocab(tokens: Sequence[str], types: Sequence[int]) -> dict[str, int]:
+    """Text → id, first come first served, without the padding."""
+    vocab: dict[str, int] = {}
+    for number, (text, kind) in enumerate(zip(tokens, types)):
+        if not (kind == UNUSED and _PADDING.fullmatch(text)):
+            vocab.setdefault(text, number)
+    return vocab
+
+
+def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": number, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+            "special": kind != USER_DEFINED,
+        }
+        for number, (text, kind) in enumerate(zip(tokens, types))
+        if kind in (CONTROL, USER_DEFINED, UNKNOWN) and text
+    ]  # fmt: skip
+
+
+def _model(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], **changes: Any) -> dict[str, Any]:
+    fixed = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    return {**fixed, **flags, **changes, "vocab": dict(vocab), "merges": [list(merge) for merge in merges]}
+
+
+def _byte_level(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:
+    pre = str(_get(metadata, "pre", "default"))
+    rules = pretokenizers.rules_of(pre)
+    vocab = _vocab(tokens, types)
+    merges: list[tuple[str, str]] = []
+    for merge in _get(metadata, "merges", ()):
+        left, space, right = merge.partition(" ")
+        if not space or left not in vocab or right not in vocab or left + right not in vocab:
+            raise BadFile("tokenizer", f"the merge {merge!r} joins tokens that are not in the vocabulary")
+        merges.append((left, right))
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": rules,
+        "post_processor": None, "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        "model": _model(vocab, merges, ignore_merges=pretokenizers.ignores_merges(pre)),
+    }  # fmt: skip
+
+
+def _byte_fallback(metadata: Metadata, tokens: Sequence[str], types: Sequence[int], unknown: int | None) -> dict[str, Any]:
+    scores = list(_get(metadata, "scores", ()))
+    if len(scores) != len(tokens):
+        raise BadFile("tokenizer", f"the vocabulary has {len(tokens)} tokens and {len(scores)} scores")
+    vocab = _vocab(tokens, types)
+    plain = {text: scores[number] for text, number in vocab.items() if types[number] == NORMAL}
+    if unknown is None:
+        unknown = next((number for number, kind in enumerate(types) if kind == UNKNOWN), None)
+    prefix = bool(_get(metadata, "add_space_prefix", True))
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"}, {"type": "Fuse"},
+    ]  # fmt: skip
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    model = _model(
+        vocab, merges_of(plain, vocab), unk_token=None if unknown is None else tokens[unknown], fuse_unk=True,
+        byte_fallback=any(kind == BYTE for kind in types),
+    )  # fmt: skip
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]} if prefix else replace,
+        "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders}, "model": model,
+    }  # fmt: skip
+
+
+def _adds(metadata: Metadata, model: str) -> tuple[bool, bool]:
+    """Whether llama.cpp puts the begin and the end token around a text."""
+    default = model == "llama" or pretokenizers.adds_bos(str(_get(metadata, "pre", "default")))
+    return bool(_get(metadata, "add_bos_token", default)), bool(_get(metadata, "add_eos_token", False))
+
+
+def _post_processor(metadata: Metadata, tokens: Sequence[str], special: Mapping[str, int], model: str) -> dict[str, Any] | None:
+    bos, eos = _adds(metadata, model)
+    first = [special["bos"]] if bos and "bos" in special else []
+    last = [special["eos"]] if eos and "eos" in special else []
+    if not first and not last:
+        return None if model == "llama" else {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+
+    def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
+        around = [[{"SpecialToken": {"id": tokens[n], "type_id": type_id}} for n in side] for side in (first, last)]
+        return [*around[0], {"Sequence": {"id": name, "type_id": type_id}}, *around[1]]
+
+    return {
+        "type": "TemplateProcessing", "single": sequence("A", 0), "pair": [*sequence("A", 0), *sequence("B", 1)],
+        "special_tokens": {tokens[n]: {"id": tokens[n], "ids": [n], "tokens": [tokens[n]]} for n in (*first, *last)},
+    }  # fmt: skip
+
+
+def _settings(metadata: Metadata, names: Mapping[str, str]) -> dict[str, bytes]:
+    """tokenizer_config.json, and chat_template.jinja where there is just one template."""
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    for name in ("bos", "eos"):
+        if (flag := _get(metadata, f"add_{name}_token")) is not None:
+            settings[f"add_{name}_token"] = bool(flag)
+    template = metadata.get("tokenizer.chat_template")
+    stem = "tokenizer.chat_template."
+    named = [(key[len(stem) :], stored.value) for key, stored in metadata.items() if key.startswith(stem)]
+    if named:
+        first = [] if template is None else [("default", template.value)]
+        settings["chat_template"] = [{"name": name, "template": text} for name, text in (*first, *named)]
+    made = {"tokenizer_config.json": _dump(settings)}
+    if template is not None and not named:
+        made["chat_template.jinja"] = str(template.value).encode()
+    return made
+
+
+def _dump(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True) + "\n").encode()

@@ -1,0 +1,133 @@
+"""SentencePiece vocabularies: a small reader of ``tokenizer.model``, and scores ↔ merges for byte-fallback ``tokenizer.json`` files.
+
+``tokenizer.model`` is a protobuf (sentencepiece, ``src/sentencepiece_model.proto``): field 1 repeated pieces {1 text, 2 float score,
+3 type}, field 2 trainer {3 model type: 1 unigram, 2 BPE}. llama.cpp merges the neighbours whose union has the highest score;
+Hugging Face applies merges in their order. The two agree when a piece's score falls with the rank of its merges.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qformats.errors import BadFile, Unsupported
+
+__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Piece", "merges_of", "read_model", "scores_of"]
+
+# llama.cpp's token types (``include/llama.h``), which are SentencePiece's
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+_BPE = 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token: text, score, type."""
+
+    text: str
+    score: float
+    type: int
+
+
+def _broken() -> BadFile:
+    return BadFile("tokenizer-model", "is no SentencePiece model", path="tokenizer.model", hint="fetch it again")
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        byte = data[at]
+        at, value, shift = at + 1, value | (byte & 0x7F) << shift, shift + 7
+        if byte < 0x80:
+            return value, at
+    raise _broken()
+
+
+def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """Yield (field number, value) of one protobuf message; fixed-size and nested values as bytes."""
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        wire = key & 7
+        if wire == _VARINT:
+            value, at = _varint(data, at)
+            yield key >> 3, value
+            continue
+        if wire == _BYTES:
+            size, at = _varint(data, at)
+        elif wire in (_FIXED32, _FIXED64):
+            size = 4 if wire == _FIXED32 else 8
+        else:
+            raise _broken()
+        if size > len(data) - at:
+            raise _broken()
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def read_model(data: bytes) -> list[Piece]:
+    """Parse ``tokenizer.model``; ``BadFile('tokenizer-model')`` if broken, ``Unsupported('tokenizer')`` if not of BPE type."""
+    pieces: list[Piece] = []
+    kind = 1
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            pieces.append(_piece(value))
+        elif number == 2 and isinstance(value, bytes):
+            kind = next((v for n, v in _fields(value) if n == 3 and isinstance(v, int)), 1)
+    if not pieces:
+        raise _broken()
+    if kind != _BPE:
+        raise Unsupported("tokenizer", "tokenizer.model is not of BPE type; llama.cpp's 'llama' vocabulary would split text differently")
+    return pieces
+
+
+def _piece(data: bytes) -> Piece:
+    text, score, kind = "", 0.0, NORMAL
+    for number, value in _fields(data):
+        if number == 1 and isinstance(value, bytes):
+            try:
+                text = value.decode()
+            except UnicodeDecodeError:
+                raise _broken() from None
+        elif number == 2 and isinstance(value, bytes) and len(value) == 4:
+            score = float(struct.unpack("<f", value)[0])
+        elif number == 3 and isinstance(value, int):
+            kind = value
+    return Piece(text, score, kind if kind != USER_DEFINED else NORMAL)  # llama.cpp's converter has no case for user-defined pieces
+
+
+def scores_of(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Derive SentencePiece scores from ordered merges: −0, −1, −2 … in the order in which pieces are first made.
+
+    Pieces that no merge makes (single characters) follow in the order of their ids, as in SentencePiece's own BPE models.
+    """
+    order: dict[str, float] = {}
+    for left, right in merges:
+        if (piece := left + right) in vocab and piece not in order:
+            order[piece] = -float(len(order))
+    for piece in sorted(vocab, key=vocab.__getitem__):
+        if piece not in order:
+            order[piece] = -float(len(order))
+    return order
+
+
+def merges_of(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple[str, str]]:
+    """List every merge of two pieces into a piece, best score first; among equal scores by the ids of the two parts.
+
+    ``scores``: the pieces that text may be split into. Each piece is cut at every place where both halves are pieces.
+    """
+    found: list[tuple[float, int, int, int, str, str]] = []
+    for piece, score in scores.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                found.append((-score, ids[piece], ids[left], ids[right], left, right))
+    found.sort(key=_merge_order)
+    return [(item[4], item[5]) for item in found]
+
+
+def _merge_order(item: tuple[float, int, int, int, str, str]) -> tuple[Any, ...]:
+    return item[:4]
