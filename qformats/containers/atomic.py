@@ -368,9 +368,14 @@ def _check_replaceable(final: Path) -> None:
         return
     if final.is_symlink() or not final.is_dir():
         raise OutputError("exists", "is not a directory", path=final, hint="choose another name")
-    names = os.listdir(final)
+    try:
+        names = os.listdir(final)
+        real = os.path.realpath(final)
+        places = [os.path.realpath(place) for place in (os.curdir, os.path.expanduser("~"))]
+    except OSError as error:
+        _fail(error, final)
     known = not names or any(name in CHECKPOINT_MARKS or name.endswith(CHECKPOINT_SUFFIXES) for name in names)
-    inside = any(place == final.resolve() or final.resolve() in place.parents for place in (Path.cwd(), Path.home()))
+    inside = any(place == real or place.startswith(real.rstrip(os.sep) + os.sep) for place in places)
     if not known or inside:
         message = "holds the current or the home directory" if inside else "holds files, but no checkpoint"
         raise OutputError("not-a-checkpoint", f"{message}, so it is not replaced", path=final, hint="choose another name")

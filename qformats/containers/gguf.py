@@ -65,7 +65,8 @@ class GGUFFile:
     """An open GGUF. ``metadata`` and ``tensors`` keep file order; a set of shards looks like one file.
 
     ``tensors[...].dtype`` is a ggml type name, ``shape`` in torch order (ggml's ``ne`` reversed, ones as stored).
-    ``data_offset`` is that of the first shard, ``size`` the sum over all.
+    ``data_offset`` is that of the first shard, ``size`` the sum over all. The metadata is the first shard's, its
+    ``split.*`` keys included: they say how the source was cut, so a writer of one file leaves them out.
     """
 
     name: str

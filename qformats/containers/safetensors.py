@@ -202,8 +202,8 @@ def layout_safetensors(tensors: Sequence[tuple[str, str, tuple[int, ...]]], meta
     Payload and header are sorted as the reference sorts them (wide types first, then name), ``__metadata__`` by key.
     Raises ``BadFile`` for unknown types and sizes, ``Unsupported`` for names the header cannot hold.
 
-    >>> layout_safetensors([("b", "F32", (2,)), ("a", "U8", (3,))], None).header[8:]
-    b'{"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}}   '
+    >>> layout_safetensors([("b", "F32", (2,)), ("a", "U8", (3,))], None).header[8:].rstrip()
+    b'{"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"U8","shape":[3],"data_offsets":[8,11]}}'
     """
     for name, dtype, shape in tensors:
         tensor_nbytes(dtype, shape, tensor=name)

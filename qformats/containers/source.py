@@ -94,6 +94,9 @@ class FileSource:
             os.close(self._fd)
             self._fd = -1
 
+    def __reduce__(self) -> tuple[type[FileSource], tuple[str]]:
+        return FileSource, (self.name,)  # a worker process opens the file again
+
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             self.close()

@@ -119,3 +119,11 @@ def test_damaged_files_allocate_little() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2 << 20
+
+
+@pytest.mark.parametrize("data", GGUF_FILES)
+def test_every_version_and_byte_order_says_the_same(data: bytes) -> None:
+    opened = open_gguf(MemorySource(data))
+    assert [value.value for value in opened.metadata.values()] == ["llama", ["a", "", "é"], (7, 9)]
+    assert [(t.dtype, t.shape, t.nbytes) for t in opened.tensors.values()] == [("F32", (2, 3), 24), ("Q4_0", (1, 32), 18)]
+    assert opened.tensors["b.weight"].read() == bytes(range(32, 50))
