@@ -96,10 +96,10 @@ def scheme(module: Module) -> Scheme:
 
 
 def read(module: Module, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-    """Rows ``start:stop`` of the weight, counted over all but the last dimension, as a tensor (stop - start, K)."""
+    """Rows ``start:stop`` (at least one) of the weight, counted over all but the last dimension, as a tensor (stop - start, K)."""
     raw, kind = _weight(module)
     stop = raw.rows if stop is None else stop
-    if not 0 <= start <= stop <= raw.rows:
+    if not 0 <= start < stop <= raw.rows:
         raise UsageError("row-range", f"rows {start}:{stop} of a weight of {raw.rows} rows", tensor=raw.name)
     blocks = raw.row_range(start, stop)  # (n, row bytes)
     if raw.big_endian:
@@ -208,6 +208,9 @@ def write(storage: Storage, tensor: QuantizedTensor | Tensor, start: int, shape:
     answer = can_store(storage, tensor.scheme)
     if isinstance(answer, No):
         raise Unsupported("form", f"cannot be stored as {storage.type}: {answer.reason}")
+    wanted = "torch.int8" if kind.grid.signed else "torch.uint8"
+    if str(tensor.codes.dtype) != wanted:
+        raise Unsupported("form", f"cannot be stored as {storage.type}: its codes are {tensor.codes.dtype}, not {wanted}")
     if len(tensor.shape) != 2 or tensor.shape[-1] != shape[-1] or start + tensor.shape[0] > prod(shape[:-1]):
         raise Unsupported("form", f"rows {start}+{tensor.shape} do not fit a weight of shape {shape}")
     return [Piece("weight", _to_blocks(kind, tensor), start)]
@@ -229,32 +232,98 @@ def _loops() -> Any:
         return None
 
 
+def _loop(table: str, kind: Kind) -> Any:
+    """The compiled loop of ``kind`` in ``UNPACK``, ``PACK`` or ``DEQUANTIZE``, or None."""
+    loops = _loops()
+    return None if loops is None else getattr(loops, table).get(kind.name)
+
+
 def _from_blocks(kind: Kind, blocks: np.ndarray[Any, Any]) -> QuantizedTensor:
     import torch
 
+    loop, rows = _loop("UNPACK", kind), blocks.shape[0]
+    if loop is None:
+        source = torch.from_numpy(blocks)
+        if isinstance(kind, Legacy):
+            return legacy.to_tensor(kind, *legacy.unpack_blocks(kind, source))
+        return kquants.to_tensor(kind, *kquants.unpack_blocks(kind, source))
+    across = blocks.shape[1] // kind.nbytes  # blocks a row
+    planes = _empty_planes(kind, rows * across)
+    loop(blocks.reshape(rows * across, kind.nbytes), *planes)
+    codes, *rest = (torch.from_numpy(plane).reshape(rows, across * (plane.size // max(len(plane), 1))) for plane in planes)
     if isinstance(kind, Legacy):
-        return legacy.to_tensor(kind, *legacy.unpack_blocks(kind, torch.from_numpy(blocks)))
-    return kquants.to_tensor(kind, *kquants.unpack_blocks(kind, torch.from_numpy(blocks)))
+        d, m = (plane.view(torch.float16) for plane in rest)
+        return legacy.to_tensor(kind, codes.view(torch.int8) if kind.bits == 8 else codes, d, m if kind.has_offset else None)
+    sc, m, d, dmin = rest
+    return kquants.to_tensor(kind, codes, sc, m, d.view(torch.float16), dmin.view(torch.float16))
+
+
+def _empty_planes(kind: Kind, count: int) -> list[np.ndarray[Any, Any]]:
+    """codes, d, m of ``count`` legacy blocks, or codes, sc, m, d, dmin of super-blocks; fp16 as uint16."""
+    import numpy as np
+
+    codes, half = np.empty((count, _block(kind)), np.uint8), np.empty(count, np.uint16)
+    if isinstance(kind, Legacy):
+        return [codes, half, np.empty(count if kind.has_offset else 0, np.uint16)]
+    return [codes, np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8), half, np.empty(count, np.uint16)]
 
 
 def _to_blocks(kind: Kind, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
-    if isinstance(kind, Legacy):
-        return legacy.pack_blocks(kind, *legacy.planes(kind, tensor)).numpy()
-    return kquants.pack_blocks(kind, *kquants.planes(kind, tensor)).numpy()
+    import numpy as np
+    import torch
+
+    loop = _loop("PACK", kind)
+    planes: list[Any] = list(legacy.planes(kind, tensor) if isinstance(kind, Legacy) else kquants.planes(kind, tensor))
+    if loop is None:
+        packed = legacy.pack_blocks(kind, *planes) if isinstance(kind, Legacy) else kquants.pack_blocks(kind, *planes)
+        array: np.ndarray[Any, Any] = packed.numpy()
+        return array
+    rows, k = tensor.codes.shape
+    count = rows * k // _block(kind)
+    blocks = np.empty((count, kind.nbytes), np.uint8)
+    loop(blocks, *(_flat(plane, count, torch) for plane in planes))
+    return blocks.reshape(rows, row_nbytes(kind, k))
+
+
+def _flat(plane: Tensor | None, count: int, torch: Any) -> np.ndarray[Any, Any]:
+    """A plane as the loops take it: uint8 (count, width), fp16 as uint16 (count,), a missing one as an empty array."""
+    if plane is None:
+        return torch.empty(0, dtype=torch.uint16).numpy()  # type: ignore[no-any-return]
+    plane = plane.contiguous()
+    if plane.dtype == torch.float16:
+        return plane.view(torch.uint16).reshape(count).numpy()
+    return plane.view(torch.uint8).reshape(count, plane.numel() // max(count, 1)).numpy()
 
 
 def dequantize(type_name: str, blocks: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
-    """Write the float32 values of ``blocks`` (uint8, (rows, row bytes)) into ``out`` (float32, (rows, K)), bit for bit as llama.cpp does.
+    """Write the float32 values of ``blocks`` (uint8, (rows, row bytes)) into ``out`` (float32, (rows, K), C order).
 
-    One float32 product, then one float32 sum where the type has a minimum. ``UsageError('shape')`` if the sizes do not belong together.
+    Bit for bit llama.cpp's: one float32 product, then one float32 sum where the type has a minimum. ``UsageError('shape')`` if the
+    arrays do not belong together, ``Unsupported('ggml-type')`` for a type not read here.
+
+    >>> import numpy as np
+    >>> out = np.empty((1, 32), np.float32)
+    >>> dequantize("Q4_0", np.frombuffer(bytes.fromhex("003c" + "09" * 16), np.uint8).reshape(1, 18), out)
+    >>> out[0, 0], out[0, 16]
+    (np.float32(1.0), np.float32(-8.0))
     """
+    import numpy as np
+
     kind = BLOCK_TYPES.get(type_name)
     if kind is None:
         raise Unsupported("ggml-type", f"{type_name} cannot be dequantized", hint=f"types: {', '.join(BLOCK_TYPES)}")
-    if blocks.ndim != 2 or out.shape != (blocks.shape[0], blocks.shape[1] // kind.nbytes * _block(kind)) or blocks.shape[1] % kind.nbytes:
-        raise UsageError("shape", f"{type_name} blocks {blocks.shape} do not fill a float32 array {out.shape}")
+    fits = blocks.ndim == 2 and not blocks.shape[1] % kind.nbytes and blocks.dtype == np.uint8
+    if not fits or out.shape != (blocks.shape[0], blocks.shape[1] // kind.nbytes * _block(kind)):
+        raise UsageError("shape", f"{type_name} blocks {blocks.dtype} {blocks.shape} do not fill an array {out.shape}")
+    if out.dtype != np.float32 or not out.flags.c_contiguous:
+        raise UsageError("shape", f"the output is {out.dtype}, expected contiguous float32")
+    blocks, count = np.ascontiguousarray(blocks), blocks.size // kind.nbytes
+    loop = _loop("DEQUANTIZE", kind)
+    if loop is not None:
+        loop(blocks.reshape(count, kind.nbytes), out.reshape(count, _block(kind)))
+        return
     import torch
 
-    source = torch.from_numpy(blocks)
+    source = torch.from_numpy(blocks if blocks.flags.writeable else blocks.copy())
     values = legacy.dequantize_blocks(kind, source) if isinstance(kind, Legacy) else kquants.dequantize_blocks(kind, source)
     out[...] = values.numpy()

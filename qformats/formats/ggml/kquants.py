@@ -96,7 +96,7 @@ def unpack_blocks(kind: KQuant, blocks: Tensor) -> Planes:
     """uint8 (N, K/256 * nbytes) -> codes uint8 (N, K), sc and m uint8 (N, K/32), d and dmin float16 (N, K/256)."""
     import torch
 
-    b = blocks.reshape(blocks.shape[0], -1, kind.nbytes)  # (N, S, nbytes)
+    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, S, nbytes)
     d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
     dmin = b[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
     sc, m = _unpack_scales(b[..., 4:16])
@@ -130,7 +130,7 @@ def dequantize_blocks(kind: KQuant, blocks: Tensor) -> Tensor:
     single = torch.float32
     scale = d.to(single).repeat_interleave(8, -1) * sc.to(single)
     minimum = dmin.to(single).repeat_interleave(8, -1) * m.to(single)
-    w = codes.to(single).unflatten(-1, (-1, SUB)) * scale.unsqueeze(-1) - minimum.unsqueeze(-1)
+    w = codes.to(single).reshape(*scale.shape, SUB) * scale.unsqueeze(-1) - minimum.unsqueeze(-1)
     values: Tensor = w.flatten(-2)
     return values
 

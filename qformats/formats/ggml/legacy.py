@@ -84,7 +84,7 @@ def unpack_blocks(kind: Legacy, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor 
     """uint8 (N, K/32 * nbytes) -> codes uint8 or int8 (N, K), d float16 (N, K/32), m float16 (N, K/32) or None."""
     import torch
 
-    b = blocks.reshape(blocks.shape[0], -1, kind.nbytes)  # (N, B, nbytes)
+    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, B, nbytes)
     d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
     m = b[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if kind.has_offset else None
     if kind.bits == 8:
@@ -120,7 +120,7 @@ def dequantize_blocks(kind: Legacy, blocks: Tensor) -> Tensor:
 
     codes, d, m = unpack_blocks(kind, blocks)
     centred = codes.to(torch.float32) - float(kind.zero_point or 0)
-    w = centred.unflatten(-1, (-1, BLOCK)) * d.to(torch.float32).unsqueeze(-1)
+    w = centred.reshape(*d.shape, BLOCK) * d.to(torch.float32).unsqueeze(-1)
     w = w if m is None else w + m.to(torch.float32).unsqueeze(-1)
     values: Tensor = w.flatten(-2)
     return values

@@ -192,6 +192,8 @@ def test_missing_weight_and_row_range() -> None:
     with pytest.raises(UsageError) as usage:
         ggml.read(source, 5, 99)
     assert usage.value.code == "row-range"
+    with pytest.raises(UsageError):
+        ggml.read(source, 3, 3)
 
 
 def affine(shape: tuple[int, int], group: int, *, bits: int = 4, zero: float | None = 8.0) -> Scheme:

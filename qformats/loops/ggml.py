@@ -1,0 +1,296 @@
+"""Compiled loops over ggml blocks: unpack, pack and dequantize Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K, one pass over the bytes each.
+
+The definition each loop must equal bit for bit is the torch function of the same purpose in ``qformats.formats.ggml.legacy`` and
+``kquants`` (``unpack_blocks``, ``pack_blocks``, ``dequantize_blocks``), where the byte layouts stand. Everything is serial, releases the
+GIL and takes contiguous numpy arrays: blocks uint8 (B, block bytes), codes uint8 (B, 32) or (B, 256), fp16 fields as uint16 (B,).
+
+Two habits of LLVM shape the code. A loop over a constant 16 or 32 is unrolled before the vectorizer sees it and runs at half speed or
+less, so trip counts are arguments (``half``, ``width``); offsets within a block must be constants, so they are closed over.
+Mixed integer types widen to 64 bits, so every step is cast back.
+No fastmath: bit equality needs each product and sum rounded where ggml rounds it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+
+__all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
+
+Array = np.ndarray[Any, Any]
+F = TypeVar("F", bound=Callable[..., Any])
+u8, u16, u32, u64, i8, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.float32
+
+_ONES = u64(0x0101010101010101)
+_PICK = u64(0x8040201008040201)  # byte i keeps bit i
+_FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
+_GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
+_FIFTH = u64(0x1010101010101010)
+_SUBNORMAL = f32(2.0**-24)
+
+
+def _compiled(function: F) -> F:
+    """``njit``, cached on disk where a directory can be written and quietly uncached where not."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: F = njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no directory for its cache
+        compiled = njit(**options)(function)
+    return compiled
+
+
+@_compiled
+def _word(low: int, high: int) -> Any:
+    return u16(u16(low) | u16(u16(high) << u16(8)))
+
+
+@_compiled
+def _half(low: int, high: int) -> Any:
+    """The fp16 of two bytes as float32, exact; needs no subnormal float32 and no hardware conversion."""
+    h = u32(_word(low, high))
+    sign, exponent, fraction = u32(u32(h & u32(0x8000)) << u32(16)), u32(u32(h >> u32(10)) & u32(31)), u32(h & u32(0x3FF))
+    if exponent == u32(0):
+        value = f32(fraction) * _SUBNORMAL
+        return -value if sign else value
+    exponent = u32(exponent + u32(112)) if exponent != u32(31) else u32(255)
+    return u32(sign | u32(exponent << u32(23)) | u32(fraction << u32(13))).view(f32)
+
+
+def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """unpack and pack for Q4_0 (``head`` = 2 bytes before ``qs``) and Q4_1 (4), called with ``half`` = 16."""
+
+    @_compiled
+    def unpack(blocks: Array, codes: Array, d: Array, m: Array, half: int) -> None:
+        for b in range(blocks.shape[0]):
+            d[b] = _word(blocks[b, 0], blocks[b, 1])
+            if head == 4:
+                m[b] = _word(blocks[b, 2], blocks[b, 3])
+            for j in range(half):
+                c = blocks[b, head + j]
+                codes[b, j] = u8(c & u8(15))
+                codes[b, half + j] = u8(c >> u8(4))
+
+    @_compiled
+    def pack(blocks: Array, codes: Array, d: Array, m: Array, half: int) -> None:
+        for b in range(blocks.shape[0]):
+            blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+            if head == 4:
+                blocks[b, 2], blocks[b, 3] = u8(m[b]), u8(m[b] >> u16(8))
+            for j in range(half):
+                blocks[b, head + j] = u8(u8(codes[b, j] & u8(15)) | u8(codes[b, half + j] << u8(4)))
+
+    return unpack, pack
+
+
+def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    """unpack and pack for Q5_0 (``head`` = 2 bytes before ``qh``) and Q5_1 (4); ``words`` is ``codes`` seen as uint64 (B, 4)."""
+
+    @_compiled
+    def unpack(blocks: Array, codes: Array, words: Array, d: Array, m: Array, half: int) -> None:
+        for b in range(blocks.shape[0]):
+            d[b] = _word(blocks[b, 0], blocks[b, 1])
+            if head == 4:
+                m[b] = _word(blocks[b, 2], blocks[b, 3])
+            for i in range(4):
+                words[b, i] = ((((u64(blocks[b, head + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+            for j in range(half):
+                c = blocks[b, head + 4 + j]
+                codes[b, j] |= u8(c & u8(15))
+                codes[b, half + j] |= u8(c >> u8(4))
+
+    @_compiled
+    def pack(blocks: Array, codes: Array, words: Array, d: Array, m: Array, half: int) -> None:
+        for b in range(blocks.shape[0]):
+            blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+            if head == 4:
+                blocks[b, 2], blocks[b, 3] = u8(m[b]), u8(m[b] >> u16(8))
+            for i in range(4):
+                blocks[b, head + i] = u8((((words[b, i] >> u64(4)) & _ONES) * _GATHER) >> u64(56))
+            for j in range(half):
+                blocks[b, head + 4 + j] = u8(u8(codes[b, j] & u8(15)) | u8(codes[b, half + j] << u8(4)))
+
+    return unpack, pack
+
+
+@_compiled
+def unpack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
+    """Q8_0; ``codes`` are the int8 bytes seen as uint8, ``width`` = 32."""
+    for b in range(blocks.shape[0]):
+        d[b] = _word(blocks[b, 0], blocks[b, 1])
+        for j in range(width):
+            codes[b, j] = blocks[b, 2 + j]
+
+
+@_compiled
+def pack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
+    """The inverse of ``unpack8``."""
+    for b in range(blocks.shape[0]):
+        blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+        for j in range(width):
+            blocks[b, 2 + j] = codes[b, j]
+
+
+@_compiled
+def unpack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
+    """Q4_K: codes (S, 256), ``sc`` and ``m`` (S, 8), ``d`` and ``dmin`` (S,); ``width`` = 32."""
+    for b in range(blocks.shape[0]):
+        d[b], dmin[b] = _word(blocks[b, 0], blocks[b, 1]), _word(blocks[b, 2], blocks[b, 3])
+        for j in range(4):
+            low, mid, high = blocks[b, 4 + j], blocks[b, 8 + j], blocks[b, 12 + j]
+            sc[b, j], m[b, j] = u8(low & u8(63)), u8(mid & u8(63))
+            sc[b, j + 4] = u8(u8(high & u8(15)) | u8(u8(low >> u8(6)) << u8(4)))
+            m[b, j + 4] = u8(u8(high >> u8(4)) | u8(u8(mid >> u8(6)) << u8(4)))
+        for i in range(4):
+            at, to = 16 + width * i, 2 * width * i
+            for j in range(width):
+                c = blocks[b, at + j]
+                codes[b, to + j] = u8(c & u8(15))
+                codes[b, to + width + j] = u8(c >> u8(4))
+
+
+@_compiled
+def pack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
+    """The inverse of ``unpack4k``."""
+    for b in range(blocks.shape[0]):
+        blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+        blocks[b, 2], blocks[b, 3] = u8(dmin[b]), u8(dmin[b] >> u16(8))
+        for j in range(4):
+            s, o = sc[b, j + 4], m[b, j + 4]
+            blocks[b, 4 + j] = u8(sc[b, j] | u8(u8(s >> u8(4)) << u8(6)))
+            blocks[b, 8 + j] = u8(m[b, j] | u8(u8(o >> u8(4)) << u8(6)))
+            blocks[b, 12 + j] = u8(u8(s & u8(15)) | u8(u8(o & u8(15)) << u8(4)))
+        for i in range(4):
+            at, to = 16 + width * i, 2 * width * i
+            for j in range(width):
+                blocks[b, at + j] = u8(u8(codes[b, to + j] & u8(15)) | u8(codes[b, to + width + j] << u8(4)))
+
+
+@_compiled
+def dequantize4(blocks: Array, out: Array, half: int) -> None:
+    """Q4_0 -> float32 (B, 32)."""
+    for b in range(blocks.shape[0]):
+        d = _half(blocks[b, 0], blocks[b, 1])
+        for j in range(half):
+            c = blocks[b, 2 + j]
+            out[b, j] = (f32(u8(c & u8(15))) - f32(8)) * d
+            out[b, half + j] = (f32(u8(c >> u8(4))) - f32(8)) * d
+
+
+@_compiled
+def dequantize4m(blocks: Array, out: Array, half: int) -> None:
+    """Q4_1 -> float32 (B, 32)."""
+    for b in range(blocks.shape[0]):
+        d, m = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        for j in range(half):
+            c = blocks[b, 4 + j]
+            out[b, j] = f32(u8(c & u8(15))) * d + m
+            out[b, half + j] = f32(u8(c >> u8(4))) * d + m
+
+
+@_compiled
+def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
+    """Q5_0 -> float32 (B, 32); ``fifth`` is 32 bytes of workspace and ``words`` the same bytes as uint64 (4,)."""
+    for b in range(blocks.shape[0]):
+        d = _half(blocks[b, 0], blocks[b, 1])
+        for i in range(4):
+            words[i] = ((((u64(blocks[b, 2 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+        for j in range(half):
+            c = blocks[b, 6 + j]
+            out[b, j] = (f32(u8(u8(c & u8(15)) | fifth[j])) - f32(16)) * d
+            out[b, half + j] = (f32(u8(u8(c >> u8(4)) | fifth[half + j])) - f32(16)) * d
+
+
+@_compiled
+def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
+    """Q5_1 -> float32 (B, 32); workspace as in ``dequantize5``."""
+    for b in range(blocks.shape[0]):
+        d, m = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        for i in range(4):
+            words[i] = ((((u64(blocks[b, 4 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+        for j in range(half):
+            c = blocks[b, 8 + j]
+            out[b, j] = f32(u8(u8(c & u8(15)) | fifth[j])) * d + m
+            out[b, half + j] = f32(u8(u8(c >> u8(4)) | fifth[half + j])) * d + m
+
+
+@_compiled
+def dequantize8(blocks: Array, out: Array, width: int) -> None:
+    """Q8_0 -> float32 (B, 32)."""
+    for b in range(blocks.shape[0]):
+        d = _half(blocks[b, 0], blocks[b, 1])
+        for j in range(width):
+            out[b, j] = f32(i8(blocks[b, 2 + j])) * d
+
+
+@_compiled
+def dequantize4k(blocks: Array, out: Array, width: int) -> None:
+    """Q4_K -> float32 (S, 256): ``(d * sc) * q - (dmin * m)``."""
+    for b in range(blocks.shape[0]):
+        d, dmin = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        for i in range(4):
+            j = 2 * i
+            if i < 2:
+                s0, s1 = u8(blocks[b, 4 + j] & u8(63)), u8(blocks[b, 5 + j] & u8(63))
+                m0, m1 = u8(blocks[b, 8 + j] & u8(63)), u8(blocks[b, 9 + j] & u8(63))
+            else:
+                h0, h1 = blocks[b, 8 + j], blocks[b, 9 + j]
+                s0 = u8(u8(h0 & u8(15)) | u8(u8(blocks[b, j] >> u8(6)) << u8(4)))
+                s1 = u8(u8(h1 & u8(15)) | u8(u8(blocks[b, j + 1] >> u8(6)) << u8(4)))
+                m0 = u8(u8(h0 >> u8(4)) | u8(u8(blocks[b, j + 4] >> u8(6)) << u8(4)))
+                m1 = u8(u8(h1 >> u8(4)) | u8(u8(blocks[b, j + 5] >> u8(6)) << u8(4)))
+            d0, d1, o0, o1 = d * f32(s0), d * f32(s1), dmin * f32(m0), dmin * f32(m1)
+            at, to = 16 + width * i, 2 * width * i
+            for j in range(width):
+                c = blocks[b, at + j]
+                out[b, to + j] = d0 * f32(u8(c & u8(15))) - o0
+                out[b, to + width + j] = d1 * f32(u8(c >> u8(4))) - o1
+
+
+def _with_half(loop: Callable[..., None]) -> Callable[..., None]:
+    return lambda blocks, codes, d, m: loop(blocks, codes, d, m, 16)
+
+
+def _with_words(loop: Callable[..., None]) -> Callable[..., None]:
+    return lambda blocks, codes, d, m: loop(blocks, codes, codes.view(u64), d, m, 16)
+
+
+def _dequantize5(loop: Callable[..., None]) -> Callable[[Array, Array], None]:
+    def run(blocks: Array, out: Array) -> None:
+        fifth = np.empty(32, u8)
+        loop(blocks, out, fifth, fifth.view(u64), 16)
+
+    return run
+
+
+(_unpack40, _pack40), (_unpack41, _pack41) = _nibbles(2), _nibbles(4)
+(_unpack50, _pack50), (_unpack51, _pack51) = _fives(2), _fives(4)
+
+# type name -> loop over (blocks, codes, d, m) or, for Q4_K, (blocks, codes, sc, m, d, dmin); unused planes are ignored
+UNPACK: dict[str, Callable[..., None]] = {
+    "Q4_0": _with_half(_unpack40),
+    "Q4_1": _with_half(_unpack41),
+    "Q5_0": _with_words(_unpack50),
+    "Q5_1": _with_words(_unpack51),
+    "Q8_0": lambda blocks, codes, d, m: unpack8(blocks, codes, d, 32),
+    "Q4_K": lambda blocks, codes, sc, m, d, dmin: unpack4k(blocks, codes, sc, m, d, dmin, 32),
+}
+PACK: dict[str, Callable[..., None]] = {
+    "Q4_0": _with_half(_pack40),
+    "Q4_1": _with_half(_pack41),
+    "Q5_0": _with_words(_pack50),
+    "Q5_1": _with_words(_pack51),
+    "Q8_0": lambda blocks, codes, d, m: pack8(blocks, codes, d, 32),
+    "Q4_K": lambda blocks, codes, sc, m, d, dmin: pack4k(blocks, codes, sc, m, d, dmin, 32),
+}
+# type name -> loop over (blocks, out)
+DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
+    "Q4_0": lambda blocks, out: dequantize4(blocks, out, 16),
+    "Q4_1": lambda blocks, out: dequantize4m(blocks, out, 16),
+    "Q5_0": _dequantize5(dequantize5),
+    "Q5_1": _dequantize5(dequantize5m),
+    "Q8_0": lambda blocks, out: dequantize8(blocks, out, 32),
+    "Q4_K": lambda blocks, out: dequantize4k(blocks, out, 32),
+}

@@ -1,0 +1,81 @@
+"""Each compiled ggml loop equals its torch definition, bit for bit, on random and on extreme blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qformats.formats import ggml
+from qformats.formats.ggml import kquants, legacy
+from qformats.formats.ggml.legacy import Legacy
+
+loops = pytest.importorskip("qformats.loops.ggml")
+TYPES = list(loops.UNPACK)
+
+
+def blocks_of(name: str, count: int, seed: int) -> np.ndarray[Any, Any]:
+    kind = ggml.BLOCK_TYPES[name]
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (count, kind.nbytes), dtype=np.uint8)
+    for high in (1, 3) if not isinstance(kind, Legacy) or kind.has_offset else (1,):
+        infinite = (blocks[:, high] & 0x7C) == 0x7C
+        blocks[infinite, high] &= 0xBF
+    return blocks
+
+
+def definition(name: str) -> Any:
+    return legacy if isinstance(ggml.BLOCK_TYPES[name], Legacy) else kquants
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("count", [0, 1, 7, 256])
+def test_unpack_and_pack(name: str, count: int) -> None:
+    kind, module = ggml.BLOCK_TYPES[name], definition(name)
+    blocks = blocks_of(name, count, 3)
+    expected = [plane for plane in module.unpack_blocks(kind, torch.from_numpy(blocks)) if plane is not None]
+    planes = ggml._empty_planes(kind, count)
+    loops.UNPACK[name](blocks, *planes)
+    for ours, theirs in zip(planes, expected, strict=False):
+        assert ours.reshape(-1).view(np.uint8).tobytes() == theirs.contiguous().numpy().tobytes()
+    packed = np.zeros_like(blocks)
+    loops.PACK[name](packed, *planes)
+    assert np.array_equal(packed, blocks)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("count", [0, 1, 7, 1024])
+def test_dequantize(name: str, count: int) -> None:
+    kind, module = ggml.BLOCK_TYPES[name], definition(name)
+    blocks = blocks_of(name, count, 4)
+    out = np.full((count, blocks.shape[1] // kind.nbytes * ggml._block(kind)), np.nan, np.float32)
+    loops.DEQUANTIZE[name](blocks, out)
+    expected = module.dequantize_blocks(kind, torch.from_numpy(blocks)).numpy()
+    assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
+
+
+def test_every_half_converts_exactly() -> None:
+    bits = np.arange(65536, dtype=np.uint16)
+    finite = np.isfinite(bits.view(np.float16))
+    blocks = np.zeros((65536, 34), np.uint8)
+    blocks[:, :2], blocks[:, 2:] = bits[:, None].view(np.uint8), 1
+    out = np.empty((65536, 32), np.float32)
+    loops.DEQUANTIZE["Q8_0"](blocks, out)
+    expected = bits.view(np.float16).astype(np.float32)
+    assert np.array_equal(out[finite, 0].view(np.uint32), expected[finite].view(np.uint32))
+    assert np.array_equal(np.isnan(out[:, 0]), np.isnan(expected)) and np.array_equal(np.isinf(out[:, 0]), np.isinf(expected))
+
+
+def test_read_only_and_strided_inputs() -> None:
+    blocks = blocks_of("Q5_1", 8, 5).reshape(4, -1)
+    out = np.empty((4, 64), np.float32)
+    ggml.dequantize("Q5_1", blocks, out)
+    locked = blocks.copy()
+    locked.flags.writeable = False
+    other = np.empty_like(out)
+    ggml.dequantize("Q5_1", locked, other)
+    assert np.array_equal(out, other)
+    ggml.dequantize("Q5_1", np.repeat(blocks, 2, 0)[::2], other)
+    assert np.array_equal(out, other)
