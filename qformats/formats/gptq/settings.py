@@ -11,11 +11,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from qformats.errors import BadFile, Unsupported
 from qformats.formats import autoround
+from qformats.formats.packed import bool_field, dynamic_rules, int_field, says_group, tool_version
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Storage
 
@@ -83,67 +83,21 @@ def _label(config: Mapping[str, Any]) -> str:
     return label
 
 
-def _integer(config: Mapping[str, Any], keys: Sequence[str], lowest: int, highest: int) -> int | None:
-    for key in keys:
-        value = config.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or not (lowest <= value <= highest) or value == 0:
-            raise BadFile("config-value", f"{key} is {value!r}, expected an integer {lowest} … {highest} other than 0")
-        return value
-    return None
-
-
-def _truth(config: Mapping[str, Any], key: str) -> bool | None:
-    value = config.get(key)
-    if value is not None and not isinstance(value, bool):
-        raise BadFile("config-value", f"{key} is {value!r}, expected true or false")
-    return value
-
-
-def _rules(config: Mapping[str, Any], name: str) -> list[Mapping[str, Any] | None]:
-    """Every entry of ``dynamic`` that matches ``name``, in the file's order; None for a negative rule (``-:``)."""
-    dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping):
-        raise BadFile("config-value", f"dynamic is {type(dynamic).__name__}, expected an object")
-    found: list[Mapping[str, Any] | None] = []
-    for key, value in dynamic.items():
-        negative = key.startswith("-:")
-        pattern = key[2:] if key[:2] in ("-:", "+:") else key
-        try:
-            matches = pattern == name or re.match(pattern, name) is not None
-        except re.error as error:
-            raise BadFile("config-value", f"dynamic rule {key!r} is not a regular expression: {error}") from None
-        if matches:
-            if not negative and not isinstance(value, Mapping):
-                raise BadFile("config-value", f"dynamic rule {key!r} is {type(value).__name__}, expected an object")
-            found.append(None if negative else value)
-    return found
-
-
 def module_settings(config: Mapping[str, Any], name: str) -> Settings:
     """Resolve a config for module ``name``: the first matching rule of ``dynamic`` or AutoRound's ``extra_config`` wins."""
-    rules = _rules(config, name)
+    rules = dynamic_rules(config, name)
     extra = autoround.override(config, name)
     rule: Mapping[str, Any] = rules[0] or {} if rules else extra
-    bits = _integer(rule, ("bits",), 1, 32) or _integer(config, ("bits", "wbits", "w_bit"), 1, 32)
-    group = _integer(rule, ("group_size",), -1, 1 << 31) or _integer(config, ("group_size", "q_group_size"), -1, 1 << 31)
-    sym = _truth(rule, "sym")
+    bits = int_field(rule, ("bits",), 1, 32) or int_field(config, ("bits", "wbits", "w_bit"), 1, 32)
+    group = int_field(rule, ("group_size",), -1, 1 << 31) or int_field(config, ("group_size", "q_group_size"), -1, 1 << 31)
+    sym = bool_field(rule, "sym")
     if sym is None:
-        sym = _truth(config, "sym")
-    if sym is None and _truth(config, "zero_point") is not None:
+        sym = bool_field(config, "sym")
+    if sym is None and bool_field(config, "zero_point") is not None:
         sym = not config["zero_point"]
     widths = tuple(r["bits"] for r in rules if r is not None and isinstance(r.get("bits"), int))
     skipped = (bool(rules) and rules[0] is None) or (isinstance(extra.get("bits"), int) and extra["bits"] >= 16)
     return Settings(bits, group, sym, _label(config), widths, skipped)
-
-
-def producer_is_gptqmodel(config: Mapping[str, Any]) -> bool:
-    """Whether ``meta.quantizer`` names GPTQModel, whose zero-point arithmetic works on whole words."""
-    meta = config.get("meta")
-    named = meta.get("quantizer") if isinstance(meta, Mapping) else None
-    entries = named if isinstance(named, list | tuple) else [named]
-    return any(str(entry).lower().startswith("gptqmodel") for entry in entries if entry)
 
 
 def reconcile(config_json: Mapping[str, Any] | None, quantize_config: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -165,13 +119,6 @@ def reconcile(config_json: Mapping[str, Any] | None, quantize_config: Mapping[st
     return merged, warnings
 
 
-def _version() -> str:
-    try:
-        return version("qformats")
-    except PackageNotFoundError:
-        return "0"
-
-
 def _describes(original: Mapping[str, Any], modules: Mapping[str, Storage], skipped: Sequence[str]) -> bool:
     """Whether ``original`` still says the truth of every module."""
     if detect(original, ()) is None:
@@ -179,12 +126,13 @@ def _describes(original: Mapping[str, Any], modules: Mapping[str, Storage], skip
     dialect = autoround.DIALECT if autoround.is_autoround(original) else ""
     for name, storage in modules.items():
         said = module_settings(original, name)
-        group = -1 if storage.group is None else storage.group
         if said.skipped or said.bits != storage.grid.bits or storage.options.get("dialect", "") != dialect:
             return False
-        if said.group != group and not (group == -1 and storage.options.get("one_group")):
-            return False
-        if said.label != storage.options.get("checkpoint_format") or (said.sym is True and not isinstance(storage.zero_point, int)):
+        if (
+            not says_group(said.group, storage)
+            or said.label != storage.options.get("checkpoint_format")
+            or (said.sym is True and not isinstance(storage.zero_point, int))
+        ):
             return False
     head = bool(original.get("lm_head"))
     return head == any(_is_head(name) for name in modules) or bool(dialect) or _head_by_rule(original, skipped)
@@ -210,18 +158,19 @@ def config_out(
     """
     if original is not None and _describes(original, modules, skipped):
         return dict(original)
-    pairs = Counter((s.grid.bits, -1 if s.group is None else s.group) for s in modules.values())
-    ordered = sorted(pairs, key=lambda pair: (-pairs[pair], pair))
-    bits, group = ordered[0] if ordered else (4, 128)
+    bits, group = _commonest(modules)
     labels = {str(s.options.get("checkpoint_format", "gptq")) for s in modules.values()} or {"gptq"}
     if len(labels) > 1:
         raise Unsupported("gptq-mixed-labels", f"one checkpoint cannot hold {' and '.join(sorted(labels))} zero points")
     label = labels.pop()
     dense = sorted(name for name in skipped if not _is_head(name))
     dynamic: dict[str, Any] = {f"-:{_alternation(dense)}": {}} if dense else {}
-    for other in ordered[1:]:
-        names = sorted(n for n, s in modules.items() if (s.grid.bits, -1 if s.group is None else s.group) == other)
-        dynamic[f"+:{_alternation(names)}"] = {"bits": other[0], "group_size": other[1]}
+    others: dict[tuple[int, int], list[str]] = {}
+    for name, storage in sorted(modules.items()):
+        if storage.grid.bits != bits or not says_group(group, storage):
+            others.setdefault((storage.grid.bits, storage.group or -1), []).append(name)
+    for (width, size), names in sorted(others.items()):
+        dynamic[f"+:{_alternation(names)}"] = {"bits": width, "group_size": size}
     config = {
         "bits": bits,
         "group_size": group,
@@ -232,9 +181,16 @@ def config_out(
         "checkpoint_format": label,
         "format": label,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"qformats:{_version()}"]},
+        "meta": {"quantizer": [f"qformats:{tool_version()}"]},
     }
     return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _commonest(modules: Mapping[str, Storage]) -> tuple[int, int]:
+    """The (bits, group size) of most modules; those of one group a row count only if there are no others, since they fit any size."""
+    pairs = Counter((s.grid.bits, s.group or -1) for s in modules.values())
+    ordered = sorted(pairs, key=lambda pair: (pair[1] == -1, -pairs[pair], pair))
+    return ordered[0] if ordered else (4, 128)
 
 
 def _alternation(names: Sequence[str]) -> str:

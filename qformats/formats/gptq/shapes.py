@@ -7,7 +7,6 @@ both packed sides have the right number of words, ceil(K * b / 32) and ceil(N * 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qformats.bits import words_for
@@ -15,20 +14,15 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported
 from qformats.formats import autoround
 from qformats.formats.gptq.settings import Settings, module_settings
+from qformats.formats.packed import FLOATS, check_dtype, wrong_shape
 from qformats.formats.protocol import Module
 from qformats.scheme import Integer, ParamSpec, Scheme, Tile, whole
 
-__all__ = ["FLOATS", "SUFFIXES", "Geometry", "geometry", "scheme", "torch_word"]
+__all__ = ["SUFFIXES", "Geometry", "geometry", "scheme"]
 
 SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
-FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 _WORD_BITS = {"I8": 8, "I16": 16, "I32": 32, "I64": 64, "U8": 8, "U16": 16, "U32": 32, "U64": 64}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
-
-
-def torch_word(dtype: str) -> str:
-    """torch's word for a container's float dtype."""
-    return FLOATS[dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +56,15 @@ def geometry(module: Module) -> Geometry:
     word_bits = _word_bits(module)
     (rows, n), (groups, scale_columns) = parts["qweight"].shape, parts["scales"].shape
     if n != scale_columns:
-        raise _transposed(module, word_bits) or _wrong(module, "scales", f"({groups}, {n})")
+        raise _transposed(module, word_bits) or wrong_shape(module, "scales", f"({groups}, {n})")
     length = _index_length(module)
     bits = _bits(module, settings, word_bits, length)
     k = length or _inner(module, settings, rows, groups, bits, word_bits)
     group = _group(module, settings, k, groups)
     if parts["qzeros"].shape[0] != groups:
-        raise _wrong(module, "qzeros", f"({groups}, {words_for(n, bits, word_bits)})")
+        raise wrong_shape(module, "qzeros", f"({groups}, {words_for(n, bits, word_bits)})")
     if "bias" in parts and parts["bias"].shape != (n,):
-        raise _wrong(module, "bias", f"({n},)")
+        raise wrong_shape(module, "bias", f"({n},)")
     index = "absent" if "g_idx" not in parts else "stored" if length else "empty"
     return Geometry(n, k, bits, group, groups, word_bits, parts["scales"].dtype, index, settings)
 
@@ -85,7 +79,7 @@ def scheme(module: Module) -> Scheme:
     else:
         zero = ParamSpec("uint8" if g.bits < 8 else "int16", tile)
     may_permute = g.index == "stored" and g.groups > 1
-    return Scheme(g.shape, Integer(g.bits), (ParamSpec(torch_word(g.scale), tile),), zero, group_index=may_permute)
+    return Scheme(g.shape, Integer(g.bits), (ParamSpec(FLOATS[g.scale], tile),), zero, group_index=may_permute)
 
 
 def _check_parts(module: Module) -> None:
@@ -97,27 +91,14 @@ def _check_parts(module: Module) -> None:
                 f"missing-{leaf}", f"GPTQ module has no {leaf} (found {found})", tensor=module.name, hint="a shard may be missing"
             )
         if len(parts[leaf].shape) != 2 or 0 in parts[leaf].shape:
-            raise _wrong(module, leaf, "two dimensions, none of them 0")
+            raise wrong_shape(module, leaf, "two dimensions, none of them 0")
     unknown = sorted(set(parts) - SUFFIXES - {"bias"})
     if unknown:
         raise Unsupported("unknown-part", f"GPTQ module has parts of another kind: {', '.join(unknown)}", tensor=module.name)
     if module.name.rsplit(".", 1)[-1] in _EMBEDDINGS:
         raise Unsupported("gptq-embedding", "quantized input embeddings are stored transposed and are not read", tensor=module.name)
-    _check_dtype(module, "scales", FLOATS)
-    for leaf, allowed in (("bias", FLOATS), ("g_idx", {"I32": "", "I64": ""})):
-        if leaf in parts:
-            _check_dtype(module, leaf, allowed)
-
-
-def _check_dtype(module: Module, leaf: str, allowed: Mapping[str, object]) -> None:
-    found = module.parts[leaf].dtype
-    if found not in allowed:
-        raise BadFile("wrong-dtype", f"{leaf} is {found}, expected {' or '.join(allowed)}", tensor=f"{module.name}.{leaf}")
-
-
-def _wrong(module: Module, leaf: str, expected: str) -> BadFile:
-    found = tuple(module.parts[leaf].shape)
-    return BadFile("wrong-shape", f"{leaf} has shape {found}, expected {expected}", tensor=f"{module.name}.{leaf}")
+    for leaf, allowed in (("scales", tuple(FLOATS)), ("bias", tuple(FLOATS)), ("g_idx", ("I32", "I64"))):
+        check_dtype(module, leaf, allowed)
 
 
 def _transposed(module: Module, word_bits: int) -> BadFile | None:
@@ -145,7 +126,7 @@ def _index_length(module: Module) -> int:
     if part is None:
         return 0
     if len(part.shape) != 1:
-        raise _wrong(module, "g_idx", "one dimension")
+        raise wrong_shape(module, "g_idx", "one dimension")
     return int(part.shape[0])
 
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qformats.bits import pack_columns, unpack_columns, words_for
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.gptq import shapes
-from qformats.formats.gptq.settings import producer_is_gptqmodel
 from qformats.formats.gptq.shapes import Geometry, geometry
+from qformats.formats.packed import (
+    CONTAINER_FLOATS,
+    FLOATS,
+    affine_verdict,
+    float_array,
+    float_tensor,
+    group_option,
+    int_option,
+    made_by,
+    yes_no,
+)
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Integer, No, Scheme, Storage, Tile, Yes
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
     from qformats.formats.gptq.zeros import Zeros
     from qformats.tensor import QuantizedTensor
@@ -27,7 +34,6 @@ __all__ = ["ROW_MULTIPLE", "can_store", "layout", "module_warnings", "read", "st
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, so that every range ends on a word of qzeros
 WIDTHS = (2, 3, 4, 8)
 _OPTIONS = {"group", "sym", "asym", "format", "act-order"}
-_CONTAINER = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 
 
@@ -45,7 +51,7 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, zero_policy
     stop = g.n if stop is None else stop
     tile = Tile((1, g.group))
     codes = unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k)  # (K*b/32, n) words -> (n, K)
-    scales = _float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
+    scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
     words, zeros = _zeros(module, g, zero_policy)
     shape = (stop - start, g.k)
     if zeros.constant is not None:
@@ -75,24 +81,8 @@ def _zeros(module: Module, g: Geometry, forced: str | None) -> tuple[Array, Zero
 
     config = module.match.config
     words = module.parts["qzeros"].array()
-    gptqmodel = producer_is_gptqmodel(config)
+    gptqmodel = made_by(config, "gptqmodel")
     return words, decide(words, g.bits, g.n, g.settings.label, g.settings.sym, gptqmodel, forced)
-
-
-def _float_tensor(array: Array, dtype: str) -> Tensor:
-    import torch
-
-    if dtype == "BF16":
-        return torch.from_numpy(array.view("<i2")).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def _float_array(values: Tensor) -> Array:
-    """The values' own bytes as a numpy array; bfloat16 travels as uint16."""
-    import torch
-
-    array: Array = values.view(torch.int16).numpy().view("<u2") if values.dtype == torch.bfloat16 else values.numpy()
-    return array
 
 
 def _stored_index(module: Module, g: Geometry) -> tuple[str, Array | None]:
@@ -154,10 +144,10 @@ def storage_of(module: Module, *, zero_policy: str | None = None) -> Storage:
         "word_dtype": module.parts["qweight"].dtype,
         "dialect": module.match.dialect,
         "act_order": kind == "act-order",
-        "one_group": g.groups == 1,
+        "in_features": g.k,
     }
     zero = zeros.constant if zeros.constant is not None else zero_range(zeros.policy, g.bits)
-    return _storage(g.bits, None if g.groups == 1 else g.group, zero, (shapes.torch_word(g.scale),), kind == "act-order", options)
+    return _storage(g.bits, None if g.groups == 1 else g.group, zero, (FLOATS[g.scale],), kind == "act-order", options)
 
 
 def _storage(
@@ -177,8 +167,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     unknown = sorted(set(target.options) - _OPTIONS)
     if unknown:
         raise UsageError("option", f"gptq has no option {unknown[0]!r}", hint=f"options: {', '.join(sorted(_OPTIONS))}")
-    group = _group_option(target, scheme)
-    sym, asym = _flag(target, "sym"), _flag(target, "asym")
+    group = group_option(target, scheme)
+    sym, asym = yes_no(target, "sym"), yes_no(target, "asym")
     if sym and asym:
         raise UsageError("option", "sym and asym exclude each other")
     label = target.options.get("format", "")
@@ -194,7 +184,7 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
 
 def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, target: Target) -> list[Storage]:
     top = 1 << bits
-    act_order = _flag(target, "act-order", True)
+    act_order = yes_no(target, "act-order", True)
     kinds: list[tuple[int | tuple[int, int], str, str]] = [
         (top // 2, "gptq", "v1"), ((1, top - 1), "gptq", "v1"), ((0, top - 1), "gptq_v2", "v2"), ((1, top), "gptq", "v1"),
     ]  # fmt: skip
@@ -206,7 +196,7 @@ def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, targ
     return [
         _storage(bits, group, zero, ("float16",), act_order, {
             "checkpoint_format": label, "zeros": policy, "g_idx": "trivial", "g_idx_dtype": "I32", "word_bits": 32, "word_dtype": "I32",
-            "dialect": "", "act_order": may_permute, "one_group": group is None,
+            "dialect": "", "act_order": may_permute, "in_features": scheme.shape[-1],
         })
         for zero, label, policy in kinds
     ]  # fmt: skip
@@ -221,49 +211,22 @@ def _widths(target: Target) -> tuple[int, ...]:
     return (named[target.type],)
 
 
-def _flag(target: Target, key: str, default: bool = False) -> bool:
-    value = target.options.get(key)
-    if value is None:
-        return default
-    if value.lower() in ("", "1", "true", "yes", "on"):
-        return True
-    if value.lower() in ("0", "false", "no", "off"):
-        return False
-    raise UsageError("option", f"{key}={value} is not a yes or no")
-
-
-def _group_option(target: Target, scheme: Scheme) -> int | None:
-    """Columns a group, None for the whole row."""
-    value = target.options.get("group")
-    if value is None:
-        size = scheme.group_size or 128
-        return None if size >= scheme.shape[-1] and scheme.group_size else size
-    if not value.lstrip("-").isdigit() or int(value) == 0 or int(value) < -1:
-        raise UsageError("option", f"group={value} is not a number of columns or -1")
-    return None if int(value) == -1 else int(value)
-
-
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
     """The parts of a weight (N, K)."""
     n, k = shape
     options, bits = storage.options, storage.grid.bits
-    word_bits = _option_int(options, "word_bits", 32)
+    word_bits = int_option(options, "word_bits", 32)
     words, group = str(options.get("word_dtype", _WORDS[word_bits])), storage.group or k
     groups = -(-k // group)
     parts = {
         "qweight": PartInfo(words, (words_for(k, bits, word_bits), n)),
         "qzeros": PartInfo(words, (groups, words_for(n, bits, word_bits))),
-        "scales": PartInfo(_CONTAINER[storage.scale_dtypes[0]], (groups, n)),
+        "scales": PartInfo(CONTAINER_FLOATS[storage.scale_dtypes[0]], (groups, n)),
     }
     kind = options.get("g_idx", "trivial")
     if kind != "absent":
         parts["g_idx"] = PartInfo(str(options.get("g_idx_dtype", "I32")), (0 if kind == "empty" else k,))
     return parts
-
-
-def _option_int(options: Mapping[str, object], key: str, default: int) -> int:
-    value = options.get(key, default)
-    return value if isinstance(value, int) else default
 
 
 def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[int, ...]) -> list[Piece]:
@@ -272,7 +235,7 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     from qformats.formats.gptq.zeros import encode
 
     rows = tensor.shape[0]
-    bits, word_bits = storage.grid.bits, _option_int(storage.options, "word_bits", 32)
+    bits, word_bits = storage.grid.bits, int_option(storage.options, "word_bits", 32)
     if start % ROW_MULTIPLE or ((start + rows) % ROW_MULTIPLE and start + rows != shape[0]):
         raise Unsupported("row-range", f"rows {start} … {start + rows} of {shape[0]} do not fall on multiples of {ROW_MULTIPLE}")
     verdict = can_store(storage, tensor.scheme)
@@ -283,7 +246,7 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     zeros = _zero_array(tensor, storage, groups)
     pieces = [
         Piece("qweight", pack_columns(tensor.codes.numpy(), bits, word_bits), 0, start),  # (n, K) -> (K*b/32, n) words
-        Piece("scales", _float_array(scale.T.contiguous()), 0, start),  # type: ignore[union-attr]
+        Piece("scales", float_array(scale.T.contiguous()), 0, start),  # type: ignore[union-attr]
         Piece("qzeros", encode(zeros, bits, word_bits, str(storage.options.get("zeros", "v1"))), 0, start * bits // word_bits),
     ]
     if start == 0:
@@ -323,19 +286,5 @@ def _index_piece(storage: Storage, tensor: QuantizedTensor, k: int) -> list[Piec
 
 
 def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
-    """Whether ``write`` takes such a tensor as it stands."""
-    if len(scheme.shape) != 2:
-        return No(f"it has {len(scheme.shape)} dimensions, not 2")
-    if scheme.grid != storage.grid:
-        return No(f"its codes are {scheme.grid}, not {storage.grid}")
-    if scheme.offset is not None or scheme.signs or len(scheme.scales) != 1:
-        return No("it has an offset, signs or several scales")
-    tile = Tile((1, min(storage.group or scheme.shape[1], scheme.shape[1])))
-    scale, zero = scheme.scales[0], scheme.zero_point
-    if scale.block != tile or scale.inverse or scale.dtype not in storage.scale_dtypes:
-        return No(f"its scale is {scale.dtype} on {scale.block}, not {' or '.join(storage.scale_dtypes)} on {tile}")
-    if zero is None or zero.dtype not in ("uint8", "int8", "int16", "int32") or (zero.constant is None and zero.block != tile):
-        return No("it has no integer zero point for each group")
-    if scheme.group_index and not storage.group_index:
-        return No("it has an act-order index")
-    return Yes()
+    """Whether ``write`` takes such a tensor as it stands (the values of its zero points aside)."""
+    return affine_verdict(storage, scheme)
