@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from qformats.architectures.fields import Field, positive, read_fields, text_config
+from qformats.architectures.fields import Field, number, positive, read_fields, text_config
 from qformats.architectures.mapping import Mapped, Parts, Rule, TensorMap, map_to_gguf, map_to_hf
 from qformats.architectures.rope import frequency_factors, recover_llama3, rope_parameters, rope_to_config
 from qformats.errors import BadFile, Unsupported
@@ -83,15 +83,15 @@ class Architecture:
         return self.bind(config)
 
     def _rope_back(self, values: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int, full: Mapping[str, Any]) -> dict[str, Any]:
-        theta = float(full["rope_theta"])
+        theta = number(full, "rope_theta")
         recovered = None
         if (stored := tensors.get("rope_freqs.weight")) is not None:
             if not hasattr(stored, "array"):
                 raise BadFile(
                     "rope-factors", "the values of the rotary factors are needed to rebuild the config", tensor="rope_freqs.weight"
                 )
-            base = float(values.get("rope.freq_base", theta))
-            recovered = recover_llama3(stored.array(), base, head_dim, int(full.get("max_position_embeddings", 8192)))
+            base = number(values, "rope.freq_base", theta)
+            recovered = recover_llama3(stored.array(), base, head_dim, positive(full, "max_position_embeddings"))
         return rope_to_config(values, recovered, theta)
 
     def _dims(self, full: Mapping[str, Any]) -> dict[str, int]:
@@ -131,7 +131,7 @@ class Binding:
         """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
         dropped = self._ignored()
         tensors = map_to_gguf(self.architecture.rules, self.dims, parts, tied=self.tied, dropped=dropped)
-        factors = frequency_factors(rope_parameters(self.full), self.dims["D"], float(self.full["rope_theta"]))
+        factors = frequency_factors(rope_parameters(self.full), self.dims["D"], number(self.full, "rope_theta"))
         if factors is not None:
             made = TensorMap("rope_freqs", "weight", (len(factors),), (), 0.0, "rope", factors)
             tensors = (made, *tensors)

@@ -16,7 +16,10 @@ from qformats.errors import BadFile
 if TYPE_CHECKING:
     from qformats.containers.gguf import Metadata
 
-__all__ = ["ATTENTION", "EXPERTS", "HEAD_SIZES", "NORM", "Field", "as_float32", "positive", "read_fields", "shortest_float", "text_config"]
+__all__ = [
+    "ATTENTION", "EXPERTS", "HEAD_SIZES", "NORM", "Field", "as_float32", "number", "positive",
+    "read_fields", "shortest_float", "text_config",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,16 @@ def positive(config: Mapping[str, Any], name: str) -> int:
             hint="config.json is incomplete or not that of this checkpoint",
         )
     return value
+
+
+def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Give a config field that must be a number above zero, ``default`` where it is absent, else ``BadFile('config-field')``."""
+    value = config.get(name)
+    if value is None and default is not None:
+        return default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+        raise BadFile("config-field", f"config field {name!r} is {value!r}, expected a number above zero")
+    return float(value)
 
 
 def as_float32(value: float) -> float:

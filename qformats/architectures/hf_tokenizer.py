@@ -29,9 +29,17 @@ _IDS = {
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
+_TYPES = {"tokens": "[str]", "merges": "[str]", "token_type": "[i32]", "scores": "[f32]", "model": "str", "pre": "str"}
+
+
 def _get(metadata: Metadata, key: str, default: Any = None) -> Any:
     stored = metadata.get(_PREFIX + key)
-    return default if stored is None else stored.value
+    if stored is None:
+        return default
+    wanted = _TYPES.get(key, "bool" if key.startswith("add_") else stored.type)
+    if stored.type != wanted and (key, stored.type) != ("token_type", "[u32]"):
+        raise BadFile("gguf-key", f"{_PREFIX}{key} is of type {stored.type}, expected {wanted}")
+    return stored.value
 
 
 def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from qformats.architectures.fields import as_float32
+from qformats.architectures.fields import as_float32, number
 from qformats.architectures.rope import frequency_factors, rope_keys, rope_parameters
 from qformats.errors import BadFile
 
@@ -110,7 +110,7 @@ def _architecture_keys(binding: Binding) -> list[tuple[str, str, Any]]:
     keys: list[tuple[str, str, Any]] = []
     for entry in binding.architecture.before:
         _add_field(keys, entry.key, entry.type, _value(binding, entry.config))
-    theta = float(binding.full["rope_theta"])
+    theta = number(binding.full, "rope_theta")
     for key, kind, value in rope_keys(rope_parameters(binding.full), theta):
         _add_field(keys, key, kind, value)
     family = False
@@ -158,7 +158,7 @@ def size_label(binding: Binding) -> str:
         else:
             has_bias = rule.bias and _has_bias(binding, rule.gguf)
             shared += (count + (rule.sizes(binding.dims)[0] if has_bias else 0)) * layers
-    factors = frequency_factors(rope_parameters(binding.full), binding.dims["D"], float(binding.full["rope_theta"]))
+    factors = frequency_factors(rope_parameters(binding.full), binding.dims["D"], number(binding.full, "rope_theta"))
     shared += 0 if factors is None else len(factors)
     rounded = _rounded(shared + expert)
     return f"{experts}x{rounded}" if experts else rounded

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qformats.architectures.fields import number
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -54,35 +55,35 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 def full_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters of full attention, where layer types differ, else the only ones."""
     full = rope.get("full_attention", rope)
+    if not isinstance(full, Mapping):
+        raise BadFile("config-field", f"rope parameters are {type(full).__name__}, expected an object")
     return dict(full)
 
 
 def sliding_theta(rope: Mapping[str, Any]) -> float | None:
     """The base frequency of sliding-window layers, or None where there is just one."""
     sliding = rope.get("sliding_attention")
-    theta = sliding.get("rope_theta") if isinstance(sliding, Mapping) else None
-    return None if theta is None else float(theta)
+    if not isinstance(sliding, Mapping) or sliding.get("rope_theta") is None:
+        return None
+    return number(sliding, "rope_theta")
 
 
 def rope_keys(rope: Mapping[str, Any], default_theta: float) -> list[tuple[str, str, Any]]:
     """List (key after the architecture, GGUF type, value) in llama.cpp's order; ``Unsupported('rope')`` for a scaling GGUF lacks."""
     full = full_rope(rope)
     kind = str(full.get("rope_type") or "default").lower()
-    factor = full.get("factor")
     keys: list[tuple[str, str, Any]] = []
     if kind in _LINEAR:
         keys.append(("rope.scaling.type", "str", _LINEAR[kind]))
         if kind in ("linear", "yarn"):
-            if factor is None:
-                raise BadFile("config-field", f"rope type {kind!r} has no factor")
-            keys.append(("rope.scaling.factor", "f32", float(factor)))
+            keys.append(("rope.scaling.factor", "f32", number(full, "factor")))
         if kind == "yarn":
             keys.extend(_yarn_keys(full))
     elif kind not in _PLAIN:
         raise Unsupported("rope", f"rope type {kind!r} cannot be written to GGUF for this architecture")
     if _identity_factors(full) is not None:  # factors of both lengths agree: they are written as rope_freqs, not as longrope
         keys = []
-    keys.append(("rope.freq_base", "f32", float(full.get("rope_theta") or default_theta)))
+    keys.append(("rope.freq_base", "f32", number(full, "rope_theta", default_theta)))
     if (local := sliding_theta(rope)) is not None:
         keys.append(("rope.freq_base_swa", "f32", local))
     return keys
@@ -94,9 +95,9 @@ def _yarn_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
         raise BadFile("config-field", "rope type 'yarn' has no original_max_position_embeddings")
     keys: list[tuple[str, str, Any]] = [("rope.scaling.original_context_length", "u32", original)]
     for key, names in _YARN:
-        value = next((full[name] for name in names if full.get(name) is not None), None)
-        if value is not None:
-            keys.append((key, "f32", float(value)))
+        name = next((name for name in names if full.get(name) is not None), None)
+        if name is not None:
+            keys.append((key, "f32", number(full, name)))
     return keys
 
 
@@ -105,7 +106,7 @@ def _identity_factors(full: Mapping[str, Any]) -> list[float] | None:
     long, short = full.get("long_factor"), full.get("short_factor")
     if not isinstance(long, list) or long != short or full.get("attention_factor") != 1.0:
         return None
-    return [float(value) for value in long]
+    return [number({"long_factor": value}, "long_factor") for value in long]
 
 
 def frequency_factors(rope: Mapping[str, Any], head_dim: int, default_theta: float) -> np.ndarray[Any, Any] | None:
@@ -118,14 +119,16 @@ def frequency_factors(rope: Mapping[str, Any], head_dim: int, default_theta: flo
 
     full = full_rope(rope)
     if (listed := _identity_factors(full)) is not None:
+        if len(listed) != head_dim // 2:
+            raise BadFile("config-field", f"rope parameters list {len(listed)} factors, expected {head_dim // 2}")
         return np.array(listed, np.float32)
     if str(full.get("rope_type") or "").lower() != "llama3":
         return None
     numbers = [full.get("factor", 8.0), full.get("low_freq_factor", 1.0), full.get("high_freq_factor", 4.0)]
     numbers.append(full.get("original_max_position_embeddings", 8192))
-    if not all(isinstance(n, (int, float)) and n > 0 for n in numbers) or numbers[1] == numbers[2]:
+    if not all(isinstance(n, (int, float)) and 0 < n < 1e30 for n in numbers) or numbers[1] == numbers[2]:
         raise BadFile("config-field", f"llama3 rope parameters are not usable: {full}")
-    made: np.ndarray[Any, Any] = _llama3(float(full.get("rope_theta") or default_theta), head_dim, *numbers)
+    made: np.ndarray[Any, Any] = _llama3(number(full, "rope_theta", default_theta), head_dim, *numbers)
     return made
 
 
@@ -188,7 +191,7 @@ def _fitted(values: Array, base: float, head_dim: int) -> list[tuple[float, floa
 
 def rope_to_config(values: Mapping[str, Any], full: Mapping[str, Any] | None, default_theta: float) -> dict[str, Any]:
     """Build ``rope_parameters`` (transformers 5) from GGUF values keyed after the architecture; ``full`` holds recovered ones."""
-    theta = values.get("rope.freq_base", default_theta)
+    theta = number(values, "rope.freq_base", default_theta)
     rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
     kind = values.get("rope.scaling.type", "none")
     if kind in ("linear", "yarn"):

@@ -100,7 +100,8 @@ def read_special(files: Mapping[str, bytes], config: Mapping[str, Any], limit: i
     if settings is not None:
         special.templates = _templates(files, settings)
         added = tokenizer.get("added_tokens") if tokenizer else None
-        by_text = {t.get("content"): t.get("id") for t in reversed(added or []) if isinstance(t, Mapping)}
+        listed = [t for t in added if isinstance(t, Mapping)] if isinstance(added, list) else []
+        by_text = {token_content(t): t.get("id") for t in reversed(listed)}
         for name in names:
             if isinstance(flag := settings.get(f"add_{name}_token"), bool):
                 special.flags[name] = flag
@@ -146,11 +147,12 @@ def _from_post_processor(
     """Read from a template post-processor whether a begin or an end token is added, and which when the settings do not say."""
     known = dict(settings or {})
     text: dict[str, str | None] = {name: token_content(known.get(f"{name}_token")) for name in ("bos", "eos", "cls", "sep")}
-    for first, second in (("bos", "cls"), ("eos", "sep")):
-        if not text[first] and text[second] and settings is not None:
-            known[f"{first}_token"] = text[first] = text[second]
+    for name, spare in (("bos", "cls"), ("eos", "sep")):
+        if not text[name] and text[spare] and settings is not None:
+            known[f"{name}_token"] = text[name] = text[spare]
     section = tokenizer.get("post_processor")
-    for part in section.get("processors", [section]) if isinstance(section, Mapping) else []:
+    parts = section.get("processors", [section]) if isinstance(section, Mapping) else []
+    for part in parts if isinstance(parts, list) else []:
         single = part.get("single") if isinstance(part, Mapping) and part.get("type") == "TemplateProcessing" else None
         if not isinstance(single, list) or len(single) < 2:
             continue
@@ -180,7 +182,7 @@ def _pair_has_separator(pair: Any, first: str | None, last: str | None, separato
     inner = pair[1 if first is not None and _template_token(pair[0]) == first else 0 :]
     if inner and last is not None and _template_token(inner[-1]) == last:
         inner = inner[:-1]
-    if len(inner) < 3 or "Sequence" not in inner[0] or "Sequence" not in inner[-1]:
+    if len(inner) < 3 or not all(isinstance(end, Mapping) and "Sequence" in end for end in (inner[0], inner[-1])):
         return None
     middle = [_template_token(entry) for entry in inner[1:-1]]
     return (middle[0] in separators and last is None) or (len(middle) == 2 and middle[1] is not None and middle[1] in separators)

@@ -63,7 +63,8 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     elif tokenizer is not None and _is_byte_level(tokenizer):
         made.update(_from_byte_level(binding, files, tokenizer, settings, pre))
     else:
-        kind = (tokenizer or {}).get("model", {}).get("type")
+        model = (tokenizer or {}).get("model")
+        kind = model.get("type") if isinstance(model, Mapping) else model
         raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint="BPE and SentencePiece BPE can")
     if binding.architecture.name == "llama" and binding.dims["T"] == _GRANITE_VOCABULARY:
         made["tokenizer.ggml.add_bos_token"] = Value("bool", False)
@@ -79,8 +80,9 @@ def _vocab(tokenizer: Mapping[str, Any]) -> dict[str, int]:
 
 def _added(tokenizer: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     added = (tokenizer or {}).get("added_tokens") or []
-    for token in added:
-        if not isinstance(token, dict) or not isinstance(token.get("id"), int) or not isinstance(token.get("content"), str):
+    for token in added if isinstance(added, list) else [added]:
+        number, content = (token.get("id"), token.get("content")) if isinstance(token, dict) else (None, None)
+        if not isinstance(number, int) or number < 0 or not isinstance(content, str):
             raise BadFile("tokenizer", f"tokenizer.json has an added token without id or text: {token!r}", path="tokenizer.json")
     return list(added)
 
@@ -172,10 +174,10 @@ def _from_byte_fallback(binding: Binding, files: Mapping[str, bytes], tokenizer:
 def _pairs(merges: Any) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for merge in merges if isinstance(merges, list) else []:
-        left, _, right = merge.partition(" ") if isinstance(merge, str) else (merge[0], "", merge[1]) if len(merge) == 2 else ("", "", "")
-        if not isinstance(left, str) or not isinstance(right, str):
+        parts = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
             raise BadFile("tokenizer", f"tokenizer.json has a merge that is no pair of texts: {merge!r}", path="tokenizer.json")
-        pairs.append((left, right))
+        pairs.append((parts[0], parts[1]))
     return pairs
 
 
@@ -204,7 +206,7 @@ def _from_byte_level(
         content = token_content(settings.get(name))
         if content in vocab and vocab[content] not in added:
             added[vocab[content]] = {"content": content, "special": True, "normalized": True}
-    highest = max((*vocab.values(), *added))
+    highest = max((-1, *vocab.values(), *added))
     if highest >= size:
         raise BadFile("tokenizer", f"the tokenizer has id {highest}, the model has {size} tokens", path="tokenizer.json")
     table = _Table(size)

@@ -221,3 +221,23 @@ def test_token_types_of_a_vocabulary() -> None:
     _, _, expected = load("mistral_spm")
     types = expected["metadata"]["tokenizer.ggml.token_type"][1]
     assert set(types) == {NORMAL, 3, 5, 6}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_loads_config_and_weights_by_these_names(case: str, tmp_path: Path) -> None:
+    """A checkpoint with the rebuilt config and tensors named by to_hf loads without a missing or unexpected key."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import save_file
+
+    _, _, expected = load(case)
+    metadata, tensors = expected_metadata(expected), expected_tensors(expected)
+    binding = find_gguf(metadata).bind_gguf(metadata, tensors)
+    for name, data in binding.hf_files(metadata).items():
+        (tmp_path / name).write_bytes(data)
+    mapped = binding.to_hf(gguf_parts(tensors)).tensors
+    save_file({t.name: torch.full(t.shape, 0.5) for t in mapped}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert all(bool((value == 0.5).all()) for value in model.state_dict().values())
+    assert model.generation_config.eos_token_id is not None

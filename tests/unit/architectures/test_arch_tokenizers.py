@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from qformats.architectures.hf_tokenizer import hf_tokenizer_files
 from qformats.architectures.spm import merges_of, read_model, scores_of
 from qformats.architectures.tokenizer import looks_special
 from qformats.containers.gguf import Metadata, Value
-from qformats.errors import BadFile, Unsupported
+from qformats.errors import BadFile, QFormatError, Unsupported
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -204,3 +206,48 @@ def test_vocabularies_without_counterpart(changes: dict[str, Value]) -> None:
 
 def test_tokens_that_look_special() -> None:
     assert [t for t in ("<|x|>", "<unused3>", "<pad>", "<tool_call>", "a") if looks_special(t)] == ["<|x|>", "<unused3>", "<pad>"]
+
+
+JUNK: list[Any] = [None, [], {}, "", "x", -1, 0, 1.5, True, [1], {"a": 1}, [["a"]], 1 << 40]
+
+
+def damaged(node: Any, rng: random.Random) -> Any:
+    """A deep copy of ``node`` with one place in it replaced."""
+    if not isinstance(node, (dict, list)) or not node or rng.random() < 0.15:
+        return rng.choice(JUNK)
+    key = rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+    copy = dict(node) if isinstance(node, dict) else list(node)
+    copy[key] = damaged(node[key], rng)
+    return copy
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_damaged_side_files_raise_nothing_but_our_errors(name: str) -> None:
+    rng = random.Random(name)
+    for number in range(120):
+        case = CASES[number % len(CASES)]
+        _, files, _ = load(case)
+        if name not in files:
+            continue
+        files[name] = json.dumps(damaged(json.loads(files[name]), rng)).encode()
+        parsed = json.loads(files["config.json"])
+        with contextlib.suppress(QFormatError):
+            if isinstance(parsed, dict):
+                find(parsed).bind(parsed).metadata(files)
+
+
+def test_damaged_metadata_raises_nothing_but_our_errors() -> None:
+    rng = random.Random(3)
+    values = [Value("str", "x"), Value("u32", 0), Value("u32", 1 << 31), Value("f32", -1.0)]
+    values += [Value("[i32]", [1]), Value("bool", True), Value("[str]", [])]
+    for number in range(240):
+        _, _, expected = load(CASES[number % len(CASES)])
+        metadata, tensors = expected_metadata(expected), expected_tensors(expected)
+        key = rng.choice(list(metadata))
+        metadata[key] = rng.choice(values)
+        if rng.random() < 0.3:
+            del metadata[rng.choice(list(metadata))]
+        with contextlib.suppress(QFormatError):
+            binding = find_gguf(metadata).bind_gguf(metadata, tensors)
+            binding.hf_files(metadata)
+            binding.to_hf({name.rpartition(".")[0]: {"weight": tuple(getattr(t, "shape", t))} for name, t in tensors.items()})
