@@ -199,5 +199,6 @@ def _alternation(names: Sequence[str]) -> str:
 
 def side_files(config: Mapping[str, Any]) -> dict[str, bytes]:
     """Files beside config.json that hold the same config: ``quantize_config.json`` (AutoRound: ``quantization_config.json``)."""
-    name = "quantization_config.json" if autoround.is_autoround(config) else "quantize_config.json"
+    by_autoround = autoround.is_autoround(config) or "autoround_version" in config
+    name = "quantization_config.json" if by_autoround else "quantize_config.json"
     return {name: json.dumps(config, indent=2, ensure_ascii=False).encode()}

@@ -1,4 +1,4 @@
-"""GPTQ fixtures of the original libraries: values equal theirs, writing what was read gives the same bytes, configs are kept or truthful."""
+"""GPTQ fixtures of the original libraries: values equal theirs, written again they have the same bytes, configs are kept or truthful."""
 
 from __future__ import annotations
 
