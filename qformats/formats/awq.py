@@ -290,8 +290,11 @@ def scheme(module: Module) -> Scheme:
 # --------------------------------------------------------------------------------------------------------------------- read
 
 
-def read(module: Module, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-    """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points uint8 (n, G) or one constant."""
+def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
+    """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points uint8 (n, G) or one constant.
+
+    With ``codes=False`` only the parameters are read.
+    """
     import torch
 
     from qformats.tensor import Param, QuantizedTensor, constant
@@ -299,7 +302,9 @@ def read(module: Module, start: int = 0, stop: int | None = None) -> QuantizedTe
     g = _geometry(module)
     stop = g.n if stop is None else stop
     shape, tile = (stop - start, g.k), Tile((1, g.group))
-    codes = _read_plane(module, "qweight", g, g.k, start, stop)
+    stored = torch.zeros(1, dtype=torch.uint8).expand(shape)
+    if codes:
+        stored = torch.from_numpy(_read_plane(module, "qweight", g, g.k, start, stop))
     if g.order == "gemv":
         plane = module.parts["scales"].row_range(start, stop)[:, : g.groups].copy()  # (n, 8 Zw) -> (n, G)
         scales = float_tensor(plane, g.scale)
@@ -310,7 +315,7 @@ def read(module: Module, start: int = 0, stop: int | None = None) -> QuantizedTe
         zero = constant(single, shape)
     else:
         zero = Param(torch.from_numpy(_read_plane(module, "qzeros", g, g.groups, start, stop)), tile)
-    return QuantizedTensor(shape, torch.from_numpy(codes), Integer(g.bits), (Param(scales, tile),), zero)
+    return QuantizedTensor(shape, stored, Integer(g.bits), (Param(scales, tile),), zero)
 
 
 def _read_plane(module: Module, leaf: str, g: _Geometry, count: int, start: int, stop: int) -> Array:

@@ -6,7 +6,8 @@ A format is a module (or package) with these names; the registry holds one row f
 - ``detect(config, names) -> Match | None``: from the quantization config (``{}`` if there is none) and the tensor names only.
 - ``scheme(module) -> Scheme``: from headers only; checks companions, dtypes and shapes (``BadFile``), refuses unknown variants
   by name (``Unsupported``). ``module.match`` carries the config.
-- ``read(module, start=0, stop=None) -> QuantizedTensor``: output rows ``start:stop`` (any range), codes in logical order (N, K).
+- ``read(module, start=0, stop=None, *, codes=True) -> QuantizedTensor``: output rows ``start:stop`` (any range), codes in logical
+  order (N, K). With ``codes=False`` only the parameters are read and the codes are a zero-stride plane of zeros.
 - ``storages(target, scheme) -> list[Storage]``: the types of ``target`` that could hold a weight shaped like ``scheme``
   (best-effort candidates; ``reencode`` decides what fits). Refuses unknown type names and options (``UsageError``).
 - ``layout(storage, shape) -> dict[leaf, PartInfo]``: the parts a weight of ``shape`` becomes; sizes follow from it.

@@ -95,8 +95,11 @@ def scheme(module: Module) -> Scheme:
     return kind.scheme(raw.shape)
 
 
-def read(module: Module, start: int = 0, stop: int | None = None) -> QuantizedTensor:
-    """Rows ``start:stop`` (at least one) of the weight, counted over all but the last dimension, as a tensor (stop - start, K)."""
+def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
+    """Rows ``start:stop`` (at least one) of the weight, counted over all but the last dimension, as a tensor (stop - start, K).
+
+    Blocks hold codes and parameters side by side, so both are read whatever ``codes`` says.
+    """
     raw, kind = _weight(module)
     stop = raw.rows if stop is None else stop
     if not 0 <= start < stop <= raw.rows:

@@ -37,10 +37,12 @@ _OPTIONS = {"group", "sym", "asym", "format", "act-order"}
 _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 
 
-def read(module: Module, start: int = 0, stop: int | None = None, *, zero_policy: str | None = None) -> QuantizedTensor:
+def read(
+    module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True, zero_policy: str | None = None
+) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
 
-    ``zero_policy`` overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    With ``codes=False`` only the parameters are read. ``zero_policy`` overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
     """
     import torch
 
@@ -50,10 +52,12 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, zero_policy
     g = geometry(module)
     stop = g.n if stop is None else stop
     tile = Tile((1, g.group))
-    codes = unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k)  # (K*b/32, n) words -> (n, K)
+    shape = (stop - start, g.k)
+    plane = torch.zeros(1, dtype=torch.uint8).expand(shape)
+    if codes:  # (K*b/32, n) words -> (n, K)
+        plane = torch.from_numpy(unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k))
     scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
     words, zeros = _zeros(module, g, zero_policy)
-    shape = (stop - start, g.k)
     if zeros.constant is not None:
         zero = constant(zeros.constant, shape)
     else:
@@ -67,7 +71,7 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, zero_policy
     index = _group_index(module, g)
     return QuantizedTensor(
         shape,
-        torch.from_numpy(codes),
+        plane,
         Integer(g.bits),
         (Param(scales, tile),),
         zero,
