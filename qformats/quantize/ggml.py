@@ -1,0 +1,131 @@
+"""ggml's round-to-nearest block quantizers: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, the same bytes as llama.cpp writes without an importance matrix.
+
+Source: ``quantize_row_q4_0_ref`` … ``quantize_row_q8_0_ref`` in ``ggml/src/ggml-quants.c`` of llama.cpp v0.5.0 (what
+``ggml_quantize_chunk`` calls), in float32, with weights divided by the scale before it is rounded. Blocks of 32:
+
+| type        | scale d (rounded to fp16 when stored) | code                                  | error bound, d and m as stored        |
+|-------------|---------------------------------------|---------------------------------------|---------------------------------------|
+| Q4_0, Q5_0  | x / -2^(b-1), x the first of max|x|   | min(2^b - 1, floor(x / d + z + 1/2))  | |d| (1 on the far side, else 1/2 + e) |
+| Q4_1, Q5_1  | (max - min) / (2^b - 1), m = min      | floor((x - m) / d + 1/2)              | d (1/2 + e) + |m| 2^-11               |
+| Q8_0        | max|x| / 127                          | round half away from zero (x / d)     | d (1/2 + e)                           |
+
+e = 2^b * 2^-11 comes from storing d in fp16 (below 2^-14: an absolute 2^-25 a step instead). "The far side" are values near -x, whose
+code 2^b does not exist. Where d is so small that 1 / d overflows float32, ggml's codes come out of converting infinities: 0 on x86, and 0
+here; d itself is then stored as zero. The torch functions are the definition, ``qformats.loops.quantize`` does the same in one pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from qformats.quantize.affine import checked, half
+from qformats.scheme import Storage, Tile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["QUANTIZERS", "quantize"]
+
+BLOCK = 32
+
+
+def _first(x: Tensor, mask: Tensor) -> Tensor:
+    """The value at the first set place of ``mask`` in each block, sign of zero included."""
+    import torch
+
+    return x.gather(-1, mask.to(torch.uint8).argmax(-1, keepdim=True)).squeeze(-1)
+
+
+def _inverse(d: Tensor) -> Tensor:
+    import torch
+
+    return torch.where(d != 0, 1.0 / d, torch.zeros(())).unsqueeze(-1)
+
+
+def _truncate(codes: Tensor, highest: int) -> Tensor:
+    """C's conversion to an integer, then the upper limit; infinities and NaN become 0 as on x86."""
+    import torch
+
+    return torch.where(torch.isfinite(codes), codes, torch.zeros(())).clamp(0, highest).to(torch.uint8)
+
+
+def _centred(x: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
+    import torch
+
+    size = x.abs()
+    largest = size.amax(-1)
+    extreme = torch.where(largest > 0, _first(x, size == largest.unsqueeze(-1)), torch.zeros(()))
+    d = extreme / -float(1 << (bits - 1))
+    codes = x * _inverse(d) + (float(1 << (bits - 1)) + 0.5)
+    return _truncate(codes, (1 << bits) - 1), d, None
+
+
+def _with_minimum(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    low = _first(x, x == x.amin(-1, keepdim=True))
+    d = (x.amax(-1) - low) / float((1 << bits) - 1)
+    codes = (x - low.unsqueeze(-1)) * _inverse(d) + 0.5
+    return _truncate(codes, (1 << bits) - 1), d, low
+
+
+def _bytes(x: Tensor) -> tuple[Tensor, Tensor, None]:
+    import torch
+
+    d = x.abs().amax(-1) / 127.0
+    scaled = x * _inverse(d)
+    scaled = torch.where(torch.isfinite(scaled), scaled, torch.zeros(()))
+    whole = torch.trunc(scaled)
+    codes = whole + torch.where((scaled - whole).abs() >= 0.5, torch.sign(scaled), torch.zeros(()))
+    return codes.to(torch.int8), d, None
+
+
+QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]] = {
+    "q4_0": lambda x: _centred(x, 4),
+    "q4_1": lambda x: _with_minimum(x, 4),
+    "q5_0": lambda x: _centred(x, 5),
+    "q5_1": lambda x: _with_minimum(x, 5),
+    "q8_0": _bytes,
+}
+
+
+@cache
+def _loops() -> Any:
+    """``qformats.loops.quantize``, or None where numba cannot be imported."""
+    try:
+        return importlib.import_module("qformats.loops.quantize")
+    except ImportError:
+        return None
+
+
+def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What ``QUANTIZERS`` define, in one pass."""
+    import numpy as np
+    import torch
+
+    x = blocks.contiguous().numpy().reshape(blocks.shape[0] * blocks.shape[1], BLOCK)
+    codes = np.empty(x.shape, np.int8 if storage.grid.signed else np.uint8)
+    d = np.empty(len(x), np.float32)
+    m = np.empty(len(x) if storage.offset else 0, np.float32)
+    loops.QUANTIZE[storage.type](x, codes, d, m)
+    shape = blocks.shape[:2]
+    low = torch.from_numpy(m).reshape(shape) if storage.offset else None
+    return torch.from_numpy(codes).reshape(blocks.shape), torch.from_numpy(d).reshape(shape), low
+
+
+def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
+    """float (N, K) -> the canonical tensor of a legacy ggml type (K a multiple of 32)."""
+    from qformats.tensor import Param, QuantizedTensor, constant
+
+    w = checked(weights)
+    n, k = int(w.shape[0]), int(w.shape[1])
+    loops = _loops()
+    blocks = w.reshape(n, k // BLOCK, BLOCK)
+    codes, d, m = QUANTIZERS[storage.type](blocks) if loops is None else _compiled(loops, blocks, storage)
+    block = Tile((1, BLOCK))
+    zero = constant(storage.zero_point, (n, k)) if isinstance(storage.zero_point, int) else None
+    offset = None if m is None else Param(half(m, "minimum"), block)
+    return QuantizedTensor((n, k), codes.reshape(n, k), storage.grid, (Param(half(d, "scale"), block),), zero, offset)
