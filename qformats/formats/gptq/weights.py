@@ -42,7 +42,8 @@ def read(
 ) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
 
-    With ``codes=False`` only the parameters are read. ``zero_policy`` overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    With ``codes=False`` only the parameters are read. ``zero_policy`` overrides how stored zero points are understood (``v1``,
+    ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
     """
     import torch
 
