@@ -437,20 +437,29 @@ def _group_size(t: QuantizedTensor) -> int:
     return min(sizes, default=t.shape[-1])
 
 
-def absorb_group_index(t: QuantizedTensor) -> tuple[QuantizedTensor, Tensor]:
-    """Sort columns by group so that groups are consecutive; returns the tensor and ``order`` with new column j = old order[j].
+def absorb_group_index(t: QuantizedTensor, order: Tensor | None = None) -> tuple[QuantizedTensor, Tensor]:
+    """Reorder columns so that groups are consecutive; returns the tensor and ``order`` with new column j = old order[j].
 
+    By default columns are sorted by group (stable); a given ``order`` must make every group consecutive and aligned.
     Exact for the product only if the producer's rows are permuted by the same ``order``. Refuses uneven groups.
     """
     if t.group_index is None:
         return t, torch.arange(t.shape[-1])
     if t.group_index.ndim != 1:
         raise Refused("every expert has its own group index")
-    order = torch.argsort(t.group_index.to(torch.int64), stable=True)
-    size = _group_size(t)
-    if not torch.equal(t.group_index[order].to(torch.int64), torch.arange(t.shape[-1]) // size):
+    if order is None:
+        order = torch.argsort(t.group_index.to(torch.int64), stable=True)
+    size, k = _group_size(t), t.shape[-1]
+    sorted_index = t.group_index[order].to(torch.int64)
+    first = sorted_index[torch.arange(0, k, size)]
+    if not torch.equal(sorted_index, first.repeat_interleave(size)[:k]) or len(torch.unique(first)) != len(first):
         raise Refused(f"groups do not have {size} columns each")
-    return t.replace(codes=t.codes.index_select(-1, order), group_index=None), order
+
+    def change(param: Param) -> Param:
+        values = _plain(param, "parameter")
+        return param if values.shape[-1] == 1 else param.with_values(values.index_select(-1, first))
+
+    return t.replace(codes=t.codes.index_select(-1, order), group_index=None, **_map_params(t, change)), order
 
 
 # ---------------------------------------------------------------- rows and columns

@@ -1,0 +1,72 @@
+"""The conversions as Python calls, with the words of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from converters.choose import PlanOptions
+from converters.execute import Progress, execute
+from converters.plan import Plan, make_plan, refuse_losses
+from converters.verify import VerifyResult
+from converters.verify import verify as _verify
+from qformats import registry
+from qformats.formats.protocol import Target
+
+if TYPE_CHECKING:
+    from converters.report import Report
+
+__all__ = ["convert", "plan", "verify"]
+
+
+def plan(
+    source: str | Path,
+    *,
+    to: str | Target,
+    exact: bool = False,
+    allow_requantize: bool = False,
+    tensor_types: Iterable[tuple[str, str]] = (),
+    pre_tokenizer: str | None = None,
+    header_only: bool = False,
+) -> Plan:
+    """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
+
+    ``header_only`` reads headers and claims; otherwise parameters are read too (codes only where a rule asks) and the plan is final.
+    """
+    target = registry.parse_target(to) if isinstance(to, str) else to
+    options = PlanOptions(target, exact, allow_requantize, tuple(tensor_types), pre_tokenizer, header_only)
+    return make_plan(source, options)
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    to: str | Target,
+    exact: bool = False,
+    allow_requantize: bool = False,
+    overwrite: bool = False,
+    workers: int | None = None,
+    tensor_types: Iterable[tuple[str, str]] = (),
+    pre_tokenizer: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert ``source`` into ``destination`` and report every tensor's kind.
+
+    Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
+    """
+    from converters.report import Report
+
+    planned = plan(
+        source, to=to, exact=exact, allow_requantize=allow_requantize, tensor_types=tensor_types, pre_tokenizer=pre_tokenizer
+    )
+    with planned.checkpoint:
+        refuse_losses(planned)
+        outcome = execute(planned, destination, overwrite=overwrite, workers=workers, progress=progress)
+        return Report.build(planned, outcome)
+
+
+def verify(source: str | Path, destination: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> VerifyResult:
+    """Compare ``destination`` with ``source``: by replaying its provenance record, else by values. See ``VerifyResult``."""
+    return _verify(source, destination, workers=workers, progress=progress)

@@ -1,0 +1,385 @@
+"""Which type each target tensor gets: the one default rule (best kind, then smallest type), named types, and the scan that proves it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from converters.jobs import Job
+from converters.sources import Slab, read_rows, slabs
+from qformats import registry
+from qformats.architectures.mapping import TensorMap
+from qformats.checkpoint import Checkpoint
+from qformats.errors import Unsupported, UsageError
+from qformats.formats.protocol import PartInfo, Target
+from qformats.reencode import KINDS, Fit, Hint, fit
+from qformats.rewrite import Refused, block_range
+from qformats.scheme import Scheme, Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
+
+FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+_TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+_MATRIX_KINDS = ("linear", "experts", "embedding", "output")
+_SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins."""
+
+    target: Target
+    exact: bool = False
+    allow_requantize: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    pre_tokenizer: str | None = None
+    header_only: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What a provenance record keeps."""
+        return {
+            "to": str(self.target),
+            "exact": self.exact,
+            "allow_requantize": self.allow_requantize,
+            "tensor_types": [list(pair) for pair in self.tensor_types],
+            "pre_tokenizer": self.pre_tokenizer,
+        }
+
+
+@dataclass
+class Chooser:
+    """Decides jobs for one checkpoint and target.
+
+    ``storages_of``: storages from a provenance record by target module, ``hints`` likewise; ``dtypes``: float dtypes by target
+    tensor name. ``float_default``: the 2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders.
+    """
+
+    checkpoint: Checkpoint
+    options: PlanOptions
+    float_default: str = "F16"
+    storages_of: Mapping[str, Storage] = field(default_factory=dict)
+    hints: Mapping[str, Hint] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    @property
+    def _gguf(self) -> bool:
+        return registry.row(self.options.target.format).container == "gguf"
+
+    def decide(self, tensor: TensorMap) -> Job:
+        """The job of one target tensor."""
+        modules = [s.module for s in tensor.sources if s.module]
+        quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
+        if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
+            return self._from_codes(tensor)
+        if tensor.leaf == "weight" and quantized:
+            return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
+        return self._from_floats(tensor)
+
+    # ------------------------------------------------------------ named types
+
+    def _named(self, tensor: TensorMap, dense: bool) -> str | None:
+        """The type the user named for this tensor, or None for the default rule."""
+        for pattern, name in self.options.tensor_types:
+            if re.search(pattern, tensor.name):
+                return name.lower()
+        kind = self.options.target.type
+        if kind is None or tensor.kind not in _MATRIX_KINDS or len(tensor.shape) < 2:
+            return None
+        if not dense or kind in FLOAT_WORDS:
+            return kind
+        if self.checkpoint.format not in ("hf", "gguf") or (self.checkpoint.gguf is not None and not self._gguf):
+            return None  # the dense rest of a quantized checkpoint stays dense
+        if tensor.kind in ("embedding", "output"):
+            return _SAFE_TYPE if self._gguf else None
+        return kind
+
+    def _target(self, kind: str | None) -> Target:
+        target = self.options.target
+        found = registry.row(target.format)
+        if kind is not None and kind not in found.types and kind not in FLOAT_WORDS:
+            raise UsageError("target-type", f"{target.format} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
+        return replace(target, type=kind)
+
+    # ------------------------------------------------------------ floats
+
+    def _from_floats(self, tensor: TensorMap) -> Job:
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module} or {"F32"}
+        named = self._named(tensor, dense=True)
+        if named is not None and named not in FLOAT_WORDS:
+            return self._quantize(tensor, named, "new codes from floats, as named")
+        if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
+            return self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
+        dtype = self._float_dtype(tensor, found, named)
+        if found == {dtype} and tensor.constant is None:
+            plain = all(s.index is None for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
+            kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
+            if tensor.shift:
+                kind, why = self._float_kind(tensor, dtype)
+            return self._job(tensor, "float" if tensor.shift else "copy", kind, why, dtype)
+        if tensor.constant is not None:
+            return self._job(tensor, "float", "exact", "computed from the configuration", dtype)
+        kind, why = self._float_kind(tensor, dtype)
+        return self._job(tensor, "float", kind, why, dtype)
+
+    def _quantize_by_default(self, tensor: TensorMap) -> bool:
+        """A float checkpoint turned into an integer format: its linear layers."""
+        is_matrix = tensor.kind in ("linear", "experts") and tensor.leaf == "weight" and len(tensor.shape) == 2
+        return self.checkpoint.format == "hf" and is_matrix
+
+    def _float_dtype(self, tensor: TensorMap, found: set[str], named: str | None) -> str:
+        if named is not None:
+            return FLOAT_WORDS[named]
+        source = found.pop() if len(found) == 1 else "F32"
+        found.add(source)
+        if self._gguf:
+            matrix = len(tensor.shape) >= 2 and tensor.kind in _MATRIX_KINDS
+            return (source if source in ("F16", "BF16") else "F32") if matrix else "F32"
+        wanted = self.dtypes.get(tensor.name)
+        if wanted is not None:
+            return wanted
+        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.shift:
+            return source
+        if self.options.target.type in FLOAT_WORDS:
+            return FLOAT_WORDS[self.options.target.type]
+        return self._smallest_exact(tensor, source)
+
+    def _smallest_exact(self, tensor: TensorMap, source: str) -> str:
+        order = [self.float_default, *(d for d in ("F16", "BF16") if d != self.float_default)]
+        if source in order and not tensor.shift:
+            return source
+        if self.options.header_only:
+            return "F32"
+        for dtype in order:
+            if self._is_exact(tensor, dtype):
+                return dtype
+        return "F32"
+
+    def _is_exact(self, tensor: TensorMap, dtype: str) -> bool:
+        import torch
+
+        target = getattr(torch, _TORCH_WORDS[dtype])
+        probe = self._job(tensor, "float", "exact", "", dtype)
+        slab = Slab(self.checkpoint, probe)
+        for start, stop in slabs(probe, self.checkpoint):
+            values = read_rows(probe, slab, self.checkpoint, start, stop)
+            assert isinstance(values, torch.Tensor)
+            exact = values.to(torch.float64) + tensor.shift
+            if bool(((exact.to(torch.float32).to(target).to(torch.float64) != exact) & ~torch.isnan(exact)).any()):
+                return False
+        return True
+
+    def _float_kind(self, tensor: TensorMap, dtype: str) -> tuple[str, str]:
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module}
+        widening = all((a, dtype) in {("F16", "F32"), ("BF16", "F32")} or a == dtype for a in found)
+        if widening and not tensor.shift:
+            return "exact", f"{'/'.join(sorted(found))} values are {dtype} values"
+        if not self.options.header_only and self._is_exact(tensor, dtype):
+            return "exact", f"every value is a {dtype} number" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
+        return "dequantized", f"rounded once to {dtype}" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
+
+    def _float(self, tensor: TensorMap, dtype: str, kind: str, reason: str, lossless: bool = False) -> Job:
+        return replace(self._job(tensor, "float", kind, reason, dtype), lossless=lossless)
+
+    def _job(self, tensor: TensorMap, action: str, kind: str, reason: str, dtype: str) -> Job:
+        part = {tensor.leaf: PartInfo(dtype, tensor.shape)}
+        lossless = kind in ("copied", "exact")
+        return Job(tensor, action, kind, reason, dtype, part, lossless, dtype, format="hf", orders=self._orders(tensor))
+
+    def _orders(self, tensor: TensorMap) -> dict[str, np.ndarray[Any, Any]]:
+        return {s.module: self.orders[s.module] for s in tensor.sources if s.module in self.orders}
+
+    # ------------------------------------------------------------ codes
+
+    def _scheme(self, tensor: TensorMap) -> Scheme:
+        module = tensor.sources[0].module
+        if module not in self.schemes:
+            self.schemes[module] = self.checkpoint.scheme(module)
+        return replace(self.schemes[module], shape=tensor.shape)
+
+    def _from_codes(self, tensor: TensorMap) -> Job:
+        named = self._named(tensor, dense=False)
+        target = self._target(named)
+        row = registry.row(target.format)
+        if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
+            return self._dequantize(tensor, named)
+        module = registry.format_module(row.name)
+        recorded = self.storages_of.get(tensor.target)
+        storages = [recorded] if recorded is not None else module.storages(target, self._scheme(tensor))
+        best, refusals = self._best(tensor, storages, row.name)
+        if best is not None:
+            return replace(best, notes=self._savings(tensor, best, storages))
+        reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        if named is not None or self.options.allow_requantize:
+            return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
+        job = self._quantize(tensor, _SAFE_TYPE if self._gguf else "int4", reason)
+        return replace(job, notes=("needs --allow-requantize or a named type",))
+
+    def _must_be_float(self, tensor: TensorMap) -> bool:
+        """Embedding and output of integer checkpoint formats stay floats unless the record says otherwise."""
+        return not self._gguf and tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of \
+            and self.checkpoint.gguf is not None  # fmt: skip
+
+    def _best(self, tensor: TensorMap, storages: Sequence[Storage], format_name: str) -> tuple[Job | None, dict[str, str]]:
+        refusals: dict[str, str] = {}
+        for rounding in (False, True):
+            for storage in sorted(storages, key=lambda s: s.bits_per_weight):
+                try:
+                    found = self._claim(tensor, storage, rounding) if self.options.header_only else self._scan(tensor, storage, rounding)
+                except Refused as refusal:
+                    refusals[storage.type] = str(refusal)
+                    continue
+                except Unsupported as error:
+                    refusals[storage.type] = error.message
+                    continue
+                return self._codes_job(tensor, storage, format_name, found, rounding), refusals
+        return None, refusals
+
+    def _codes_job(self, tensor: TensorMap, storage: Storage, format_name: str, found: Fit, rounding: bool) -> Job:
+        parts = registry.format_module(format_name).layout(storage, tensor.shape)
+        orders = self._orders(tensor)
+        notes = (*(["absorb act-order into the producing rows"] if orders else []), *found.rewrites)
+        hints = {tensor.target: self.hints[tensor.target]} if tensor.target in self.hints else {}
+        return Job(tensor, "codes", found.kind, found.reason, storage.type.upper() if self._gguf else storage.type, parts,
+                   found.kind == "exact", None, storage, format_name, notes, rounding, (), orders, hints)  # fmt: skip
+
+    def _scan(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
+        """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
+        probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
+        hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint, probe, load=False), None
+        for start, stop in slabs(probe, self.checkpoint):
+            blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
+            ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
+            found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]
+            if worst is None or KINDS.index(found.kind) > KINDS.index(worst.kind):
+                worst = found
+        assert worst is not None
+        return worst
+
+    def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
+        """What the header alone promises: the worst codes and zero points that the scheme allows."""
+        worst = _pessimist(self._scheme(tensor), tensor.sources[0].module in self.orders)
+        found = fit(worst, storage, rounding=rounding)
+        return replace(found, reason=f"claimed from the header: {found.reason}")
+
+    def _savings(self, tensor: TensorMap, best: Job, storages: Sequence[Storage]) -> tuple[str, ...]:
+        """What a smaller type with a rounded offset would save."""
+        if best.storage is None or not best.lossless or not self._gguf:
+            return ()
+        notes = []
+        for storage in storages:
+            fits = storage.offset and storage.grid.bits >= getattr(self._scheme(tensor).grid, "bits", 99)
+            if fits and storage.bits_per_weight < best.storage.bits_per_weight:
+                saved = int((best.storage.bits_per_weight - storage.bits_per_weight) * best.weights / 8)
+                notes.append(f"{storage.type} would save {saved} bytes: codes kept, offsets rounded (relative 2^-11, absolute 2^-25)")
+        return tuple(notes[:1])
+
+    def _dequantize(self, tensor: TensorMap, named: str | None) -> Job:
+        scheme = self._scheme(tensor)
+        exact32 = _float32_exact(scheme)
+        wanted = self.dtypes.get(tensor.name)
+        dtype = FLOAT_WORDS.get(named or "", wanted or "F32")
+        exact = exact32 and dtype == "F32"
+        reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
+        return self._float(tensor, dtype, "dequantized", reason, exact)
+
+    # ------------------------------------------------------------ new codes
+
+    def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
+        target = self._target(kind)
+        module = registry.format_module(target.format)
+        scheme = Scheme(tensor.shape, self._scheme(tensor).grid) if self._is_code_source(tensor) else _float_scheme(tensor.shape)
+        storage = module.storages(target, scheme)[0]
+        if tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple:
+            dtype = "F32" if self._is_code_source(tensor) else self._float_dtype(tensor, {"F16"}, None)
+            why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
+            return self._float(tensor, dtype, "dequantized", why)
+        parts = module.layout(storage, tensor.shape)
+        name = storage.type.upper() if self._gguf else storage.type
+        return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format, ("round to nearest",),
+                   orders=self._orders(tensor))  # fmt: skip
+
+    def _is_code_source(self, tensor: TensorMap) -> bool:
+        return any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"
+
+
+class _Ranges:
+    """Smallest and largest codes of runs, read from the file only when a rule asks."""
+
+    def __init__(self, job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int) -> None:
+        self._args = (job, slab, checkpoint, start, stop)
+        self._tensor: QuantizedTensor | None = None
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, width: int) -> tuple[Tensor, Tensor]:
+        if self._tensor is None:
+            value = read_rows(*self._args)
+            self._tensor = value  # type: ignore[assignment]
+        if width not in self._known:
+            assert self._tensor is not None
+            self._known[width] = block_range(self._tensor, width)
+        return self._known[width]
+
+
+def hint_rows(hint: Hint | None, start: int, stop: int) -> Hint | None:
+    if hint is None or hint.zero_point is None or len(hint.zero_point) == 1:
+        return hint
+    return Hint(hint.zero_point[start:stop], hint.positive)
+
+
+def _float32_exact(scheme: Scheme) -> bool:
+    """Whether scale x (code − zero point) always fits 24 significant bits and nothing is added."""
+    bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
+    total = getattr(scheme.grid, "bits", 9) + 1
+    for scale in scheme.scales:
+        spec = scale
+        while spec.nested is not None:
+            total += getattr(spec.nested.grid, "bits", 8)
+            spec = spec.nested.scales[0]
+        total += bits.get(spec.dtype, 24)
+    return scheme.offset is None and total <= 24
+
+
+def _float_scheme(shape: tuple[int, ...]) -> Scheme:
+    from qformats.scheme import Integer
+
+    return Scheme(shape, Integer(16, signed=True))
+
+
+def _pessimist(scheme: Scheme, absorbed: bool) -> QuantizedTensor:
+    """One row with the widest code range in every group and every zero point the grid can hold."""
+    import torch
+
+    from qformats.scheme import Integer, Tile
+    from qformats.tensor import Param, QuantizedTensor, constant
+
+    if not isinstance(scheme.grid, Integer) or any(not isinstance(s.block, Tile) or s.nested for s in scheme.scales):
+        raise Refused("the header does not tell")
+    if scheme.group_index and not absorbed:
+        group_note = "act-order may be present"
+        raise Refused(group_note)
+    k, group = scheme.shape[-1], scheme.group_size or scheme.shape[-1]
+    shape = (1, k)
+    codes = torch.full(shape, scheme.grid.highest, dtype=torch.int8 if scheme.grid.signed else torch.uint8)
+    codes[:, ::2] = scheme.grid.lowest
+    counts = (1, -(-k // group))
+    zero = None
+    if scheme.zero_point is not None:
+        known = scheme.zero_point.constant
+        plane = torch.arange(counts[1], dtype=torch.int16).reshape(counts) % (scheme.grid.highest + 2)
+        zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
+    dtype = getattr(torch, scheme.scales[0].dtype)
+    scale = Param(torch.full(counts, 1.0009765625, dtype=dtype), Tile((1, group)))
+    offset = None if scheme.offset is None else Param(torch.full(counts, 0.333, dtype=dtype), Tile((1, group)))
+    return QuantizedTensor(shape, codes, scheme.grid, (scale,), zero, offset)
+
+

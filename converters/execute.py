@@ -1,0 +1,310 @@
+"""Carrying out a plan: row ranges through the rewrites into their planned places, by any number of workers, and nothing half-written.
+
+The same work serves two sinks: one writes, one compares (``converters.verify``). Bytes depend on the plan only, never on the number
+of workers or the order in which they finish.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from converters.jobs import Job
+from converters.outputs import OutputPart
+from converters.plan import Plan
+from converters.sources import Slab, read_rows, slabs
+from qformats import registry
+from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
+from qformats.errors import QFormatError, UsageError, WouldLose
+from qformats.formats.protocol import Piece
+from qformats.reencode import Hint, finish, fit
+from qformats.rewrite import Refused
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["Outcome", "Progress", "Sink", "execute", "run_jobs"]
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Outcome:
+    """``errors``: relative RMS error of each tensor with new codes or rounded floats; sizes in bytes, time in seconds."""
+
+    errors: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    nbytes_read: int = 0
+    nbytes_written: int = 0
+
+
+class Sink(Protocol):
+    """Where the bytes of a part go; called from several threads, never twice for the same byte."""
+
+    def put(self, part: OutputPart, offset: int, data: memoryview) -> None: ...
+
+
+def execute(
+    plan: Plan, destination: str | Path, *, overwrite: bool = False, workers: int | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Write the planned output; it appears under its final name only when every byte is on disk.
+
+    Raises ``OutputError`` for the destination, ``BadFile`` if the source changes or breaks meanwhile.
+    """
+    if not plan.scanned:
+        raise UsageError("plan-depth", "a header plan cannot be carried out", hint="plan again without --header")
+    final = Path(destination)
+    check_not_same([plan.checkpoint.path, *plan.checkpoint.sources()], final)
+    started = time.perf_counter()
+    if plan.output.directory:
+        with OutputDirectory(final, plan.output.nbytes, overwrite) as directory:
+            files = {name: directory.file(name, layout.size) for name, layout in plan.output.layouts.items()}
+            outcome = _write(plan, files, workers, progress)
+            for name, data in plan.output.small.items():
+                directory.write_bytes(name, data)
+            directory.commit()
+    else:
+        with OutputFile(final, plan.output.nbytes, overwrite) as out:
+            outcome = _write(plan, {"": out}, workers, progress)
+            out.commit()
+    outcome.seconds = time.perf_counter() - started
+    outcome.nbytes_written = plan.output.nbytes
+    return outcome
+
+
+class _Writer:
+    def __init__(self, files: dict[str, OutputFile]) -> None:
+        self._files = files
+
+    def put(self, part: OutputPart, offset: int, data: memoryview) -> None:
+        self._files[part.file].pwrite(part.offset + offset, data)
+
+
+def _write(plan: Plan, files: dict[str, OutputFile], workers: int | None, progress: Progress | None) -> Outcome:
+    for name, layout in plan.output.layouts.items():
+        files[name].pwrite(0, layout.header)
+    return run_jobs(plan, _Writer(files), workers, progress)
+
+
+# ---------------------------------------------------------------- the work
+
+
+def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progress | None = None) -> Outcome:
+    """Produce every part of every job into ``sink``."""
+    import torch
+
+    count = workers or min(8, os.cpu_count() or 1)
+    total = sum(p.nbytes for p in plan.output.parts.values())
+    outcome, errors = Outcome(), _Errors()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count, thread_name_prefix="qconvert") as pool:
+            _drive(pool, count, plan, sink, errors, progress, total)
+    finally:
+        torch.set_num_threads(threads)
+    outcome.errors = errors.relative()
+    outcome.nbytes_read = sum(raw.nbytes for raw in plan.checkpoint.raw.values())
+    return outcome
+
+
+def _drive(pool: ThreadPoolExecutor, count: int, plan: Plan, sink: Sink, errors: _Errors, progress: Progress | None, total: int) -> None:
+    """Keep at most twice as many tensors in flight as there are workers; stop at the first error."""
+    pending: dict[Future[int], None] = {}
+    done = 0
+    queue = iter(sorted(plan.jobs, key=lambda j: -j.weights) if count > 1 else plan.jobs)
+    try:
+        for job in queue:
+            pending[pool.submit(_run_job, plan, job, sink, errors)] = None
+            if len(pending) >= 2 * count:
+                done += _collect(pending, progress, done, total)
+        while pending:
+            done += _collect(pending, progress, done, total)
+    except BaseException:
+        for future in pending:
+            future.cancel()
+        wait(pending)
+        raise
+
+
+def _collect(pending: dict[Future[int], None], progress: Progress | None, done: int, total: int) -> int:
+    finished, _ = wait(pending, return_when="FIRST_COMPLETED")
+    nbytes = 0
+    for future in finished:
+        del pending[future]
+        nbytes += future.result()
+    if progress is not None:
+        progress(done + nbytes, total)
+    return nbytes
+
+
+def _run_job(plan: Plan, job: Job, sink: Sink, errors: _Errors) -> int:
+    """All row ranges of one tensor; returns the bytes produced."""
+    try:
+        nbytes = 0
+        for piece in _pieces(plan, job, errors):
+            nbytes += _put(plan.output.parts[job.part_name(piece.leaf)], piece, sink)
+        return nbytes
+    except Refused as refusal:
+        raise WouldLose("plan-changed", f"no longer fits the plan: {refusal}", tensor=job.name, hint="plan again") from None
+    except QFormatError as error:
+        if error.tensor is None:
+            error.tensor = job.name
+            error.args = (str(error),)
+        raise
+
+
+def _pieces(plan: Plan, job: Job, errors: _Errors) -> Iterator[Piece]:
+    if job.map.constant is not None:
+        yield Piece(job.map.leaf, _float_bytes(_constant(job), job))
+        return
+    slab = Slab(plan.checkpoint, job)
+    for start, stop in slabs(job, plan.checkpoint):
+        value = read_rows(job, slab, plan.checkpoint, start, stop)
+        if job.action in ("copy", "float"):
+            yield _float_piece(job, value, start, errors)
+        else:
+            yield from _code_pieces(plan, job, value, start, stop, errors)
+
+
+def _constant(job: Job) -> Tensor:
+    import torch
+
+    return torch.from_numpy(job.map.constant).reshape(-1, 1)
+
+
+def _put(part: OutputPart, piece: Piece, sink: Sink) -> int:
+    """Hand a rectangle over as runs of bytes."""
+    import numpy as np
+
+    array = np.ascontiguousarray(piece.array)
+    width = array.dtype.itemsize * (array.shape[1] if array.ndim > 1 else 1)
+    flat = array.reshape(-1).view("u1").data
+    row_nbytes = part.row_nbytes if array.ndim > 1 and len(part.info.shape) > 1 else width
+    if width == row_nbytes:
+        sink.put(part, piece.row * row_nbytes, flat)
+        return len(flat)
+    first = piece.row * row_nbytes + piece.column * array.dtype.itemsize
+    for row in range(array.shape[0]):
+        sink.put(part, first + row * row_nbytes, flat[row * width : (row + 1) * width])
+    return len(flat)
+
+
+# ---------------------------------------------------------------- floats
+
+
+def _float_piece(job: Job, value: Any, start: int, errors: _Errors) -> Piece:
+    import torch
+
+    measured = errors if isinstance(value, torch.Tensor) else None
+    return Piece(job.map.leaf, _float_bytes(_as_float(job, value), job, measured), start)
+
+
+def _as_float(job: Job, value: Any) -> Tensor:
+    """The exact values as float64 when codes are dequantized or a constant is added, else the tensor as it is."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        from qformats.formats.dense import FLOAT_DTYPES
+
+        return value.dequantize(getattr(torch, FLOAT_DTYPES[job.dtype or "F32"]))  # type: ignore[no-any-return]
+    return value.to(torch.float32) + job.map.shift if job.map.shift else value
+
+
+def _float_bytes(values: Tensor, job: Job, errors: _Errors | None = None) -> np.ndarray[Any, Any]:
+    from qformats.formats.dense import write_float
+
+    array = write_float(values, job.dtype or "F32", name=job.name)
+    if errors is not None and not job.lossless and job.action == "float":
+        errors.add(job, values, array)
+    return array.reshape(len(array), -1)
+
+
+# ---------------------------------------------------------------- codes
+
+
+def _code_pieces(plan: Plan, job: Job, value: Any, start: int, stop: int, errors: _Errors) -> list[Piece]:
+    import torch
+
+    form = registry.format_module(job.format)
+    assert job.storage is not None
+    if job.action == "quantize":
+        from qformats.quantize import rtn
+
+        weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
+        tensor: QuantizedTensor = rtn(weights.to(torch.float32) + job.map.shift, job.storage)
+        errors.add_tensor(job, weights, tensor)
+    else:
+        decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
+        tensor = finish(value, decision)
+        if job.map.target in plan.unsorted:
+            tensor = _unsort(tensor, *plan.unsorted[job.map.target])
+    pieces: list[Piece] = form.write(job.storage, tensor, start, job.map.shape)
+    return pieces
+
+
+def _hint(job: Job, start: int, stop: int) -> Hint | None:
+    from converters.choose import hint_rows
+
+    return hint_rows(job.hints.get(job.map.target), start, stop)
+
+
+def _unsort(t: QuantizedTensor, order: np.ndarray[Any, Any], index: np.ndarray[Any, Any]) -> QuantizedTensor:
+    """Give columns their recorded order and group index back: the inverse of absorbing act-order."""
+    import numpy as np
+    import torch
+
+    inverse = np.empty(len(order), np.int64)
+    inverse[order] = np.arange(len(order))
+    groups = t.scales[0].values.shape[-1]
+    assert isinstance(t.scales[0].values, torch.Tensor)
+    size = -(-len(order) // groups)
+    place = torch.from_numpy(np.argsort(index[order][::size], kind="stable"))
+
+    def change(param: Any) -> Any:
+        return param if param is None or param.values.shape[-1] == 1 else param.with_values(param.values.index_select(-1, place))
+
+    codes = t.codes.index_select(-1, torch.from_numpy(inverse))
+    group_index = torch.from_numpy(index.astype(np.int32))
+    scales = tuple(change(s) for s in t.scales)
+    zero_point, offset = change(t.zero_point), change(t.offset)
+    return t.replace(codes=codes, group_index=group_index, scales=scales, zero_point=zero_point, offset=offset)
+
+
+class _Errors:
+    """Sums of squares of what rounding cost, by tensor."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, job: Job, before: Tensor, array: np.ndarray[Any, Any]) -> None:
+        import torch
+
+        from qformats.formats.dense import FLOAT_DTYPES
+
+        bits = torch.from_numpy(array.view("<i2") if job.dtype == "BF16" else array)
+        stored = bits.view(getattr(torch, FLOAT_DTYPES[job.dtype or "F32"]))
+        self._add(job.name, before.to(torch.float64).reshape(-1), stored.to(torch.float64).reshape(-1))
+
+    def add_tensor(self, job: Job, before: Tensor, after: QuantizedTensor) -> None:
+        import torch
+
+        self._add(job.name, before.to(torch.float64).reshape(-1), after.dequantize(torch.float64).reshape(-1))
+
+    def _add(self, name: str, before: Tensor, after: Tensor) -> None:
+        sums = self._sums.setdefault(name, [0.0, 0.0])
+        sums[0] += float(((before - after) ** 2).sum())
+        sums[1] += float((before**2).sum())
+
+    def relative(self) -> dict[str, float]:
+        return {name: (e / w) ** 0.5 if w else 0.0 for name, (e, w) in sorted(self._sums.items())}
+
+

@@ -1,0 +1,160 @@
+"""The output's metadata and side files: GGUF keys out of an HF directory, HF files out of a GGUF, quantization configs, the record."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from converters.choose import PlanOptions
+from converters.jobs import Job
+from converters.mapping import linear_modules
+from converters.outputs import Output, gguf_output, safetensors_output
+from qformats import registry
+from qformats.checkpoint import PROVENANCE_KEY, Checkpoint
+from qformats.containers.gguf import Metadata, Value
+from qformats.errors import BadFile
+from qformats.formats.protocol import Target
+
+if TYPE_CHECKING:
+    from converters.provenance import Restore
+
+__all__ = ["build_output"]
+
+# llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
+_FILE_TYPES = {
+    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
+    "Q6_K": 18, "BF16": 32,
+}  # fmt: skip
+_QUANTIZATION_VERSION = 2
+_CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
+
+
+def build_output(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], record: str, restore: Restore | None) -> Output:
+    """Layouts and small files of the whole output."""
+    if registry.row(options.target.format).container == "gguf":
+        metadata = _gguf_metadata(checkpoint, options, jobs)
+        metadata[PROVENANCE_KEY] = Value("str", record)
+        alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
+        return gguf_output(metadata, jobs, alignment)
+    small = _hf_files(checkpoint, options, jobs, restore)
+    return safetensors_output(jobs, small, {"format": "pt", PROVENANCE_KEY: record})
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def _file_type(jobs: Sequence[Job]) -> int:
+    weights: Counter[str] = Counter()
+    for job in jobs:
+        if len(job.map.shape) > 1 and job.map.kind in ("linear", "experts"):
+            weights[job.type] += job.weights
+    if not weights:
+        weights.update({job.type: job.weights for job in jobs if len(job.map.shape) > 1} or {"F32": 1})
+    return _FILE_TYPES.get(weights.most_common(1)[0][0], 1024)
+
+
+def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]) -> Metadata:
+    if checkpoint.gguf is None:
+        return dict(
+            checkpoint.binding.metadata(
+                checkpoint.side_files(),
+                file_type=_file_type(jobs),
+                quantization_version=_QUANTIZATION_VERSION,
+                pre=options.pre_tokenizer,
+            )
+        )
+    kept = {k: v for k, v in checkpoint.gguf.metadata.items() if not k.startswith("split.") and k != PROVENANCE_KEY}
+    if "general.file_type" in kept and any(job.kind != "copied" for job in jobs):
+        kept["general.file_type"] = Value("u32", _file_type(jobs))
+    return kept
+
+
+# ---------------------------------------------------------------- HF
+
+
+def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, bytes]:
+    files = checkpoint.side_files() if checkpoint.gguf is None else checkpoint.binding.hf_files(checkpoint.gguf.metadata)
+    if restore is not None and _restores_all(jobs, restore):
+        recorded = {name: text.encode() for name, text in restore.files.items()}
+        return {**{k: v for k, v in files.items() if k not in _CONFIGS}, **recorded}
+    config = _config_json(files, checkpoint, restore)
+    for name in ("quantize_config.json", "quant_config.json"):
+        files.pop(name, None)
+    inner = config.get("text_config")
+    config.pop("quantization_config", None)
+    if isinstance(inner, dict):
+        inner.pop("quantization_config", None)
+    _set_dtype(config, jobs)
+    quantization = _quantization_config(checkpoint, options, jobs, restore)
+    if quantization:
+        config["quantization_config"] = quantization
+        module = registry.format_module(options.target.format)
+        if hasattr(module, "side_files"):
+            files.update(module.side_files(quantization))
+    files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    return files
+
+
+def _restores_all(jobs: Sequence[Job], restore: Restore) -> bool:
+    """Whether every quantized module came back in the storage it had."""
+    mine = {j.map.target: j.storage for j in jobs if j.action == "codes"}
+    if len(mine) != restore.quantized:
+        return False
+    return mine.keys() == restore.storages.keys() and all(restore.storages[name] == storage for name, storage in mine.items())
+
+
+def _config_json(files: Mapping[str, bytes], checkpoint: Checkpoint, restore: Restore | None) -> dict[str, Any]:
+    text = files.get("config.json")
+    if restore is not None and "config.json" in restore.files:
+        text = restore.files["config.json"].encode()
+    if text is None:
+        return {}
+    config = json.loads(text)
+    if not isinstance(config, dict):
+        raise BadFile("json", "config.json is not an object", path=checkpoint.path)
+    return config
+
+
+def _set_dtype(config: dict[str, Any], jobs: Sequence[Job]) -> None:
+    """State the float dtype most of the dense weights have, under the key the configuration already uses."""
+    words = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    weights: Counter[str] = Counter()
+    for job in jobs:
+        if job.dtype in words and len(job.map.shape) > 1:
+            weights[job.dtype] += job.weights
+    if not weights or not config:
+        return
+    word = words[weights.most_common(1)[0][0]]
+    holders = [config, *([config["text_config"]] if isinstance(config.get("text_config"), dict) else [])]
+    for holder in holders:
+        for key in ("torch_dtype", "dtype"):
+            if key in holder:
+                holder[key] = word
+    if not any(key in holder for holder in holders for key in ("torch_dtype", "dtype")):
+        config["dtype"] = word
+
+
+def _quantization_config(
+    checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None
+) -> dict[str, Any]:
+    row = registry.row(options.target.format)
+    storages = {j.map.target: j.storage for j in jobs if j.storage is not None and j.map.leaf == "weight"}
+    if row.name == "hf" or not storages:
+        return {}
+    linear = {j.map.target for j in jobs if j.map.leaf == "weight" and len(j.map.shape) == 2 and j.map.kind in _LINEAR}
+    if checkpoint.gguf is None:
+        linear |= set(linear_modules(checkpoint))
+    skipped = sorted(linear - storages.keys())
+    original = None
+    if restore is not None and "config.json" in restore.files:
+        original = json.loads(restore.files["config.json"]).get("quantization_config")
+    elif checkpoint.format == row.name:
+        original = dict(checkpoint.match.config)
+    target = Target(row.name, options.target.type, options.target.options)
+    config: dict[str, Any] = registry.format_module(row.name).config_out(target, storages, skipped, original)
+    return config
+
+
+_LINEAR = ("linear", "experts", "router", "output")

@@ -1,0 +1,92 @@
+"""What one target tensor becomes: its source rows, what is done to them, the parts it is stored as, and the kind of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qformats.architectures.mapping import TensorMap
+from qformats.formats.protocol import PartInfo
+from qformats.scheme import Integer, Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qformats.reencode import Hint
+
+__all__ = ["Job", "storage_from_json", "storage_to_json"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One target tensor.
+
+    ``action``: ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``), ``codes`` (codes kept, written as
+    ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source module that was absorbed.
+    ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
+    """
+
+    map: TensorMap
+    action: str
+    kind: str
+    reason: str
+    type: str
+    parts: Mapping[str, PartInfo]
+    lossless: bool
+    dtype: str | None = None
+    storage: Storage | None = None
+    format: str = "hf"
+    rewrites: tuple[str, ...] = ()
+    rounding: bool = False
+    notes: tuple[str, ...] = ()
+    orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    hints: Mapping[str, Hint] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """Target tensor name (``module.leaf``)."""
+        return self.map.name
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.map.shape:
+            count *= size
+        return count
+
+    def part_name(self, leaf: str) -> str:
+        """Full stored name of a part."""
+        return f"{self.map.target}.{leaf}" if self.map.target else leaf
+
+
+def storage_to_json(storage: Storage) -> dict[str, Any]:
+    """A storage as plain JSON data."""
+    return {
+        "type": storage.type,
+        "bits": storage.grid.bits,
+        "signed": storage.grid.signed,
+        "group": storage.group,
+        "bpw": storage.bits_per_weight,
+        "scale_dtypes": list(storage.scale_dtypes),
+        "negative_scale": storage.negative_scale,
+        "zero_point": list(storage.zero_point) if isinstance(storage.zero_point, tuple) else storage.zero_point,
+        "offset": storage.offset,
+        "sub_scale": None if storage.sub_scale is None else list(storage.sub_scale),
+        "k_multiple": storage.k_multiple,
+        "n_multiple": storage.n_multiple,
+        "group_index": storage.group_index,
+        "options": dict(sorted(storage.options.items())),
+    }
+
+
+def storage_from_json(data: Mapping[str, Any]) -> Storage:
+    """Inverse of ``storage_to_json``."""
+    zero, sub = data["zero_point"], data["sub_scale"]
+    return Storage(
+        data["type"], Integer(data["bits"], data["signed"]), data["group"], data["bpw"], tuple(data["scale_dtypes"]),
+        data["negative_scale"],
+        (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], None if sub is None else (sub[0], sub[1], sub[2]),
+        data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
+    )  # fmt: skip

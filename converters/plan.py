@@ -1,0 +1,214 @@
+"""The plan of a conversion: every target tensor's sources, rewrites, type, kind, reason, size and place. Data, JSON in and out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters import absorb, files, provenance
+from converters.choose import Chooser, PlanOptions
+from converters.jobs import Job, storage_to_json
+from converters.mapping import map_tensors
+from converters.outputs import Output
+from qformats import registry
+from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.errors import QFormatError, Unsupported, UsageError, WouldLose
+from qformats.formats.protocol import Target
+from qformats.reencode import KINDS, Hint
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Plan", "make_plan", "refuse_losses"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``jobs`` in file order, ``output`` with every part's place, ``dropped`` source tensors with reasons, ``warnings``."""
+
+    checkpoint: Checkpoint
+    options: PlanOptions
+    jobs: tuple[Job, ...]
+    output: Output
+    dropped: Mapping[str, str]
+    warnings: tuple[str, ...]
+    scanned: bool = True
+    unsorted: Mapping[str, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Number of tensors of each kind."""
+        return {kind: count for kind in KINDS if (count := sum(j.kind == kind for j in self.jobs))}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data: what ``qconvert plan --json`` prints and ``convert --plan`` takes."""
+        return {
+            "version": 1,
+            "source": {"format": self.checkpoint.format, "container": self.checkpoint.container},
+            "options": self.options.to_json(),
+            "depth": "scan" if self.scanned else "header",
+            "kinds": self.kinds,
+            "nbytes": self.output.nbytes,
+            "digest": provenance.plan_digest(self.jobs),
+            "tensors": [self._tensor_json(job) for job in self.jobs],
+            "dropped": dict(self.dropped),
+            "warnings": list(self.warnings),
+        }
+
+    def _tensor_json(self, job: Job) -> dict[str, Any]:
+        parts = {job.part_name(leaf): self.output.parts[job.part_name(leaf)] for leaf in job.parts}
+        return {
+            "name": job.name,
+            "kind": job.kind,
+            "lossless": job.lossless,
+            "type": job.type,
+            "reason": job.reason,
+            "notes": list(job.notes),
+            "rewrites": list(job.rewrites),
+            "shape": list(job.map.shape),
+            "sources": [[s.module, s.leaf, s.start, s.stop] for s in job.map.sources],
+            "storage": None if job.storage is None else storage_to_json(job.storage),
+            "nbytes": sum(p.nbytes for p in parts.values()),
+            "parts": {
+                name: {"file": p.file, "offset": p.offset, "nbytes": p.nbytes, "dtype": p.info.dtype, "shape": list(p.info.shape)}
+                for name, p in parts.items()
+            },
+        }
+
+
+def make_plan(source: str | Path | Checkpoint, options: PlanOptions) -> Plan:
+    """Plan a conversion; ``WouldLose`` is not raised here (see ``refuse_losses``), broken sources are."""
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    target = registry.row(options.target.format)
+    if not target.writes:
+        raise Unsupported("write", f"{target.name} cannot be written")
+    restore = provenance.read_restore(checkpoint)
+    if restore is not None and (restore.format != target.name or options.target.options or options.target.type):
+        restore = None
+    mapped = map_tensors(checkpoint, target.container)
+    warnings = list(checkpoint.warnings)
+    dropped = dict(mapped.dropped)
+    orders, row_orders = _absorb(checkpoint, options, warnings)
+    tensors = [absorb.apply_row_orders(t, row_orders) for t in mapped.tensors]
+    unsorted: dict[str, Any] = {}
+    if restore is not None:
+        tensors, unsorted = _restore_orders(tensors, restore)
+    chooser = Chooser(
+        checkpoint,
+        options,
+        _float_default(checkpoint, restore),
+        storages_of={} if restore is None else restore.storages,
+        hints={} if restore is None else _sorted_hints(restore.hints, unsorted),
+        dtypes={} if restore is None else restore.dtypes,
+        orders=orders,
+    )
+    jobs = _decide(chooser, tensors)
+    all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
+    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, all_orders)
+    record = provenance.build(checkpoint, jobs, options.to_json(), kept)
+    output = files.build_output(checkpoint, options, jobs, record, restore)
+    return Plan(checkpoint, options, tuple(jobs), output, dropped, tuple(warnings), not options.header_only, unsorted)
+
+
+def _absorb(checkpoint: Checkpoint, options: PlanOptions, warnings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Act-order modules that the target cannot hold: absorb what can be, name the rest."""
+    if checkpoint.format != "hf" and checkpoint.gguf is None:
+        modules = absorb.act_order_modules(checkpoint)
+        if modules and not _keeps_index(checkpoint, options, next(iter(modules))):
+            columns, rows, refused = absorb.find_orders(checkpoint, modules)
+            warnings.extend(f"{name}: {why}" for name, why in refused.items())
+            return columns, rows
+    return {}, {}
+
+
+def _keeps_index(checkpoint: Checkpoint, options: PlanOptions, module: str) -> bool:
+    row = registry.row(options.target.format)
+    if row.name == "hf":
+        return True  # weights are dequantized in their own column order
+    target = Target(row.name, None if options.target.type in ("f32", "f16", "bf16") else options.target.type, options.target.options)
+    return any(s.group_index for s in registry.format_module(row.name).storages(target, checkpoint.scheme(module)))
+
+
+def _restore_orders(tensors: Sequence[Any], restore: provenance.Restore) -> tuple[list[Any], dict[str, Any]]:
+    """Undo the absorption a record speaks of: producers' rows back, consumers' columns back under their group index."""
+    import numpy as np
+
+    rows = {name.removeprefix("rows:"): order for name, order in restore.orders.items() if name.startswith("rows:")}
+    columns = {name: order for name, order in restore.orders.items() if not name.startswith("rows:")}
+    groups = {name: np.asarray(index) for name, index in restore.group_indices.items()}
+    return [absorb.invert_rows(t, rows) for t in tensors], {name: (columns[name], groups[name]) for name in columns if name in groups}
+
+
+def _sorted_hints(hints: Mapping[str, Hint], unsorted: Mapping[str, Any]) -> dict[str, Hint]:
+    """Zero points of an absorbed module in the order its groups have now."""
+    import torch
+
+    result = dict(hints)
+    for name, (order, index) in unsorted.items():
+        hint = hints.get(name)
+        if hint is None or hint.zero_point is None:
+            continue
+        size = -(-len(order) // hint.zero_point.shape[1])
+        result[name] = Hint(hint.zero_point[:, torch.from_numpy(index[order][::size]).long()], hint.positive)
+    return result
+
+
+def _float_default(checkpoint: Checkpoint, restore: provenance.Restore | None) -> str:
+    config: Mapping[str, Any] = checkpoint.config
+    if restore is not None and "config.json" in restore.files:
+        try:
+            config = json.loads(restore.files["config.json"])
+        except ValueError:
+            config = {}
+    word = str(config.get("dtype") or config.get("torch_dtype") or "")
+    return "BF16" if word == "bfloat16" else "F16"
+
+
+_GROUPS = ("128", "64", "32")
+
+
+def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
+    """Decide all jobs; for an integer target without a group size, the largest group that keeps every tensor exact."""
+    target = chooser.options.target
+    row = registry.row(target.format)
+    free = "group" in row.options and "group" not in target.options and not chooser.storages_of
+    if not free or chooser.checkpoint.gguf is None:
+        return [chooser.decide(t) for t in tensors]
+    jobs: list[Job] = []
+    for group in _GROUPS:
+        chooser.options = _with_option(chooser.options, "group", group)
+        try:
+            jobs = [chooser.decide(t) for t in tensors]
+        except (Unsupported, UsageError):
+            if group == _GROUPS[-1]:
+                raise
+            continue
+        if all(j.kind not in ("requantized",) for j in jobs):
+            break
+    return jobs
+
+
+def _with_option(options: PlanOptions, key: str, value: str) -> PlanOptions:
+    from dataclasses import replace
+
+    return replace(options, target=Target(options.target.format, options.target.type, {**options.target.options, key: value}))
+
+
+def refuse_losses(plan: Plan) -> None:
+    """Stop before anything is written: ``--exact`` allows no loss, and new codes need consent (``WouldLose``)."""
+    if plan.options.exact:
+        offenders = [j for j in plan.jobs if not j.lossless]
+        if offenders:
+            raise _loss("not-exact", "cannot be kept exactly", offenders, "drop --exact, or see `qconvert plan` for what would fit")
+    asking = [j for j in plan.jobs if "needs --allow-requantize or a named type" in j.notes]
+    if asking:
+        raise _loss("requantize", "would need new codes", asking, "add --allow-requantize, or name a type such as gguf:q8_0 or gguf:f16")
+
+
+def _loss(code: str, what: str, jobs: Sequence[Job], hint: str) -> QFormatError:
+    table = "; ".join(f"{j.name} ({j.kind}): {j.reason}" for j in jobs[:20])
+    more = f"; and {len(jobs) - 20} more" if len(jobs) > 20 else ""
+    return WouldLose(code, f"{len(jobs)} tensors {what}: {table}{more}", hint=hint)

@@ -1,0 +1,204 @@
+"""The record every output carries: where it came from and what the target cannot hold, so that the way back restores every bit.
+
+One JSON text under ``qformats.provenance`` (GGUF key, safetensors ``__metadata__``). It has no time, host or path. ``restore``
+holds what the way back needs: the source modules' storages, their zero points where the target type has none, absorbed act-orders
+and float dtypes; byte planes are zlib-compressed and base64-encoded.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+from converters.jobs import Job, storage_from_json, storage_to_json
+from qformats import registry
+from qformats.checkpoint import Checkpoint
+from qformats.errors import BadFile
+from qformats.scheme import Storage
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from qformats.reencode import Hint
+
+__all__ = ["Restore", "build", "collect", "is_intact", "plan_digest", "read_restore", "tool_version"]
+
+RECORD_VERSION = 1
+_KEPT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
+_MAX_PLANE_NBYTES = 1 << 31
+
+
+def tool_version() -> str:
+    """The installed version of this package."""
+    try:
+        return version("qformats")
+    except PackageNotFoundError:
+        return "0"
+
+
+def _pack(data: bytes) -> str:
+    return base64.b64encode(zlib.compress(data, 6)).decode("ascii")
+
+
+def _unpack(text: Any, nbytes: int) -> bytes:
+    try:
+        if not 0 <= nbytes <= _MAX_PLANE_NBYTES:
+            raise ValueError
+        inflate = zlib.decompressobj()
+        data = inflate.decompress(base64.b64decode(text, validate=True), nbytes + 1)
+        if len(data) != nbytes:
+            raise ValueError
+    except (ValueError, TypeError, zlib.error):
+        raise BadFile("provenance", "a plane of the provenance record is damaged", hint="convert without the record's help") from None
+    return data
+
+
+@dataclass(frozen=True)
+class Restore:
+    """What a record says of the earlier format: its name, per-module storages, hints and orders, dtypes and configuration files."""
+
+    format: str
+    storages: Mapping[str, Storage]
+    hints: Mapping[str, Hint]
+    orders: Mapping[str, np.ndarray[Any, Any]]
+    dtypes: Mapping[str, str]
+    files: Mapping[str, str]
+    group_indices: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    quantized: int = 0
+
+
+def build(checkpoint: Checkpoint, jobs: Sequence[Job], options: Mapping[str, Any], restore: Mapping[str, Any]) -> str:
+    """The record of this conversion as canonical JSON text."""
+    files = checkpoint.side_files()
+    record = {
+        "version": RECORD_VERSION,
+        "tool": f"qformats {tool_version()}",
+        "source": {
+            "format": checkpoint.format,
+            "container": checkpoint.container,
+            "files": {name: files[name].decode("utf-8", "replace") for name in _KEPT_FILES if name in files},
+        },
+        "options": dict(options),
+        "plan": plan_digest(jobs),
+        "restore": restore,
+    }
+    return _canonical({**record, "digest": _digest(record)})
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical({k: v for k, v in record.items() if k != "digest"}).encode()).hexdigest()
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a record still has the digest it was written with."""
+    return record.get("digest") == _digest(record)
+
+
+def plan_digest(jobs: Sequence[Job]) -> str:
+    """SHA-256 over what every tensor becomes."""
+    lines = [[j.name, j.type, j.kind, j.action, list(j.map.shape), list(j.rewrites)] for j in jobs]
+    return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
+
+
+def collect(checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+    """The ``restore`` part: storages of quantized source modules, zero points that the target drops, act-orders, dtypes."""
+    from qformats.formats.protocol import Module
+
+    storages: list[str] = []
+    modules: dict[str, Any] = {}
+    used = {s.module: job for job in jobs for s in job.map.sources if s.module and s.leaf == "weight"}
+    for name, job in used.items():
+        module = checkpoint.modules[name]
+        if not checkpoint.is_quantized(name) or job.action != "codes":
+            continue
+        assert isinstance(module, Module)
+        entry: dict[str, Any] = {}
+        form = registry.format_module(checkpoint.format)
+        if hasattr(form, "storage_of"):
+            text = json.dumps(storage_to_json(form.storage_of(module)), sort_keys=True)
+            if text not in storages:
+                storages.append(text)
+            entry["storage"] = storages.index(text)
+        entry.update(_planes(checkpoint, name, job))
+        modules[name] = entry
+    return {
+        "quantized": sum(checkpoint.is_quantized(name) for name in checkpoint.modules),
+        "storages": [json.loads(text) for text in storages],
+        "modules": modules,
+        "orders": {name: [_pack(order.astype("<i4").tobytes()), len(order)] for name, order in orders.items()},
+        "dtypes": {name: raw.dtype for name, raw in checkpoint.raw.items() if raw.dtype in ("F32", "F16", "BF16", "F64")},
+    }
+
+
+def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
+    """Zero points of a module whose target type has no place for them, and the sign of its scales."""
+    import torch
+
+    from qformats.tensor import QuantizedTensor
+
+    module = checkpoint.modules[name]
+    tensor = registry.format_module(checkpoint.format).read(module, codes=False)
+    if not isinstance(tensor, QuantizedTensor) or not tensor.scales:
+        return {}
+    scale = tensor.scales[0].values
+    entry: dict[str, Any] = {}
+    if isinstance(scale, torch.Tensor):
+        entry["positive"] = not bool(torch.signbit(scale).any())
+    if tensor.group_index is not None and name in job.orders:
+        entry["group_index"] = [_pack(tensor.group_index.to(torch.int32).numpy().astype("<i4").tobytes()), tensor.shape[-1]]
+    zero = None if tensor.zero_point is None else tensor.zero_point.values
+    if isinstance(zero, torch.Tensor) and zero.numel() > 1 and not isinstance(job.storage and job.storage.zero_point, tuple):
+        plane = zero.to(torch.int16)  # in the source's group order; the way back reorders it by the group index
+        entry["zero_point"] = [_pack(plane.to(torch.uint8).numpy().tobytes()), list(plane.shape)]
+    return entry
+
+
+def read_restore(checkpoint: Checkpoint) -> Restore | None:
+    """The usable part of a checkpoint's record, or None if it has none; ``BadFile('provenance')`` if it is damaged."""
+    record = checkpoint.provenance
+    if record is None or record.get("version") != RECORD_VERSION:
+        return None
+    if not is_intact(record):
+        raise BadFile("provenance", "the provenance record was changed after it was written", path=checkpoint.path)
+    try:
+        return _parse(record)
+    except (KeyError, TypeError, IndexError, AttributeError):
+        raise BadFile("provenance", "the provenance record is incomplete", path=checkpoint.path) from None
+
+
+def _parse(record: Mapping[str, Any]) -> Restore:
+    import numpy as np
+    import torch
+
+    from qformats.reencode import Hint
+
+    restore, source = record["restore"], record["source"]
+    kinds = [storage_from_json(entry) for entry in restore["storages"]]
+    storages, hints, orders, groups = {}, {}, {}, {}
+    for name, entry in restore["modules"].items():
+        if "storage" in entry:
+            storages[name] = kinds[entry["storage"]]
+        if "group_index" in entry:
+            text, count = entry["group_index"]
+            groups[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+        zero = None
+        if "zero_point" in entry:
+            text, shape = entry["zero_point"]
+            count = int(np.prod(shape))
+            zero = torch.from_numpy(np.frombuffer(_unpack(text, count), "u1").reshape(shape).astype("i2"))
+        hints[name] = Hint(zero, bool(entry.get("positive")))
+    for name, (text, count) in restore["orders"].items():
+        orders[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+    files = {name: str(text) for name, text in source["files"].items()}
+    return Restore(str(source["format"]), storages, hints, orders, dict(restore["dtypes"]), files, groups, dict(record["options"]), int(restore["quantized"]))

@@ -1,0 +1,227 @@
+"""Checking an output against its source: replay the recorded plan and compare every byte, or compare values where there is no record."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.choose import PlanOptions
+from converters.execute import Progress, run_jobs
+from converters.mapping import map_tensors
+from converters.outputs import OutputPart
+from converters.plan import Plan, make_plan
+from converters.provenance import is_intact, tool_version
+from qformats import registry
+from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.containers.source import FileSource
+from qformats.errors import BadFile, Mismatch, QFormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["VerifyResult", "verify"]
+
+_MAX_LISTED = 100
+
+
+@dataclass
+class VerifyResult:
+    """``ok``; ``mismatches`` (tensor or file, part, offset_bytes, detail); ``method`` ``replay`` or ``values``; ``unseen`` limits."""
+
+    ok: bool
+    method: str
+    mismatches: list[dict[str, Any]] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    compared_nbytes: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as JSON data."""
+        return {
+            "ok": self.ok,
+            "method": self.method,
+            "mismatches": self.mismatches,
+            "unseen": self.unseen,
+            "compared_nbytes": self.compared_nbytes,
+        }
+
+    def raise_if_different(self, path: object) -> None:
+        """``Mismatch`` (exit code 3) unless everything agreed."""
+        if not self.ok:
+            first = self.mismatches[0]
+            where = ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)
+            raise Mismatch("verify", f"{len(self.mismatches)} differences, the first: {where}", path=path, hint="convert again")
+
+
+def verify(source: str | Path, destination: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> VerifyResult:
+    """Compare ``destination`` with what its record says was made of ``source``; every flipped bit is found."""
+    where = Path(destination)
+    with open_checkpoint(source) as checkpoint:
+        try:
+            found = open_checkpoint(where)
+            record = found.provenance
+        except QFormatError as error:
+            if isinstance(error, BadFile) and error.code in ("not-found", "unreadable"):
+                raise
+            return VerifyResult(False, "replay", [{"file": where.name, "offset_bytes": error.offset_bytes, "detail": error.message}])
+        with found:
+            if (record is not None and not is_intact(record)) or (record is None and _has_lost_record(found)):
+                return VerifyResult(False, "replay", [{"tensor": "metadata", "file": None, "detail": "the provenance record is damaged"}])
+            options = None if record is None else _recorded_options(record)
+            if options is None:
+                return _compare_values(checkpoint, found)
+            plan = make_plan(checkpoint, options)
+            return _compare_bytes(plan, found, record or {}, workers, progress)
+
+
+def _has_lost_record(found: Checkpoint) -> bool:
+    """Whether a record stands under another key: its own key was damaged."""
+    values = [getattr(v, "value", v) for v in found.metadata.values()]
+    return any(isinstance(v, str) and ('"restore":' in v or '"digest":' in v) and '"plan":' in v for v in values)
+
+
+def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
+    """The options a record names, or None where it is too damaged to replay."""
+    try:
+        options = record["options"]
+        types = tuple((str(a), str(b)) for a, b in options["tensor_types"])
+        target = registry.parse_target(options["to"])
+        return PlanOptions(target, bool(options["exact"]), bool(options["allow_requantize"]), types, options["pre_tokenizer"])
+    except (KeyError, TypeError, ValueError, QFormatError):
+        return None
+
+
+# ---------------------------------------------------------------- replay
+
+
+class _Comparer:
+    """A sink that compares instead of writing."""
+
+    def __init__(self, plan: Plan, files: Mapping[str, FileSource]) -> None:
+        self._files = files
+        self._names = {(p.file, p.offset): name for name, p in plan.output.parts.items()}
+        self._lock = threading.Lock()
+        self.mismatches: list[dict[str, Any]] = []
+        self.nbytes = 0
+
+    def put(self, part: OutputPart, offset: int, data: memoryview) -> None:
+        """Compare one run of bytes."""
+        self.compare(part.file, part.offset + offset, data, self._names[part.file, part.offset], offset)
+
+    def compare(self, file: str, at: int, data: memoryview, name: str, offset: int) -> None:
+        """Compare ``data`` with the file's bytes at ``at``; the first difference of a run is listed."""
+        source = self._files[file]
+        there = bytearray(min(len(data), max(0, source.size - at)))
+        source.pread_into(at, memoryview(there))
+        with self._lock:
+            self.nbytes += len(data)
+        if there == data:
+            return
+        place = next((i for i, (a, b) in enumerate(zip(there, data, strict=False)) if a != b), len(there))
+        with self._lock:
+            if len(self.mismatches) < _MAX_LISTED:
+                entry = {"tensor": name, "file": file or None, "offset_bytes": at + place, "detail": f"byte {offset + place}"}
+                self.mismatches.append(entry)
+
+
+def _compare_bytes(
+    plan: Plan, found: Checkpoint, record: Mapping[str, Any], workers: int | None, progress: Progress | None
+) -> VerifyResult:
+    output, missing = plan.output, []
+    base = found.path
+    files: dict[str, FileSource] = {}
+    for name, layout in output.layouts.items():
+        path = base / name if output.directory else base
+        if not path.is_file():
+            missing.append({"file": name, "offset_bytes": None, "detail": "is missing"})
+            continue
+        files[name] = FileSource(path)
+        if files[name].size != layout.size:
+            missing.append({"file": path.name, "offset_bytes": None, "detail": f"has {files[name].size} bytes, expected {layout.size}"})
+    if missing:
+        return VerifyResult(False, "replay", missing, _unseen(record))
+    comparer = _Comparer(plan, files)
+    try:
+        for name, layout in output.layouts.items():
+            comparer.compare(name, 0, memoryview(layout.header), "header", 0)
+            _compare_padding(comparer, plan, name, layout.size, len(layout.header))
+        for name, data in output.small.items():
+            _compare_small(comparer, base / name, data)
+        if not comparer.mismatches or len(comparer.mismatches) < _MAX_LISTED:
+            run_jobs(plan, comparer, workers, progress)
+    finally:
+        for source in files.values():
+            source.close()
+    comparer.mismatches.sort(key=lambda m: (m["file"] or "", m["offset_bytes"] or 0))
+    return VerifyResult(not comparer.mismatches, "replay", comparer.mismatches, _unseen(record), comparer.nbytes)
+
+
+def _compare_padding(comparer: _Comparer, plan: Plan, file: str, size: int, header_nbytes: int) -> None:
+    """The bytes between tensors are zero."""
+    spans = sorted((p.offset, p.offset + p.nbytes) for p in plan.output.parts.values() if p.file == file)
+    at = header_nbytes
+    for start, stop in [*spans, (size, size)]:
+        if start > at:
+            comparer.compare(file, at, memoryview(bytes(start - at)), "padding", 0)
+        at = max(at, stop)
+
+
+def _compare_small(comparer: _Comparer, path: Path, data: bytes) -> None:
+    there = path.read_bytes() if path.is_file() else None
+    if there != data:
+        detail = "is missing" if there is None else "differs"
+        comparer.mismatches.append({"tensor": None, "file": path.name, "offset_bytes": None, "detail": detail})
+    comparer.nbytes += len(data)
+
+
+def _unseen(record: Mapping[str, Any]) -> list[str]:
+    made = str(record.get("tool", ""))
+    mine = f"qformats {tool_version()}"
+    return [] if made == mine else [f"the record was made by {made!r}, this is {mine!r}"]
+
+
+# ---------------------------------------------------------------- values
+
+
+def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
+    """Without a record: every mapped tensor's real values, in float64."""
+    mapped = map_tensors(checkpoint, found.container)
+    unseen = "no provenance record: metadata, side files, padding and unmapped tensors are not compared"
+    result = VerifyResult(True, "values", unseen=[unseen])
+    from converters.jobs import Job
+    from converters.sources import Slab, read_rows, slabs
+
+    for tensor in mapped.tensors:
+        if tensor.target not in found.modules or tensor.constant is not None:
+            continue
+        job = Job(tensor, "float", "", "", "", {}, False)
+        slab = Slab(checkpoint, job)
+        for start, stop in slabs(job, checkpoint):
+            ours = _float64(read_rows(job, slab, checkpoint, start, stop), tensor.shift)
+            theirs = _float64(_read_rows_of(found, tensor.target, tensor.leaf, start, stop), 0.0)
+            result.compared_nbytes += ours.nbytes
+            if ours.shape != theirs.shape or not (ours == theirs).all():
+                worst = float(abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
+                detail = f"values differ by up to {worst:g}"
+                result.mismatches.append({"tensor": tensor.name, "file": None, "offset_bytes": None, "detail": detail})
+                break
+    result.ok = not result.mismatches
+    return result
+
+
+def _read_rows_of(found: Checkpoint, module: str, leaf: str, start: int, stop: int) -> Any:
+    raw = found.modules[module].parts.get(leaf)
+    if raw is not None and len(raw.shape) <= 1:
+        value: Any = found.read(module, leaf=leaf)
+        return value.reshape(-1, 1)[start:stop]
+    return found.read(module, start, stop, leaf)
+
+
+def _float64(value: Any, shift: float) -> np.ndarray[Any, Any]:
+    import torch
+
+    values = value.to(torch.float64) if isinstance(value, torch.Tensor) else value.dequantize(torch.float64)
+    array: np.ndarray[Any, Any] = (values + shift).numpy()
+    return array

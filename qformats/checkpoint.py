@@ -1,0 +1,295 @@
+"""A checkpoint: what a path holds, as configuration, side files and lazily read modules. Opening it imports no torch.
+
+``open(path)`` takes a directory with safetensors, a single .safetensors file or a .gguf file (one shard opens all).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qformats import registry
+from qformats.containers.gguf import GGUFFile, open_gguf
+from qformats.containers.index import open_directory
+from qformats.containers.raw import RawTensor
+from qformats.containers.safetensors import open_safetensors
+from qformats.containers.source import FileSource
+from qformats.errors import BadFile, QFormatError
+from qformats.formats.protocol import Match, Module
+from qformats.scheme import Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qformats.architectures import Binding
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["FLOAT_TYPES", "PROVENANCE_KEY", "Checkpoint", "open_checkpoint"]
+
+PROVENANCE_KEY = "qformats.provenance"
+FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+SIDE_FILES = (
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+)  # fmt: skip
+_MAX_SIDE_NBYTES = 256_000_000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    ``format``: ``match.format``. ``container``: ``"safetensors"`` or ``"gguf"``. ``raw``: every stored tensor by full name.
+    ``config``: config.json (``{}`` for GGUF or a bare file). ``metadata``: of the GGUF, or the safetensors ``__metadata__``.
+    """
+
+    path: Path
+    container: str
+    match: Match
+    raw: Mapping[str, RawTensor]
+    config: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    file_names: tuple[str, ...]
+    gguf: GGUFFile | None = None
+    warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def format(self) -> str:
+        """The registry name of the format its quantized modules are in (``hf`` for floats)."""
+        return self.match.format
+
+    @cached_property
+    def modules(self) -> dict[str, Module]:
+        """Modules by name in file order, each with its raw parts by leaf name."""
+        grouped: dict[str, dict[str, RawTensor]] = {}
+        for name, raw in self.raw.items():
+            module, _, leaf = name.rpartition(".")
+            grouped.setdefault(module, {})[leaf] = raw
+        dense = Match("gguf" if self.gguf else "hf", self.match.config if self.gguf else {})
+        return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+
+    def _is_quantized(self, parts: Mapping[str, RawTensor]) -> bool:
+        if self.gguf is not None:
+            weight = parts.get("weight")
+            return weight is not None and weight.dtype not in FLOAT_TYPES and not weight.dtype.startswith("I")
+        if self.match.format == "hf":
+            return False
+        suffixes = registry.format_module(self.match.format).SUFFIXES
+        return any(leaf in suffixes for leaf in parts)
+
+    def is_quantized(self, module: str) -> bool:
+        """Whether a module's weight is stored as codes."""
+        return self._is_quantized(self.modules[module].parts)
+
+    def scheme(self, module: str) -> Scheme:
+        """The scheme of a quantized module, from headers only."""
+        found = registry.format_module(self.modules[module].match.format).scheme(self.modules[module])
+        assert isinstance(found, Scheme)
+        return found
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Logical shape of every tensor by module and leaf; a quantized module's planes count as its ``weight``."""
+        result: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name, module in self.modules.items():
+            if self._is_quantized(module.parts):
+                rest = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf == "bias"}
+                result[name] = {"weight": self.scheme(name).shape, **rest}
+            else:
+                result[name] = {leaf: raw.shape for leaf, raw in module.parts.items()}
+        return result
+
+    def read(self, module: str, start: int = 0, stop: int | None = None, leaf: str = "weight") -> QuantizedTensor | Tensor:
+        """Rows of a module's weight (canonical tensor or floats) or of another leaf (floats)."""
+        found = self.modules[module]
+        if leaf == "weight" and self._is_quantized(found.parts):
+            tensor: QuantizedTensor = registry.format_module(found.match.format).read(found, start, stop)
+            return tensor
+        from qformats.formats.dense import read_float
+
+        return read_float(found.parts[leaf], start, stop)
+
+    @property
+    def tensors(self) -> Tensors:
+        """All tensors by full name (``module.weight``), read when asked for."""
+        return Tensors(self)
+
+    @cached_property
+    def binding(self) -> Binding:
+        """The model's architecture bound to its sizes."""
+        from qformats import architectures
+
+        if self.gguf is not None:
+            shapes = {name: raw.shape for name, raw in self.raw.items()}
+            return architectures.find_gguf(self.gguf.metadata).bind_gguf(self.gguf.metadata, shapes)
+        if not self.config:
+            raise BadFile("config-missing", "no config.json beside the weights", path=self.path, hint="add the model's config.json")
+        return architectures.find(dict(self.config)).bind(dict(self.config))
+
+    def side_files(self) -> dict[str, bytes]:
+        """The small files beside the weights (configs, tokenizer), by name."""
+        if self.gguf is not None:
+            return {}
+        directory = self.path if self.path.is_dir() else self.path.parent
+        return {name: _read_small(directory / name) for name in SIDE_FILES if (directory / name).is_file()}
+
+    @cached_property
+    def provenance(self) -> dict[str, Any] | None:
+        """The record a conversion left, or None."""
+        if self.gguf is not None:
+            value = self.gguf.metadata.get(PROVENANCE_KEY)
+            text = value.value if value is not None else None
+        else:
+            text = self.metadata.get(PROVENANCE_KEY)
+        if text is None:
+            return None
+        try:
+            record = json.loads(text)
+        except (TypeError, ValueError):
+            raise BadFile("provenance", "the provenance record is not JSON", path=self.path) from None
+        if not isinstance(record, dict):
+            raise BadFile("provenance", "the provenance record is not an object", path=self.path)
+        return record
+
+    def sources(self) -> list[Any]:
+        """The distinct byte sources behind the tensors."""
+        seen = {id(raw.source): raw.source for raw in self.raw.values()}
+        return list(seen.values())
+
+    def close(self) -> None:
+        """Close the files."""
+        for source in self.sources():
+            source.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Tensors(Mapping[str, Any]):
+    """Read-only mapping from tensor name to value: ``QuantizedTensor`` for a quantized weight, a torch tensor otherwise."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def _leaves(self) -> Iterator[tuple[str, str]]:
+        for name, module in self._checkpoint.modules.items():
+            quantized = self._checkpoint.is_quantized(name)
+            if quantized:
+                yield name, "weight"
+            suffixes = registry.format_module(module.match.format).SUFFIXES if quantized else ()
+            yield from ((name, leaf) for leaf in module.parts if not (quantized and (leaf in suffixes or leaf == "weight")))
+
+    def __iter__(self) -> Iterator[str]:
+        return (f"{module}.{leaf}" if module else leaf for module, leaf in self._leaves())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._leaves())
+
+    def __getitem__(self, name: str) -> QuantizedTensor | Tensor:
+        module, _, leaf = name.rpartition(".")
+        if module not in self._checkpoint.modules or (module, leaf) not in set(self._leaves()):
+            raise KeyError(name)
+        return self._checkpoint.read(module, leaf=leaf)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open what ``path`` is; ``BadFile`` or ``Unsupported`` if it is nothing we read."""
+    where = Path(path)
+    try:
+        if where.is_dir():
+            return _open_directory(where)
+        if not where.exists():
+            raise BadFile("not-found", "no such file or directory", path=path, hint="check the path")
+        with FileSource(where) as source:
+            magic = source.pread(0, min(4, source.size))
+        if magic in (b"GGUF", b"ggml", b"ggmf", b"ggjt", b"fmgg", b"tjgg") or where.suffix == ".gguf":
+            return _open_gguf(where)
+        if where.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+            raise _pickle(where)
+        return _open_file(where)
+    except QFormatError as error:
+        if error.path is None:
+            error.path = str(where)
+            error.args = (str(error),)
+        raise
+
+
+def _pickle(where: Path) -> QFormatError:
+    from qformats.errors import Unsafe
+
+    return Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=where, hint="convert it to safetensors first")
+
+
+def _open_gguf(where: Path) -> Checkpoint:
+    file = open_gguf(where)
+    match = Match("gguf", {"container": "gguf"})
+    return Checkpoint(where, "gguf", match, file.tensors, {}, file.metadata, (where.name,), file)
+
+
+def _open_file(where: Path) -> Checkpoint:
+    file = open_safetensors(where)
+    return _with_config(where, where.parent, file.tensors, file.metadata, (where.name,))
+
+
+def _open_directory(where: Path) -> Checkpoint:
+    gguf_files = sorted(where.glob("*.gguf"))
+    has_safetensors = any(where.glob("*.safetensors"))
+    if gguf_files and not has_safetensors:
+        first = [f for f in gguf_files if "-of-" not in f.name or "-00001-of-" in f.name]
+        if len(first) != 1:
+            raise BadFile("several-gguf", f"holds {len(gguf_files)} GGUF files", path=where, hint="name one of them")
+        return _open_gguf(first[0])
+    if not has_safetensors and any(where.glob("*.bin")):
+        raise _pickle(where)
+    found = open_directory(where)
+    return _with_config(where, where, found.tensors, found.metadata, tuple(found.files))
+
+
+def _with_config(
+    where: Path, directory: Path, raw: Mapping[str, RawTensor], metadata: Mapping[str, str], files: tuple[str, ...]
+) -> Checkpoint:
+    config = _read_json(directory / "config.json")
+    quantization, warnings = _quantization_config(directory, config)
+    match = registry.detect(quantization, raw)
+    return Checkpoint(where, "safetensors", match, raw, config, metadata, files, None, (*warnings, *match.warnings))
+
+
+def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    inner = config.get("quantization_config")
+    if inner is None and isinstance(config.get("text_config"), dict):
+        inner = config["text_config"].get("quantization_config")
+    if inner is not None and not isinstance(inner, dict):
+        raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
+    beside = _read_json(directory / "quantize_config.json") or _read_json(directory / "quant_config.json")
+    if not beside:
+        return inner or {}, ()
+    if inner and str(inner.get("quant_method", "gptq")) != "gptq":
+        return inner, ()
+    merged, warnings = registry.format_module("gptq").reconcile(inner, beside)
+    return merged, tuple(warnings)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_small(path).decode("utf-8"))
+    except (ValueError, RecursionError):
+        raise BadFile("json", "is not valid JSON", path=path, hint="fetch the file again") from None
+    if not isinstance(value, dict):
+        raise BadFile("json", "is not a JSON object", path=path)
+    return value
+
+
+def _read_small(path: Path) -> bytes:
+    with FileSource(path) as source:
+        if source.size > _MAX_SIDE_NBYTES:
+            raise BadFile("side-file-size", f"has {source.size} bytes, more than {_MAX_SIDE_NBYTES}", path=path)
+        return source.pread(0, source.size)

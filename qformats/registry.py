@@ -1,0 +1,110 @@
+"""The one table of formats: where each lives, how a checkpoint says that it is one, what it can do. Torch-free.
+
+A new format is one module in ``qformats.formats`` and one row here; everything else (command names, matrix, contract tests)
+is generated from the rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from qformats.errors import Unsupported, UsageError
+from qformats.formats.protocol import Match, Target
+
+__all__ = ["ROWS", "Row", "detect", "format_module", "names", "parse_target", "row"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``methods``: values of ``quant_method`` it answers to; ``types``: type names a target may carry; ``container``: what it is stored in."""
+
+    name: str
+    module: str
+    title: str
+    container: str
+    methods: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
+    reads: bool = True
+    writes: bool = True
+
+
+_INTS = ("int2", "int3", "int4", "int8")
+ROWS: tuple[Row, ...] = (
+    Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
+        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "format")),
+    Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
+        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version")),
+    Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
+        (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "f16", "bf16", "f32")),
+    Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
+)  # fmt: skip
+
+_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf"}
+
+
+def names() -> list[str]:
+    """All format names in table order."""
+    return [r.name for r in ROWS]
+
+
+def row(name: str) -> Row:
+    """The row of a format; ``UsageError('unknown-format')`` names the known ones."""
+    wanted = _ALIASES.get(name.lower(), name.lower())
+    for candidate in ROWS:
+        if candidate.name == wanted:
+            return candidate
+    raise UsageError("unknown-format", f"unknown format {name!r}", hint=f"known formats: {', '.join(names())}")
+
+
+def format_module(name: str) -> ModuleType:
+    """Import a format's module."""
+    return importlib.import_module(row(name).module)
+
+
+def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
+    """The format a quantization config (``{}`` for none) and tensor names speak of.
+
+    ``Unsupported('quant-method')`` for a method no row answers to.
+    """
+    known = list(tensor_names)
+    method = str(config.get("quant_method") or config.get("method") or "").lower()
+    for candidate in ROWS:
+        if candidate.container == "gguf" or (method and method not in candidate.methods):
+            continue
+        match = format_module(candidate.name).detect(config, known)
+        if match is not None:
+            assert isinstance(match, Match)
+            return match
+    if not config:
+        return Match("hf", {})
+    raise Unsupported(
+        "quant-method",
+        f"quantization method {method or config!r} is not known",
+        hint=f"known methods: {', '.join(sorted({m for r in ROWS for m in r.methods}))}",
+    )
+
+
+def parse_target(text: str) -> Target:
+    """Parse ``FORMAT[:TYPE][,key=value…]``; ``UsageError`` for an unknown format, type or option."""
+    head, *pairs = [part.strip() for part in text.split(",")]
+    name, _, kind = head.partition(":")
+    found = row(name)
+    kind = kind.lower()
+    if kind and kind not in found.types:
+        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
+    options: dict[str, str] = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        if key in found.types and not kind:
+            kind = key
+        elif key not in found.options:
+            known = ", ".join(found.options) or "none"
+            raise UsageError("target-option", f"{found.name} has no option {key!r}", hint=f"options: {known}")
+        else:
+            options[key] = value
+    return Target(found.name, kind or None, options)
