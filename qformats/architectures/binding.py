@@ -68,6 +68,8 @@ class Architecture:
         for entry in (*self.before, *self.after):
             if entry.key in values:
                 config[entry.config] = values[entry.key]
+        if "attention.head_count_kv" not in values and "attention.head_count" in values:  # as llama.cpp assumes
+            config["num_key_value_heads"] = values["attention.head_count"]
         embedding = shapes.get("token_embd.weight", ())
         if len(embedding) != 2:
             raise BadFile("missing-tensor", "there is no two-dimensional token embedding", tensor="token_embd.weight")
@@ -77,6 +79,8 @@ class Architecture:
         full = {**self.defaults, **config}
         dims = self._dims(full)
         config.setdefault("head_dim", dims["D"])
+        if self.adjust is not None:  # what it reads may be left out of the file
+            config = {**{entry.config: full[entry.config] for entry in self.before if entry.config in full}, **config}
         config["rope_parameters"] = self._rope_back(values, tensors, dims["D"], full)
         if self.adjust is not None:
             self.adjust(config, values)

@@ -200,7 +200,7 @@ def _generation(metadata: Metadata) -> dict[str, Any]:
     made: dict[str, Any] = {}
     for source, key, kind in _SAMPLING:
         stored = metadata.get(f"general.sampling.{key}")
-        if stored is not None and source in ("top_k", "top_p", "min_p", "temperature", "repetition_penalty"):
+        if stored is not None and stored.type == kind and source in ("top_k", "top_p", "min_p", "temperature", "repetition_penalty"):
             made[source] = shortest_float(stored.value) if kind == "f32" else stored.value
     if made:
         made["do_sample"] = True

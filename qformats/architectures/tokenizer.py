@@ -145,7 +145,7 @@ def _from_model(
         for key, token in decoder.items():
             content = token_content(token)
             if content is not None and str(key).isdecimal():
-                table.put_added(int(key), content, bool(token.get("special")))
+                table.put_added(int(key), content, isinstance(token, Mapping) and bool(token.get("special")))
     else:
         for token in _added(tokenizer):
             table.put_added(token["id"], token["content"], bool(token.get("special")))
@@ -199,6 +199,9 @@ def _from_byte_level(
     """Byte-level BPE: tokens as stored, added ones as the tokenizer itself decodes them."""
     from qformats.containers.gguf import Value
 
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if parsed["model"].get(name):
+            raise Unsupported("tokenizer", f"a byte-level BPE with {name} cannot be written to GGUF")
     engine = _engine(files["tokenizer.json"])
     vocab, added = _vocab(parsed), {token["id"]: token for token in _added(parsed)}
     size = binding.dims["T"]

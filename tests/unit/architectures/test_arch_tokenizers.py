@@ -208,6 +208,24 @@ def test_tokens_that_look_special() -> None:
     assert [t for t in ("<|x|>", "<unused3>", "<pad>", "<tool_call>", "a") if looks_special(t)] == ["<|x|>", "<unused3>", "<pad>"]
 
 
+def test_a_subword_prefix_is_refused_before_tokenizers_aborts_on_it() -> None:
+    binding, files, _ = bound("qwen2")
+    parsed = json.loads(files["tokenizer.json"])
+    parsed["model"]["continuing_subword_prefix"] = "x"
+    with pytest.raises(Unsupported) as caught:
+        binding.metadata({**files, "tokenizer.json": json.dumps(parsed).encode()})
+    assert caught.value.code == "tokenizer"
+
+
+def test_sampling_defaults_of_a_wrong_type_are_left_out() -> None:
+    _, _, expected = load("qwen3_moe")
+    metadata = {**expected_metadata(expected), "general.sampling.temp": Value("str", "x")}
+    files = find_gguf(metadata).bind_gguf(metadata, expected_tensors(expected)).hf_files(metadata)
+    generation = json.loads(files["generation_config.json"])
+    assert "temperature" not in generation
+    assert generation["top_k"] == 20
+
+
 JUNK: list[Any] = [None, [], {}, "", "x", -1, 0, 1.5, True, [1], {"a": 1}, [["a"]], 1 << 40]
 
 
