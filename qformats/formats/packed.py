@@ -25,6 +25,7 @@ __all__ = [
     "CONTAINER_FLOATS",
     "FLOATS",
     "affine_verdict",
+    "blank_codes",
     "bool_field",
     "check_dtype",
     "dynamic_rules",
@@ -141,7 +142,7 @@ def group_option(target: Target, scheme: Scheme) -> int | None:
     """Columns a group, None for the whole row: ``group=N|-1``, else the source's group, else 128."""
     value, width = target.options.get("group"), scheme.shape[-1]
     if value is None:
-        size = scheme.group_size or 128
+        size = (scheme.group_size or 128) if scheme.scales else 128
         return None if size >= width else size
     if not value.removeprefix("-").isdigit() or int(value) == 0 or int(value) < -1:
         raise UsageError("option", f"group={value} is not a number of columns or -1")
@@ -152,6 +153,13 @@ def int_option(options: Mapping[str, object], key: str, default: int) -> int:
     """An integer among a storage's options."""
     value = options.get(key, default)
     return value if isinstance(value, int) else default
+
+
+def blank_codes(shape: tuple[int, int]) -> Tensor:
+    """Codes that were not read: a zero-stride plane of zeros."""
+    import torch
+
+    return torch.zeros((1, 1), dtype=torch.uint8).expand(shape)
 
 
 def float_tensor(array: Array, dtype: str) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qformats.errors import BadFile, Unsupported
@@ -19,7 +19,7 @@ from qformats.formats.packed import bool_field, dynamic_rules, int_field, says_g
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Storage
 
-__all__ = ["Settings", "config_out", "detect", "module_settings", "reconcile", "side_files"]
+__all__ = ["Settings", "config_out", "detect", "harmonize", "module_settings", "reconcile", "side_files"]
 
 LABELS = ("gptq", "gptq_v2", "gptq_p")
 _REFUSED = {
@@ -184,6 +184,28 @@ def config_out(
         "meta": {"quantizer": [f"qformats:{tool_version()}"]},
     }
     return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
+    """Storages of one checkpoint under one zero-point label: if any needs ``gptq_v2``, all become ``gptq_v2``.
+
+    That only widens what they hold, except for the v1 reading of z = 2^b: ``Unsupported('gptq-mixed-labels')``.
+    """
+    labels = {storage.options.get("checkpoint_format", "gptq") for storage in modules.values()}
+    if len(labels) < 2:
+        return dict(modules)
+    return {name: _as_v2(name, storage) for name, storage in modules.items()}
+
+
+def _as_v2(name: str, storage: Storage) -> Storage:
+    top = (1 << storage.grid.bits) - 1
+    zero = storage.zero_point
+    if isinstance(zero, tuple):
+        if zero[1] > top and storage.options.get("checkpoint_format") == "gptq":
+            text = f"zero points of {top + 1} exist only in v1 files, zero points of 0 of other modules only in v2 files"
+            raise Unsupported("gptq-mixed-labels", text, tensor=name)
+        zero = (0, top)
+    return replace(storage, zero_point=zero, options={**storage.options, "checkpoint_format": "gptq_v2", "zeros": "v2"})
 
 
 def _commonest(modules: Mapping[str, Storage]) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from qformats.formats.packed import (
     CONTAINER_FLOATS,
     FLOATS,
     affine_verdict,
+    blank_codes,
     float_array,
     float_tensor,
     group_option,
@@ -37,38 +38,30 @@ _OPTIONS = {"group", "sym", "asym", "format", "act-order"}
 _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 
 
-def read(
-    module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True, zero_policy: str | None = None
-) -> QuantizedTensor:
+def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True, zero_policy: str | None = None) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
 
-    With ``codes=False`` only the parameters are read. ``zero_policy`` overrides how stored zero points are understood (``v1``,
-    ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read. ``zero_policy`` overrides how stored
+    zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
     """
     import torch
 
-    from qformats.formats.gptq.zeros import decode
     from qformats.tensor import Param, QuantizedTensor, constant
 
     g = geometry(module)
     stop = g.n if stop is None else stop
     tile = Tile((1, g.group))
     shape = (stop - start, g.k)
-    plane = torch.zeros(1, dtype=torch.uint8).expand(shape)
     if codes:  # (K*b/32, n) words -> (n, K)
         plane = torch.from_numpy(unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k))
+    else:
+        plane = blank_codes(shape)
     scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
     words, zeros = _zeros(module, g, zero_policy)
     if zeros.constant is not None:
         zero = constant(zeros.constant, shape)
     else:
-        first, last = start * g.bits // g.word_bits, words_for(stop, g.bits, g.word_bits)
-        skip = start - first * g.word_bits // g.bits if g.word_bits % g.bits == 0 else None
-        if skip is None:  # a field may straddle words: decode from the first column
-            planes = decode(words, g.bits, g.n, zeros.policy)[start:stop]
-        else:
-            planes = decode(words[:, first:last], g.bits, skip + stop - start, zeros.policy)[skip:]
-        zero = Param(torch.from_numpy(planes.copy() if not planes.flags.c_contiguous else planes), tile)
+        zero = Param(torch.from_numpy(_zero_rows(words, g, zeros.policy, start, stop)), tile)
     index = _group_index(module, g)
     return QuantizedTensor(
         shape,
@@ -78,6 +71,20 @@ def read(
         zero,
         group_index=None if index is None else torch.from_numpy(index),
     )
+
+
+def _zero_rows(words: Array, g: Geometry, policy: str, start: int, stop: int) -> Array:
+    """True zero points of rows ``start:stop`` (n, G) out of all words (G, W); carries never leave a word."""
+    import numpy as np
+
+    from qformats.formats.gptq.zeros import decode
+
+    if g.word_bits % g.bits:  # fields straddle words: decode from the first
+        return np.ascontiguousarray(decode(words, g.bits, g.n, policy)[start:stop])
+    first = start * g.bits // g.word_bits
+    skip = start - first * g.word_bits // g.bits
+    window = words[:, first : words_for(stop, g.bits, g.word_bits)]
+    return np.ascontiguousarray(decode(window, g.bits, skip + stop - start, policy)[skip:])
 
 
 def _zeros(module: Module, g: Geometry, forced: str | None) -> tuple[Array, Zeros]:

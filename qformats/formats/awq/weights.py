@@ -1,31 +1,8 @@
-"""AWQ checkpoints: AutoAWQ, GPTQModel, and AutoRound's dialect and export.
-
-Reference code: autoawq 0.2.9 ``modules/linear/gemm.py``, ``gemv.py``, ``utils/packing_utils.py``; gptqmodel 7.7.0; auto-round 0.16.1
-``export/export_to_awq``. K = in_features, N = out_features, g = group size, G = K / g (consecutive groups, no act-order);
-``W[n, k] = scale[n, k // g] * (code[n, k] - z[n, k // g])``; zero points are stored as they are.
-
-| tensor | GEMM | GEMV |
-|---|---|---|
-| ``qweight`` int32 | (K, N / 8), packed along N in the order 0 2 4 6 1 3 5 7 | (N, K / 8), packed along K in natural order |
-| ``qzeros`` int32 | (G, N / 8), as ``qweight``; may be absent where ``zero_point`` is false (z = 8) | (N, Zw), groups in natural order |
-| ``scales`` float16 | (G, N) | (N, 8 Zw) |
-| ``bias`` float16 | (N,) | (N,) |
-
-Zw = ceil(ceil(G / 8) / m) * m with m = 1 for g >= 128, 2 for 64, 4 for 32 (``calculate_zeros_width``); beyond G everything is zero.
-Bit order of GEMM: field i (bits 4 i) of word (k, c) holds column 8 c + (0 2 4 6 1 3 5 7)[i]: columns 1 2 3 4 5 6 7 8 are 0x86427531.
-GEMV: word (n, c) holds k = 8 c … 8 c + 7, the first in the low bits: codes 1 2 3 4 5 6 7 8 are 0x87654321.
-
-Other widths (GEMM only): GPTQModel writes 2, 3 and 8 bits as a plain stream along N without the order; AutoRound writes 5, 6 and 7 bits in
-the order of eight and then as a stream. Whose file it is tells the config; without that the order is not known and the file is refused.
-
-Refused by name: GEMV_FAST and llm-awq (float zero points, 16-bit words), Marlin. Smoothing is folded into the neighbouring layers' weights.
-"""
+"""AWQ tensors: the checks and scheme from headers, reading and writing. The layout table is in the package's docstring."""
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import lcm
 from typing import TYPE_CHECKING, Any
@@ -33,23 +10,21 @@ from typing import TYPE_CHECKING, Any
 from qformats.bits import pack_interleaved, pack_rows, unpack_interleaved, unpack_rows, words_for
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import autoround
+from qformats.formats.awq.settings import REFUSED, Settings, module_settings
 from qformats.formats.packed import (
     CONTAINER_FLOATS,
     FLOATS,
     affine_verdict,
-    bool_field,
+    blank_codes,
     check_dtype,
-    dynamic_rules,
     float_array,
     float_tensor,
     group_option,
-    int_field,
     made_by,
-    says_group,
     wrong_shape,
     yes_no,
 )
-from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Integer, No, ParamSpec, Scheme, Storage, Tile, Yes, whole
 
 if TYPE_CHECKING:
@@ -59,93 +34,11 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = [
-    "NAME",
-    "ROW_MULTIPLE",
-    "SUFFIXES",
-    "can_store",
-    "config_out",
-    "detect",
-    "layout",
-    "module_warnings",
-    "read",
-    "scheme",
-    "side_files",
-    "storage_of",
-    "storages",
-    "write",
-]
+__all__ = ["ROW_MULTIPLE", "SUFFIXES", "can_store", "layout", "module_warnings", "read", "scheme", "storage_of", "storages", "write"]
 
-NAME = "awq"
 SUFFIXES = frozenset({"qweight", "qzeros", "scales"})
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this: whole words of 8 columns, whole stream blocks of 32
-_REFUSED = {
-    "gemv_fast": "GEMV_FAST weights (16-bit words and float zero points)",
-    "llm-awq": "llm-awq weights (16-bit words and float zero points)",
-    "marlin": "Marlin-repacked weights",
-    "bitblas": "BitBLAS weights, whose layout depends on the compiler that made them",
-}
-_GEMM = {"gemm", "exllama", "exllamav2"}  # exllama names a run-time kernel; the file is GEMM
 _OPTIONS = {"group", "version", "sym", "zero_point"}
-
-
-# ---------------------------------------------------------------------------------------------------------------- config in
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    bits: int | None
-    group: int | None
-    zero_point: bool
-    version: str
-    skipped: bool
-
-
-def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
-    """An AWQ checkpoint by its config; ``Unsupported`` for the layouts that are not read."""
-    method = str(config.get("quant_method") or config.get("method") or "").lower()
-    if autoround.is_autoround(config):
-        return Match("awq", config, autoround.DIALECT) if autoround.packing(config) == "awq" else None
-    old = not method and "version" in config and ("w_bit" in config or "q_group_size" in config)
-    if method != "awq" and not old:
-        return None
-    if any(name.endswith(".scaled_zeros") for name in names):
-        raise Unsupported("awq-llm-awq", f"the checkpoint holds {_REFUSED['llm-awq']}")
-    _version(config)
-    return Match("awq", config)
-
-
-def _version(config: Mapping[str, Any]) -> str:
-    """``"gemm"`` or ``"gemv"``; ``Unsupported`` for every other."""
-    if autoround.is_autoround(config):
-        return "gemm"
-    if str(config.get("backend", "")).lower() == "llm-awq":
-        raise Unsupported("awq-llm-awq", f"the checkpoint holds {_REFUSED['llm-awq']}")
-    named = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key)}
-    if len(named) > 1:
-        raise BadFile("config-disagrees", f"version, format and checkpoint_format differ: {', '.join(sorted(named))}")
-    version = named.pop() if named else "gemm"
-    if version in _REFUSED:
-        raise Unsupported(f"awq-{version.replace('_', '-')}", f"the checkpoint holds {_REFUSED[version]}")
-    if version not in _GEMM and version != "gemv":
-        raise Unsupported("awq-version", f"AWQ version {version!r} is not known", hint="known: gemm, gemv")
-    return "gemm" if version in _GEMM else version
-
-
-def _settings(config: Mapping[str, Any], name: str) -> _Settings:
-    rules = dynamic_rules(config, name)
-    rule: Mapping[str, Any] = rules[0] or {} if rules else autoround.override(config, name)
-    bits = int_field(rule, ("bits",), 1, 32) or int_field(config, ("bits", "w_bit"), 1, 32)
-    group = int_field(rule, ("group_size",), -1, 1 << 31) or int_field(config, ("group_size", "q_group_size"), -1, 1 << 31)
-    zero_point, sym = bool_field(config, "zero_point"), bool_field(config, "sym")
-    listed = config.get("modules_to_not_convert") or []
-    if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
-        raise BadFile("config-value", "modules_to_not_convert is not a list of names")
-    skipped = (bool(rules) and rules[0] is None) or any(key in name for key in listed)
-    return _Settings(bits, group, zero_point if zero_point is not None else not sym, _version(config), skipped)
-
-
-# ------------------------------------------------------------------------------------------------------------------- scheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +52,7 @@ class _Geometry:
     scale: str
     order: str
     has_zeros: bool
-    settings: _Settings
+    settings: Settings
 
     @property
     def groups(self) -> int:
@@ -171,7 +64,7 @@ class _Geometry:
 
 
 def _geometry(module: Module) -> _Geometry:
-    parts, said = module.parts, _settings(module.match.config, module.name)
+    parts, said = module.parts, module_settings(module.match.config, module.name)
     _check_parts(module, said)
     g = _gemv_geometry(module, said) if said.version == "gemv" else _gemm_geometry(module, said)
     if "bias" in parts and parts["bias"].shape != (g.n,):
@@ -179,7 +72,7 @@ def _geometry(module: Module) -> _Geometry:
     return g
 
 
-def _check_parts(module: Module, said: _Settings) -> None:
+def _check_parts(module: Module, said: Settings) -> None:
     parts = module.parts
     needed = ["qweight", "scales"] + (["qzeros"] if said.zero_point else [])
     for leaf in needed:
@@ -193,12 +86,12 @@ def _check_parts(module: Module, said: _Settings) -> None:
         if leaf in parts and (len(parts[leaf].shape) != 2 or 0 in parts[leaf].shape):
             raise wrong_shape(module, leaf, "two dimensions, none of them 0")
     if parts["qweight"].dtype == "I16":
-        raise Unsupported("awq-gemv-fast", f"16-bit words: {_REFUSED['gemv_fast']}", tensor=module.name)
+        raise Unsupported("awq-gemv-fast", f"16-bit words: {REFUSED['gemv_fast']}", tensor=module.name)
     for leaf, allowed in (("qweight", ("I32", "U32")), ("qzeros", ("I32", "U32")), ("scales", tuple(FLOATS)), ("bias", tuple(FLOATS))):
         check_dtype(module, leaf, allowed)
 
 
-def _group(module: Module, said: _Settings, k: int, groups: int | None) -> int:
+def _group(module: Module, said: Settings, k: int, groups: int | None) -> int:
     """Columns a group: the config's, which must divide K and agree with the ``groups`` that the tensors have."""
     if said.group is None and groups is not None and k % groups == 0:
         return k // groups
@@ -213,7 +106,7 @@ def _group(module: Module, said: _Settings, k: int, groups: int | None) -> int:
     return group
 
 
-def _gemm_geometry(module: Module, said: _Settings) -> _Geometry:
+def _gemm_geometry(module: Module, said: Settings) -> _Geometry:
     (k, columns), (groups, n) = module.parts["qweight"].shape, module.parts["scales"].shape
     fits = [b for b in range(2, 9) if words_for(n, b) == columns]
     if not fits or k < groups:
@@ -244,7 +137,7 @@ def _order(module: Module, bits: int) -> str:
     raise Unsupported("awq-order", text, tensor=module.name)
 
 
-def _gemv_geometry(module: Module, said: _Settings) -> _Geometry:
+def _gemv_geometry(module: Module, said: Settings) -> _Geometry:
     (n, columns), (rows, width) = module.parts["qweight"].shape, module.parts["scales"].shape
     if said.bits not in (None, 4):
         raise Unsupported("awq-gemv-bits", f"{said.bits}-bit GEMV weights are not known", tensor=module.name)
@@ -261,7 +154,7 @@ def _gemv_geometry(module: Module, said: _Settings) -> _Geometry:
     return _Geometry(n, k, 4, group, module.parts["scales"].dtype, "gemv", has_zeros, said)
 
 
-def _other_layout(module: Module, said: _Settings, first: int, columns: int, groups: int, n: int) -> BadFile:
+def _other_layout(module: Module, said: Settings, first: int, columns: int, groups: int, n: int) -> BadFile:
     """The planes fit another layout than the config names, or none."""
     found = "GPTQ" if columns == n else "AWQ GEMV" if first == groups else "AWQ GEMM" if columns * 8 == n else None
     if found is None or found == f"AWQ {said.version.upper()}":
@@ -287,13 +180,10 @@ def scheme(module: Module) -> Scheme:
     return Scheme(g.shape, Integer(g.bits), (ParamSpec(FLOATS[g.scale], tile),), zero)
 
 
-# --------------------------------------------------------------------------------------------------------------------- read
-
-
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points uint8 (n, G) or one constant.
 
-    With ``codes=False`` only the parameters are read.
+    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read.
     """
     import torch
 
@@ -302,12 +192,9 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     g = _geometry(module)
     stop = g.n if stop is None else stop
     shape, tile = (stop - start, g.k), Tile((1, g.group))
-    stored = torch.zeros(1, dtype=torch.uint8).expand(shape)
-    if codes:
-        stored = torch.from_numpy(_read_plane(module, "qweight", g, g.k, start, stop))
+    stored = torch.from_numpy(_read_plane(module, "qweight", g, g.k, start, stop)) if codes else blank_codes(shape)
     if g.order == "gemv":
-        plane = module.parts["scales"].row_range(start, stop)[:, : g.groups].copy()  # (n, 8 Zw) -> (n, G)
-        scales = float_tensor(plane, g.scale)
+        scales = float_tensor(module.parts["scales"].row_range(start, stop)[:, : g.groups].copy(), g.scale)  # (n, 8 Zw) -> (n, G)
     else:
         scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
     single = _constant_zero(module, g)
@@ -357,9 +244,6 @@ def module_warnings(module: Module) -> tuple[str, ...]:
     if not g.settings.zero_point and _constant_zero(module, g) != half:
         return (f"zero_point is false, but the zero points are not all {half}; the stored ones are used",)
     return ()
-
-
-# ----------------------------------------------------------------------------------------------------------------- storages
 
 
 def storage_of(module: Module) -> Storage:
@@ -457,9 +341,6 @@ def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
     return parts
 
 
-# -------------------------------------------------------------------------------------------------------------------- write
-
-
 def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[int, ...]) -> list[Piece]:
     """Rows ``start : start + len(tensor)`` of a weight ``shape``; ``start`` is a multiple of ``ROW_MULTIPLE``, and so is the end unless it
     is N. ``Unsupported('storage-form')`` if ``tensor`` is not exactly in the storage's form."""
@@ -520,68 +401,3 @@ def _gemv_pieces(planes: Mapping[str, Array], width: int, start: int) -> list[Pi
             padded[:, : plane.shape[1]] = plane
             pieces.append(Piece(leaf, pack_rows(padded, 4) if leaf == "qzeros" else padded, start))
     return pieces
-
-
-# --------------------------------------------------------------------------------------------------------------- config out
-
-
-def config_out(
-    target: Target, modules: Mapping[str, Storage], skipped: Sequence[str], original: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    """The ``quantization_config`` of an output; ``original`` is returned as it was if it still describes every module.
-
-    ``Unsupported('awq-mixed')`` if the modules do not share width, group size and version: AWQ has one of each for a whole checkpoint.
-    """
-    if original is not None and _describes(original, modules):
-        return dict(original)
-    groups = Counter(storage.group or -1 for storage in modules.values())
-    group = min(groups, key=lambda size: (size == -1, -groups[size], size), default=128)
-    kinds = {(s.grid.bits, str(s.options.get("version", "gemm"))) for s in modules.values()} or {(4, "gemm")}
-    odd = [name for name, storage in modules.items() if not says_group(group, storage)]
-    if len(kinds) > 1 or odd:
-        raise Unsupported("awq-mixed", "one AWQ checkpoint has one width, group size and version", tensor=odd[0] if odd else None)
-    bits, version = kinds.pop()
-    dense = sorted({*skipped, *(() if any(_is_head(name) for name in modules) else ("lm_head",))})
-    clash = next((f"{key} is part of {name}" for key in dense for name in modules if key in name), None)
-    if clash:
-        raise Unsupported("awq-skip-name", f"modules_to_not_convert matches parts of names, and {clash}")
-    return {
-        "quant_method": "awq",
-        "bits": bits,
-        "group_size": group,
-        "zero_point": not all(storage.zero_point == 1 << (bits - 1) for storage in modules.values()),
-        "version": version,
-        "modules_to_not_convert": dense,
-    }
-
-
-def _is_head(name: str) -> bool:
-    return name.rsplit(".", 1)[-1] == "lm_head"
-
-
-def _describes(original: Mapping[str, Any], modules: Mapping[str, Storage]) -> bool:
-    """Whether ``original`` still says the truth of every module."""
-    if detect(original, ()) is None:
-        return False
-    dialect = autoround.DIALECT if autoround.is_autoround(original) else ""
-    for name, storage in modules.items():
-        said = _settings(original, name)
-        half = 1 << (storage.grid.bits - 1)
-        if said.skipped or said.bits != storage.grid.bits or not says_group(said.group, storage):
-            return False
-        if said.version != storage.options.get("version") or storage.options.get("dialect", "") != dialect:
-            return False
-        if storage.zero_point != half and not said.zero_point:
-            return False
-        if said.zero_point and storage.options.get("qzeros") == "absent":
-            return False
-    return True
-
-
-def side_files(config: Mapping[str, Any]) -> dict[str, bytes]:
-    """Files beside config.json that hold the same config: GPTQModel's and AutoRound's; AutoAWQ writes none."""
-    if autoround.is_autoround(config) or "autoround_version" in config:
-        return {"quantization_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
-    if made_by(config, "gptqmodel"):
-        return {"quantize_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode()}
-    return {}
