@@ -17,7 +17,8 @@ def q2_k(block: bytes) -> dict[str, list[float]]:
     """scales[16] (low nibble scale, high nibble min), qs[64], d, dmin."""
     scales, qs = block[:16], block[16:80]
     codes = [qs[32 * (e // 128) + e % 32] >> 2 * (e % 128 // 32) & 3 for e in range(256)]
-    return {"codes": codes, "sc": [s & 15 for s in scales], "m": [s >> 4 for s in scales], "d": [half(block, 80)], "dmin": [half(block, 82)]}
+    sc, m = [s & 15 for s in scales], [s >> 4 for s in scales]
+    return {"codes": codes, "sc": sc, "m": m, "d": [half(block, 80)], "dmin": [half(block, 82)]}
 
 
 def q3_k(block: bytes) -> dict[str, list[float]]:

@@ -85,14 +85,18 @@ def _param(param: Param, where: tuple[int, ...], shape: tuple[int, ...], group_i
 
 
 def stepwise(t: QuantizedTensor, where: tuple[int, ...], dtype: torch.dtype) -> Fraction:
-    """One element as the owner of a nested parameter computes it: (code - zero), times the scale, plus the offset, each rounded."""
+    """One element as the owner of a nested parameter computes it: code - zero, scales, product, offset and sum each rounded."""
     centred = code_value(t, where)
     if t.zero_point is not None:
-        centred = Fraction(round_fraction(centred - _param(t.zero_point, where, t.shape, t.group_index), dtype))
+        centred -= _param(t.zero_point, where, t.shape, t.group_index)
+    if t.signs is not None and int(t.signs[(*where[:-1], where[-1] // 8)]) >> (where[-1] % 8) & 1:
+        centred = -centred
+    centred = Fraction(round_fraction(centred, dtype))
     factor = prod((_param(s, where, t.shape, t.group_index) for s in t.scales), start=Fraction(1))
-    result = Fraction(round_fraction(centred * factor, dtype))
+    result = Fraction(round_fraction(centred * Fraction(round_fraction(factor, dtype)), dtype))
     if t.offset is not None:
-        result = Fraction(round_fraction(result + _param(t.offset, where, t.shape, t.group_index), dtype))
+        offset = round_fraction(_param(t.offset, where, t.shape, t.group_index), dtype)
+        result = Fraction(round_fraction(result + Fraction(offset), dtype))
     return result
 
 

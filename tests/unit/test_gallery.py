@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from rationals import DTYPES, assert_rounded_once, weights
+from rationals import DTYPES, assert_rounded_once, elements, stepwise, weights
 from torch import Tensor
 
 from qformats.errors import BadFile, Unsupported
@@ -143,8 +143,8 @@ def hqq_axis_0() -> QuantizedTensor:
 @exhibit
 def hqq_3_bit_float_zero() -> QuantizedTensor:
     """reshape(-1, gs) on axis 1, where groups of 20 straddle rows of 30; scale itself stored as 8-bit codes with a float zero."""
-    shape, groups = (6, 30), 9
-    inner = Flat(4)
+    shape, groups = (40, 30), 60
+    inner = Flat(20)
     scale = QuantizedTensor(
         (groups,),
         _ints(0, 256, (groups,), 26),
@@ -169,6 +169,19 @@ def aqlm_tall_entries() -> QuantizedTensor:
     codes = _ints(0, 1024, (3, 2, 1), 32, torch.int16)
     book = torch.randn((1, 1024, 2, 4), generator=_rng(33)).to(torch.bfloat16)
     return QuantizedTensor((6, 8), codes, Learned(1024, 2, 4, 1), (Param(_scales((3, 1), 34), Tile((2, 8))),), codebook=book)
+
+
+@exhibit
+def a_hair_from_every_tie() -> QuantizedTensor:
+    """A row for each float dtype: just below, on and just above the middle between two of its numbers."""
+    zero = torch.tensor([[0.0], [0.0], [0.0], [-(2.0**-53)]])
+    scale = torch.tensor([[1 + 2.0**-11], [1 + 2.0**-8], [1 + 2.0**-12], [1.0]])
+    square = torch.tensor([[1.0], [1.0], [1 + 2.0**-12], [1.0]])
+    offset = torch.tensor([[-(2.0**-110), 0.0, 2.0**-110]] * 4)
+    codes = torch.tensor([[1, 1, 1, -1, -1, -1]] * 4, dtype=torch.int8)
+    row, run = Tile((1, 6)), Tile((1, 1))
+    scales = (Param(scale, row), Param(square, row))
+    return QuantizedTensor((4, 6), codes, Integer(2, True), scales, Param(zero, row), Param(torch.cat((offset, -offset), 1), run))
 
 
 # ---------------------------------------------------------------- small floats
@@ -303,6 +316,13 @@ def test_dequantize_is_the_formula_in_rationals_rounded_once(name: str) -> None:
         found = t.dequantize(dtype)
         assert tuple(found.shape) == t.shape
         assert_rounded_once(found, _exact(name), dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in GALLERY if name not in ("mxfp4", "fp8_128x128_ragged", "nf4_nested")])
+def test_stepwise_evaluation_rounds_every_step(name: str) -> None:
+    t = GALLERY[name]()
+    found = t.evaluate_in(torch.float32).reshape(-1).tolist()
+    assert found == [float(stepwise(t, where, torch.float32)) for where in elements(t.shape)]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
