@@ -98,7 +98,7 @@ def scheme(module: Module) -> Scheme:
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
     """Rows ``start:stop`` (at least one) of the weight, counted over all but the last dimension, as a tensor (stop - start, K).
 
-    Blocks hold codes and parameters side by side, so both are read whatever ``codes`` says.
+    Without ``codes`` the parameters alone are unpacked and the codes are zeros of stride zero.
     """
     raw, kind = _weight(module)
     stop = raw.rows if stop is None else stop
@@ -107,7 +107,7 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     blocks = raw.row_range(start, stop)  # (n, row bytes)
     if raw.big_endian:
         blocks = _swap(kind, blocks)
-    return _from_blocks(kind, blocks)
+    return _from_blocks(kind, blocks) if codes else _params_only(kind, blocks, raw.shape[-1])
 
 
 def _swap(kind: Kind, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -259,6 +259,16 @@ def _from_blocks(kind: Kind, blocks: np.ndarray[Any, Any]) -> QuantizedTensor:
         return legacy.to_tensor(kind, codes.view(torch.int8) if kind.bits == 8 else codes, d, m if kind.has_offset else None)
     sc, m, d, dmin = rest
     return kquants.to_tensor(kind, codes, sc, m, d.view(torch.float16), dmin.view(torch.float16))
+
+
+def _params_only(kind: Kind, blocks: np.ndarray[Any, Any], k: int) -> QuantizedTensor:
+    import torch
+
+    source = torch.from_numpy(blocks)
+    codes = torch.zeros((), dtype=torch.int8 if kind.grid.signed else torch.uint8).expand(len(blocks), k)
+    if isinstance(kind, Legacy):
+        return legacy.to_tensor(kind, codes, *legacy.unpack_params(kind, source))
+    return kquants.to_tensor(kind, codes, *kquants.unpack_params(kind, source))
 
 
 def _empty_planes(kind: Kind, count: int) -> list[np.ndarray[Any, Any]]:

@@ -92,20 +92,28 @@ def _pack_scales(sc: Tensor, m: Tensor) -> Tensor:
     return torch.cat([low, mid, (sc[..., 4:] & 15) | ((m[..., 4:] & 15) << 4)], -1)
 
 
-def unpack_blocks(kind: KQuant, blocks: Tensor) -> Planes:
-    """uint8 (N, K/256 * nbytes) -> codes uint8 (N, K), sc and m uint8 (N, K/32), d and dmin float16 (N, K/256)."""
+def unpack_params(kind: KQuant, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sc, m, d and dmin of ``unpack_blocks`` alone."""
     import torch
 
     b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, S, nbytes)
     d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
     dmin = b[..., 2:4].contiguous().view(torch.float16).squeeze(-1)
     sc, m = _unpack_scales(b[..., 4:16])
+    return sc.flatten(1), m.flatten(1), d, dmin
+
+
+def unpack_blocks(kind: KQuant, blocks: Tensor) -> Planes:
+    """uint8 (N, K/256 * nbytes) -> codes uint8 (N, K), sc and m uint8 (N, K/32), d and dmin float16 (N, K/256)."""
+    import torch
+
+    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, S, nbytes)
     qs = b[..., -128:].unflatten(-1, (4, SUB))  # (N, S, 4, 32)
     codes = torch.stack([qs & 15, qs >> 4], -2).flatten(-3, -2)  # (N, S, 8, 32)
     if kind.bits == 5:
         bits = b[..., 16:48].unsqueeze(-2) >> torch.arange(8, dtype=torch.uint8, device=b.device).unsqueeze(-1)
         codes |= (bits & 1) << 4
-    return codes.flatten(1), sc.flatten(1), m.flatten(1), d, dmin
+    return codes.flatten(1), *unpack_params(kind, blocks)
 
 
 def pack_blocks(kind: KQuant, codes: Tensor, sc: Tensor, m: Tensor, d: Tensor, dmin: Tensor) -> Tensor:

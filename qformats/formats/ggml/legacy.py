@@ -80,13 +80,21 @@ LEGACY = {
 }
 
 
+def unpack_params(kind: Legacy, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+    """d and m of ``unpack_blocks`` alone."""
+    import torch
+
+    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, B, nbytes)
+    d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
+    return d, b[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if kind.has_offset else None
+
+
 def unpack_blocks(kind: Legacy, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """uint8 (N, K/32 * nbytes) -> codes uint8 or int8 (N, K), d float16 (N, K/32), m float16 (N, K/32) or None."""
     import torch
 
     b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, B, nbytes)
-    d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
-    m = b[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if kind.has_offset else None
+    d, m = unpack_params(kind, blocks)
     if kind.bits == 8:
         return b[..., 2:].contiguous().view(torch.int8).flatten(-2), d, None
     qs = b[..., -16:]

@@ -104,6 +104,15 @@ def test_row_ranges_of_experts_are_counted_over_all_of_them(name: str) -> None:
     assert piece.row == 1 and np.array_equal(piece.array, data["blocks"][1:5])
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_parameters_alone(name: str) -> None:
+    source, _ = loaded(name)
+    whole_tensor, part = ggml.read(source, 1, 4), ggml.read(source, 1, 4, codes=False)
+    assert part.scheme == whole_tensor.scheme and part.codes.stride() == (0, 0)
+    zeros = whole_tensor.replace(codes=torch.zeros_like(whole_tensor.codes))
+    assert torch.equal(part.dequantize(torch.float64), zeros.dequantize(torch.float64))
+
+
 def test_big_endian_fields_are_swapped() -> None:
     for name, fields in {
         "Q4_0": [(0, 2)],
