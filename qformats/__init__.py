@@ -1,1 +1,74 @@
-"""Read, write and convert quantized model checkpoints without losing a bit."""
+"""Read, write and convert quantized model checkpoints without losing a bit.
+
+``qformats.open(path)`` gives a ``Checkpoint``; its ``tensors`` are ``QuantizedTensor`` values or floats, read when asked for.
+Converting is ``converters.convert``. Importing this package imports neither torch nor transformers.
+
+>>> import qformats
+>>> issubclass(qformats.BadFile, qformats.QFormatError)
+True
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qformats.checkpoint import Checkpoint
+    from qformats.checkpoint import open_checkpoint as open
+    from qformats.errors import (
+        BadFile,
+        Mismatch,
+        OutputError,
+        QFormatError,
+        RemoteError,
+        Unsafe,
+        Unsupported,
+        UsageError,
+        WouldLose,
+    )
+    from qformats.tensor import QuantizedTensor
+
+    version: str
+
+__all__ = [
+    "BadFile",
+    "Checkpoint",
+    "Mismatch",
+    "OutputError",
+    "QFormatError",
+    "QuantizedTensor",
+    "RemoteError",
+    "Unsafe",
+    "Unsupported",
+    "UsageError",
+    "WouldLose",
+    "open",
+    "version",
+]
+
+_HOMES = {"Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "open": "checkpoint"}
+_SPELLINGS = {"open": "open_checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "version":
+        return _version()
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"qformats.{_HOMES.get(name, 'errors')}"), _SPELLINGS.get(name, name))
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    try:
+        return installed("qformats")
+    except PackageNotFoundError:
+        return "0"
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,133 @@
+"""``qconvert``: the group of commands, the ``X-to-Y`` names out of the registry, and how an error becomes an exit code.
+
+Exit codes: 0 ok · 1 internal · 2 usage · 3 verify mismatch · 4 output or disk · 5 bad or unsafe input · 6 unsupported ·
+7 would lose · 8 remote · 130 interrupted. Starting up imports neither torch nor numpy; commands import what they need.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import click
+
+from converters import commands_convert, commands_show
+from converters.output import Output
+from qformats import registry
+from qformats.errors import QFormatError, UsageError
+
+__all__ = ["Commands", "main", "qconvert"]
+
+INTERRUPTED = 130
+LISTED_PAIRS = ("awq-to-gguf", "gptq-to-gguf", "gguf-to-gptq", "gguf-to-awq", "gguf-to-hf")
+COMMANDS: dict[str, click.Command] = {
+    "inspect": commands_show.inspect,
+    "plan": commands_convert.plan,
+    "convert": commands_convert.convert,
+    "quantize": commands_convert.quantize,
+    "dequantize": commands_convert.dequantize,
+    "verify": commands_convert.verify,
+    "formats": commands_show.formats,
+}
+
+
+class Commands(click.Group):
+    """The command table plus every ``X-to-Y`` that the registry holds; turns errors into one message and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands that ``--help`` names."""
+        return [*COMMANDS, *LISTED_PAIRS]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """A command by name; ``X-to-Y`` names are made when asked for."""
+        if cmd_name in COMMANDS:
+            return COMMANDS[cmd_name]
+        source, _, target = cmd_name.partition("-to-")
+        return commands_convert.pair(source, target) if cmd_name in registry_pairs() else None
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or say which one was probably meant."""
+        if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
+            known = [*COMMANDS, *registry_pairs()]
+            close = difflib.get_close_matches(args[0].lower(), known, n=1, cutoff=0.5)
+            hint = f"did you mean {close[0]!r}?" if close else "see qconvert --help"
+            raise UsageError("unknown-command", f"there is no command {args[0]!r}", hint=hint)
+        return super().resolve_command(ctx, args)
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **extra: Any) -> Any:
+        """Run; ends in ``SystemExit`` with the code of the table above, like any click command."""
+        words = list(sys.argv[1:] if args is None else args)
+        flags = words[: words.index("--")] if "--" in words else words
+        extra["standalone_mode"] = False
+        try:
+            found = super().main(words, *rest, **extra)
+            sys.stdout.flush()
+        except Exception as error:
+            _stop(error, Output(as_json="--json" in flags), "--traceback" in flags)
+        sys.exit(found if isinstance(found, int) else 0)
+
+
+def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing more to say
+        sys.exit(0)
+    if isinstance(error, click.Abort):
+        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left behind"))
+        sys.exit(INTERRUPTED)
+    if isinstance(error, click.ClickException):
+        sys.exit(_usage(error, output))
+    if not isinstance(error, QFormatError):
+        if show_traceback:
+            raise error
+        hint = "this is a defect: run again with --traceback and report it"
+        error = QFormatError("internal", f"{type(error).__name__}: {error}", hint=hint)
+    output.error(error)
+    sys.exit(error.exit_code)
+
+
+def _usage(error: click.ClickException, output: Output) -> int:
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        error.show()
+        return error.exit_code
+    hint = f"see {context.command_path} --help" if context is not None else None
+    found = UsageError("usage", error.format_message(), hint=hint)
+    output.error(found)
+    return found.exit_code
+
+
+class _Interrupted(QFormatError):
+    exit_code = INTERRUPTED
+
+
+def registry_pairs() -> list[str]:
+    """Every ``X-to-Y`` command name."""
+    return [f"{a.name}-to-{b.name}" for a in registry.ROWS if a.reads for b in registry.ROWS if b.writes and a.name != b.name]
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Example: qconvert awq-to-gguf llama-awq/ llama.gguf. Every X-to-Y of `qconvert formats` is a command too.",
+)
+@click.version_option(package_name="qformats", prog_name="qconvert")
+def qconvert() -> None:
+    """Convert quantized model checkpoints without losing a bit, or say exactly what is lost."""
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    qconvert(prog_name="qconvert")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The commands that plan, write and check: ``plan convert quantize dequantize verify`` and every ``X-to-Y``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, writing_flags
+from converters.output import count, error_json, size
+from qformats import registry
+from qformats.errors import BadFile, QFormatError, UsageError
+
+if TYPE_CHECKING:
+    from converters.plan import Plan
+    from converters.verify import VerifyResult
+    from qformats.checkpoint import Checkpoint
+
+__all__ = ["convert", "dequantize", "pair", "plan", "quantize", "verify"]
+
+FLOAT_TYPES = ("f32", "f16", "bf16")
+MAX_PLAN_NBYTES = 1 << 30
+_PATH = click.Path(path_type=Path)
+_TO = "FORMAT[:TYPE][,key=value…]"
+
+
+# ---------------------------------------------------------------- commands
+
+
+@click.command(short_help="Say what a conversion would do, and why.", epilog="Example: qconvert plan llama-awq/ --to gguf")
+@click.argument("src", type=_PATH)
+@click.option("--to", required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--header", is_flag=True, help="Read headers only; kinds are then claims.")
+@loss_flags
+@output_flags
+def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
+    """Say what converting SRC would do to every tensor, and why. Writes nothing."""
+    from converters.plan import make_plan, refuse_losses
+    from converters.report import Report
+
+    output = output_of(as_json, quiet)
+    planned = make_plan(src, Wishes(**wishes).plan_options())
+    with planned.checkpoint:
+        refusal = None
+        try:
+            refuse_losses(planned)
+        except QFormatError as error:
+            refusal = error
+        data = {**planned.to_json(), "refused": None if refusal is None else error_json(refusal)}
+        output.result(data, Report.build(planned).to_text)
+    if refusal is not None:
+        output.note(f"\nconvert would stop here: {refusal.hint} [{refusal.code}]")
+        if planned.options.exact:
+            raise click.exceptions.Exit(refusal.exit_code)
+
+
+@click.command(
+    short_help="Convert to any format and type.",
+    epilog="Example: qconvert convert llama-awq/ llama.gguf --to gguf:q4_1 --report llama.html",
+)
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--to", metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Carry out what `qconvert plan --json` printed, or stop.")
+@loss_flags
+@writing_flags
+@output_flags
+def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flags: Any) -> None:
+    """Convert SRC into DST, keeping every code where that is possible."""
+    if (to is None) == (plan_file is None):
+        raise UsageError(
+            "target-missing", "give either --to or --plan", hint=f"for example --to gguf; formats: {', '.join(registry.names())}"
+        )
+    if plan_file is None:
+        _run(src, dst, {**flags, "to": to})
+        return
+    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"]:
+        raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
+    saved = _read_plan(plan_file)
+    _run(src, dst, {**flags, **saved["options"]}, digest=saved["digest"])
+
+
+@click.command(short_help="Make new codes of a named type.", epilog="Example: qconvert quantize llama/ llama.gguf --to gguf:q8_0")
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--to", required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
+@loss_flags
+@writing_flags
+@output_flags
+def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
+    """Make new codes: convert SRC into DST of a named type, rounding where needed."""
+    if registry.parse_target(to).type is None:
+        types = ", ".join(registry.row(registry.parse_target(to).format).types)
+        raise UsageError("target-type-missing", f"--to {to} names no type", hint=f"types: {types}")
+    _run(src, dst, {**flags, "to": to, "allow_requantize": True})
+
+
+@click.command(short_help="Turn codes back into floats.", epilog="Example: qconvert dequantize llama-awq/ llama-bf16/ --to hf:f16")
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--to", default="hf:bf16", show_default=True, metavar="FORMAT:TYPE", help="Float target: hf:bf16, hf:f32, gguf:f16 …")
+@loss_flags
+@writing_flags
+@output_flags
+def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
+    """Turn every code of SRC back into floats."""
+    if registry.parse_target(to).type not in FLOAT_TYPES:
+        raise UsageError("target-type", f"--to {to} is not a float type", hint=f"for example hf:{', hf:'.join(FLOAT_TYPES)}")
+    _run(src, dst, {**flags, "to": to})
+
+
+@click.command(short_help="Check an output against its source.", epilog="Example: qconvert verify llama-awq/ llama.gguf")
+@click.argument("src", type=_PATH)
+@click.argument("dst", type=_PATH)
+@click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
+@output_flags
+def verify(src: Path, dst: Path, workers: int | None, as_json: bool, quiet: bool) -> None:
+    """Check that DST is what SRC converts to: replay its record and compare every byte."""
+    from converters.verify import verify as compare
+
+    output = output_of(as_json, quiet)
+    with output.progress("verify") as progress:
+        found = compare(src, dst, workers=workers, progress=progress)
+    data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
+    output.result(data, lambda: _verify_lines(dst, found))
+    if not found.ok:
+        if not as_json:
+            found.raise_if_different(dst)
+        raise click.exceptions.Exit(3)
+
+
+def pair(source: str, target: str) -> click.Command:
+    """The command ``SOURCE-to-TARGET``: ``convert`` whose source must be in that format."""
+    row, into = registry.row(source), registry.row(target)
+
+    @click.command(f"{source}-to-{target}", short_help=f"Convert {row.title.split(' (')[0]} to {into.title.split(' (')[0]}.")
+    @click.argument("src", type=_PATH)
+    @click.argument("dst", type=_PATH)
+    @click.option("--type", "kind", metavar="TYPE", help=f"{', '.join(into.types)} (default: the smallest that keeps every code).")
+    @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, hidden=not into.options, help=f"{', '.join(into.options)}.")
+    @loss_flags
+    @writing_flags
+    @output_flags
+    def command(src: Path, dst: Path, kind: str | None, options: tuple[str, ...], **flags: Any) -> None:
+        to = ",".join([f"{target}:{kind}" if kind else target, *options])
+        _run(src, dst, {**flags, "to": to}, source=source)
+
+    command.help = f"Convert SRC, {row.title}, into DST, {into.title}."
+    command.epilog = f"Example: qconvert {source}-to-{target} model-{source} model{'.gguf' if into.container == 'gguf' else f'-{target}/'}"
+    return command
+
+
+# ---------------------------------------------------------------- what they share
+
+
+def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = None, digest: str | None = None) -> None:
+    """Plan, refuse, execute, report. ``flags`` holds the wishes, the writing flags and the output flags."""
+    output = output_of(flags.pop("as_json"), flags.pop("quiet"))
+    overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
+    check_report(report, src, dst)
+    wishes = Wishes(**flags)
+    registry.parse_target(wishes.to)
+    from qformats.checkpoint import open_checkpoint
+
+    with open_checkpoint(src) as checkpoint:
+        if source is not None:
+            _check_source(checkpoint, source, registry.parse_target(wishes.to).format)
+        planned = _planned(checkpoint, wishes, digest)
+        for warning in planned.warnings:
+            output.note(f"warning: {warning}")
+        from converters.execute import execute
+        from converters.report import Report
+
+        with output.progress(dst.name) as progress:
+            outcome = execute(planned, dst, overwrite=overwrite, workers=workers, progress=progress)
+        found = Report.build(planned, outcome, dst)
+    if report is not None:
+        found.write(report)
+    output.result(found.to_json(), found.to_text)
+
+
+def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None) -> Plan:
+    from converters.plan import make_plan, refuse_losses
+    from converters.provenance import plan_digest
+
+    planned = make_plan(checkpoint, wishes.plan_options())
+    if digest is not None and plan_digest(planned.jobs) != digest:
+        raise UsageError("plan-stale", "the source no longer gives the saved plan", path=checkpoint.path, hint="run `qconvert plan` again")
+    refuse_losses(planned)
+    return planned
+
+
+def _check_source(checkpoint: Checkpoint, wanted: str, target: str) -> None:
+    if checkpoint.format != wanted:
+        hint = f"use {checkpoint.format}-to-{target}" if checkpoint.format != target else "it already is in the target's format"
+        raise UsageError("source-format", f"is a {checkpoint.format} checkpoint, not {wanted}", path=checkpoint.path, hint=hint)
+
+
+def _read_plan(path: Path) -> dict[str, Any]:
+    """The options and digest of a saved plan; ``BadFile('plan-file')`` if it is none, ``UsageError('plan-depth')`` if not scanned."""
+    try:
+        if path.stat().st_size > MAX_PLAN_NBYTES:
+            raise ValueError
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        options = saved["options"]
+        wishes = {
+            "to": str(options["to"]),
+            "exact": bool(options["exact"]),
+            "allow_requantize": bool(options["allow_requantize"]),
+            "tensor_types": tuple((str(a), str(b)) for a, b in options["tensor_types"]),
+            "pre_tokenizer": None if options["pre_tokenizer"] is None else str(options["pre_tokenizer"]),
+        }
+        found = {"options": wishes, "digest": str(saved["digest"])}
+        depth = saved["depth"]
+    except OSError as error:
+        raise BadFile("not-found", f"cannot read the plan: {error.strerror}", path=path) from None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadFile("plan-file", "is not a plan", path=path, hint="save what `qconvert plan --json` prints") from None
+    if depth != "scan":
+        raise UsageError("plan-depth", "a header plan cannot be carried out", path=path, hint="plan again without --header")
+    return found
+
+
+def _verify_lines(dst: Path, found: VerifyResult) -> list[str]:
+    how = "every byte as replayed from its record" if found.method == "replay" else "every value"
+    lines = (
+        [f"{dst}: ok, {how} ({size(found.compared_nbytes)} compared)"]
+        if found.ok
+        else [f"{dst}: {count(len(found.mismatches), 'difference')}"]
+    )
+    for entry in found.mismatches[:20]:
+        where = entry.get("tensor") or entry.get("file") or "file"
+        at = entry.get("offset_bytes")
+        lines.append(f"  {where}{'' if at is None else f' at byte {at}'}: {entry.get('detail', 'differs')}")
+    return lines + [f"not seen: {text}" for text in found.unseen]

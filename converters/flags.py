@@ -1,0 +1,115 @@
+"""The flags that commands share, and how they become a plan's options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from converters.output import Output
+from qformats import registry
+from qformats.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from converters.choose import PlanOptions
+
+__all__ = ["REPORT_SUFFIXES", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
+
+REPORT_SUFFIXES = (".json", ".md", ".html")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class TensorType(click.ParamType[Any]):
+    """``REGEX=TYPE``."""
+
+    name = "REGEX=TYPE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        """Split at the last ``=`` and compile the pattern once, so that a bad one is a usage error."""
+        if isinstance(value, tuple):
+            return str(value[0]), str(value[1])
+        pattern, equals, kind = str(value).rpartition("=")
+        if not equals or not pattern or not kind:
+            self.fail(f"{value!r} is not REGEX=TYPE, such as 'attn_v=q8_0'", param, ctx)
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            self.fail(f"{pattern!r} is not a regular expression: {error}", param, ctx)
+        return pattern, kind
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+def output_flags(function: F) -> F:
+    """``--json --quiet --traceback``."""
+    return _stack(
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document."),
+        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        click.option("--traceback", is_flag=True, expose_value=False, hidden=True, help="Show where an internal error came from."),
+    )(function)  # fmt: skip
+
+
+def loss_flags(function: F) -> F:
+    """``--exact --allow-requantize --tensor-type --pre``: what a plan may do."""
+    return _stack(
+        click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
+        click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
+        click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
+        click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
+    )(function)  # fmt: skip
+
+
+def writing_flags(function: F) -> F:
+    """``--overwrite --workers --report``."""
+    return _stack(
+        click.option("--overwrite", is_flag=True, help="Replace DST if it exists."),
+        click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core)."),
+        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a .json, .md or .html report."),
+    )(function)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked a conversion for, still in words; ``plan_options`` makes the planner's options of it."""
+
+    to: str
+    exact: bool = False
+    allow_requantize: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    pre_tokenizer: str | None = None
+    header: bool = False
+
+    def plan_options(self) -> PlanOptions:
+        """Raises ``UsageError`` for an unknown format, type or option."""
+        target = registry.parse_target(self.to)
+        from converters.choose import PlanOptions
+
+        return PlanOptions(target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header)
+
+
+def output_of(as_json: bool, quiet: bool) -> Output:
+    """The ``Output`` of a command's flags."""
+    return Output(as_json=as_json, quiet=quiet)
+
+
+def check_report(path: Path | None, *others: Path) -> None:
+    """Refuse a report that could not be written, before any work is done."""
+    if path is None:
+        return
+    if path.suffix.lower() not in REPORT_SUFFIXES:
+        raise UsageError("report-suffix", f"a report is {', '.join(REPORT_SUFFIXES)}, not {path.suffix or path.name!r}", path=path)
+    if not path.parent.is_dir():
+        raise OutputError("report-directory", "the report's directory does not exist", path=path)
+    if any(path.resolve() == other.resolve() for other in others):
+        raise UsageError("report-path", "the report would overwrite the source or the destination", path=path)

@@ -1,0 +1,115 @@
+"""What the command line prints: one ``Output`` decides between human text, JSON and silence. Commands never print directly.
+
+Results go to standard output, everything else (notes, warnings, progress, errors) to standard error. With ``--json`` exactly one
+JSON document goes to standard output, errors included. Every text that may come out of a file is escaped on the way.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from qformats.errors import QFormatError, printable
+
+__all__ = ["Output", "ProgressCallback", "count", "size", "table"]
+
+ProgressCallback = Callable[[int, int], None]
+_LINE_LIMIT = 4000
+
+
+def size(nbytes: float) -> str:
+    """A size in decimal units.
+
+    >>> size(999), size(1_234_567)
+    ('999 B', '1.23 MB')
+    """
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 999.5 or unit == "TB":
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    raise AssertionError
+
+
+def count(number: int, noun: str) -> str:
+    """A counted noun.
+
+    >>> count(1, "tensor"), count(1200, "tensor")
+    ('1 tensor', '1,200 tensors')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
+    """Lines of a plain text table; columns in ``right`` are aligned to the right.
+
+    >>> table(("kind", "n"), [("exact", 12)], right=(1,))
+    ['kind    n', 'exact  12']
+    """
+    cells = [[printable(str(cell)) for cell in row] for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = []
+    for row in cells:
+        line = "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        lines.append(line.rstrip())
+    return lines
+
+
+class Output:
+    """Where a command's words go. ``as_json`` and ``quiet`` are the flags of the same name."""
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+
+    def result(self, data: Mapping[str, Any], lines: Callable[[], Iterable[str]]) -> None:
+        """The command's outcome: ``data`` with ``--json``, else the ``lines`` (built only when shown)."""
+        if self.as_json:
+            _write(json.dumps(data, indent=1, ensure_ascii=True, default=str))
+        elif not self.quiet:
+            for line in lines():
+                _write(printable(line, _LINE_LIMIT))
+
+    def note(self, text: str) -> None:
+        """Something the user may want to know now; on standard error, never with ``--json`` or ``--quiet``."""
+        if not (self.as_json or self.quiet):
+            _write(printable(text, _LINE_LIMIT), err=True)
+
+    def error(self, error: QFormatError) -> None:
+        """The one message of a failed command (also with ``--quiet``)."""
+        if self.as_json:
+            _write(json.dumps({"error": error_json(error), "exit_code": error.exit_code}, indent=1, ensure_ascii=True))
+        else:
+            _write(f"qconvert: {printable(str(error), _LINE_LIMIT)}", err=True)
+
+    @contextmanager
+    def progress(self, title: str) -> Iterator[ProgressCallback | None]:
+        """A progress bar with bytes/s and time left on a terminal; None (nothing to call) in pipes, with --json and --quiet."""
+        if self.as_json or self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def error_json(error: QFormatError) -> dict[str, Any]:
+    """An error's fields as JSON data."""
+    found: dict[str, Any] = {"code": error.code, "message": error.message, "path": error.path, "tensor": error.tensor, "hint": error.hint}
+    if error.offset_bytes is not None:
+        found["offset_bytes"] = error.offset_bytes
+    return found
+
+
+def _write(text: str, *, err: bool = False) -> None:
+    stream = sys.stderr if err else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)

@@ -1,0 +1,301 @@
+"""The report of a plan or a conversion: every tensor's kind, reason, size and error, as JSON, Markdown, HTML or terminal text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from converters.output import count, size, table
+from qformats.errors import OutputError, UsageError, printable
+
+if TYPE_CHECKING:
+    from converters.execute import Outcome
+    from converters.plan import Plan
+
+__all__ = ["KIND_MEANINGS", "Report", "TensorLine"]
+
+KIND_MEANINGS = {
+    "copied": "the same bytes",
+    "exact": "the same real numbers",
+    "codes-exact": "every code kept, a scale or offset rounded",
+    "dequantized": "float numbers instead of codes",
+    "requantized": "new codes",
+}
+_SAVING = re.compile(r"(?P<type>\S+) would save (?P<nbytes>\d+) bytes: (?P<how>.*)")
+_SHOWN = 12  # groups of one list in terminal text; reports hold all
+
+
+@dataclass(frozen=True)
+class TensorLine:
+    """One target tensor. ``error``: relative RMS error of new codes or rounded floats, None where nothing was measured."""
+
+    name: str
+    kind: str
+    type: str
+    shape: tuple[int, ...]
+    nbytes: int
+    lossless: bool
+    reason: str
+    rewrites: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    error: float | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of elements."""
+        product = 1
+        for extent in self.shape:
+            product *= extent
+        return product
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was planned (``seconds`` None) or done. ``dropped``: source tensors with no place in the target, with reasons."""
+
+    source: str
+    source_format: str
+    source_nbytes: int
+    target: str
+    nbytes: int
+    tensors: tuple[TensorLine, ...]
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    depth: str = "scan"
+    digest: str = ""
+    tool: str = ""
+    destination: str | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def build(cls, plan: Plan, outcome: Outcome | None = None, destination: str | Path | None = None) -> Report:
+        """The report of ``plan``, and of what carrying it out measured."""
+        from converters.provenance import plan_digest, tool_version
+
+        errors = {} if outcome is None else outcome.errors
+        lines = []
+        for job in plan.jobs:
+            nbytes = sum(plan.output.parts[job.part_name(leaf)].nbytes for leaf in job.parts)
+            shape = tuple(int(n) for n in job.map.shape)
+            line = TensorLine(
+                job.name, job.kind, job.type, shape, nbytes, job.lossless, job.reason, job.rewrites, job.notes, errors.get(job.name)
+            )
+            lines.append(line)
+        return cls(
+            str(plan.checkpoint.path),
+            plan.checkpoint.format,
+            sum(raw.nbytes for raw in plan.checkpoint.raw.values()),
+            str(plan.options.target),
+            plan.output.nbytes,
+            tuple(lines),
+            dict(plan.dropped),
+            tuple(plan.warnings),
+            "scan" if plan.scanned else "header",
+            plan_digest(plan.jobs),
+            f"qformats {tool_version()}",
+            None if destination is None else str(destination),
+            None if outcome is None else outcome.seconds,
+        )
+
+    @property
+    def kinds(self) -> dict[str, int]:
+        """Number of tensors of each kind, best kind first."""
+        found = Counter(line.kind for line in self.tensors)
+        return {kind: found[kind] for kind in (*KIND_MEANINGS, *sorted(found.keys() - KIND_MEANINGS.keys())) if kind in found}
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every tensor stands for the source's real numbers."""
+        return all(line.lossless for line in self.tensors)
+
+    @property
+    def worst_error(self) -> float | None:
+        """The largest measured relative RMS error."""
+        return max((line.error for line in self.tensors if line.error is not None), default=None)
+
+    @property
+    def weights(self) -> int:
+        """Number of elements of all target tensors."""
+        return sum(line.weights for line in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the tensors of the output, headers and side files not counted."""
+        return 8 * sum(line.nbytes for line in self.tensors) / max(1, self.weights)
+
+    @property
+    def source_bits_per_weight(self) -> float:
+        """Of the source, on the same number of weights."""
+        return 8 * self.source_nbytes / max(1, self.weights)
+
+    # ---------------------------------------------------------------- groups
+
+    def kind_rows(self) -> list[tuple[str, int, int, str]]:
+        """(kind, tensors, bytes, types) for each kind."""
+        rows = []
+        for kind, number in self.kinds.items():
+            lines = [line for line in self.tensors if line.kind == kind]
+            types = Counter(line.type for line in lines)
+            rows.append((kind, number, sum(line.nbytes for line in lines), ", ".join(f"{t} {n}" for t, n in types.most_common())))
+        return rows
+
+    def reasons(self) -> list[tuple[str, str, str, list[str]]]:
+        """(kind, type, reason, tensor names), in order of first appearance."""
+        groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        for line in self.tensors:
+            groups[line.kind, line.type, line.reason].append(line.name)
+        order = list(KIND_MEANINGS)
+        return sorted(((*key, names) for key, names in groups.items()), key=lambda g: order.index(g[0]) if g[0] in order else 99)
+
+    def notes(self) -> list[str]:
+        """The tensors' notes, like ones gathered: what a smaller type would save is summed."""
+        saved: dict[tuple[str, str], list[int]] = defaultdict(list)
+        plain: Counter[str] = Counter()
+        for line in self.tensors:
+            for note in line.notes:
+                match = _SAVING.fullmatch(note)
+                if match:
+                    saved[match["type"], match["how"]].append(int(match["nbytes"]))
+                else:
+                    plain[note] += 1
+        lines = [f"{t} would save {size(sum(n))} on {count(len(n), 'tensor')}: {how}" for (t, how), n in saved.items()]
+        return lines + [f"{count(number, 'tensor')}: {note}" for note, number in plain.items()]
+
+    # ---------------------------------------------------------------- forms
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON data: the fields, the totals and one object a tensor."""
+        fields = {k: v for k, v in asdict(self).items() if k != "tensors"}
+        tensors = [asdict(line) for line in self.tensors]
+        return {
+            "version": 1,
+            **fields,
+            "kinds": self.kinds,
+            "lossless": self.lossless,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "source_bits_per_weight": round(self.source_bits_per_weight, 4),
+            "worst_error": self.worst_error,
+            "notes": self.notes(),
+            "tensors": tensors,
+        }
+
+    def headline(self) -> str:
+        """One sentence: from what to what, and the sizes."""
+        where = f" → {self.destination}" if self.destination else ""
+        done = "" if self.seconds is None else f" in {self.seconds:.1f} s"
+        return (
+            f"{self.source} ({self.source_format}, {size(self.source_nbytes)}, {self.source_bits_per_weight:.2f} bits/weight)"
+            f"{where} ({self.target}, {size(self.nbytes)}, {self.bits_per_weight:.2f} bits/weight){done}"
+        )
+
+    def to_text(self) -> Iterator[str]:
+        """Lines for a terminal."""
+        yield self.headline()
+        if self.depth == "header":
+            yield "from headers only: kinds are claims; plan without --header to prove them"
+        yield ""
+        rows = [(k, f"{n:,}", size(b), types) for k, n, b, types in self.kind_rows()]
+        yield from table(("kind", "tensors", "size", "types"), rows, right=(1, 2))
+        yield from _section("why", [f"{k} {t}, {_names(names)}: {why}" for k, t, why, names in self.reasons()])
+        yield from _section("error", self._error_lines())
+        yield from _section("notes", self.notes())
+        yield from _section("dropped", [f"{why}: {_names(names)}" for why, names in _by_value(self.dropped).items()])
+        yield from _section("warnings", list(self.warnings))
+
+    def _error_lines(self) -> list[str]:
+        measured = sorted(((line.error, line.name) for line in self.tensors if line.error is not None), reverse=True)
+        if not measured:
+            return []
+        worst, name = measured[0]
+        return [f"relative RMS error measured on {count(len(measured), 'tensor')}, largest {worst:.3g} ({name})"]
+
+    def to_markdown(self) -> str:
+        """A Markdown document with every tensor."""
+        lines = [
+            "# Conversion report",
+            "",
+            _md(self.headline()),
+            "",
+            "| kind | tensors | size | types | meaning |",
+            "|---|---:|---:|---|---|",
+        ]
+        lines += [f"| {k} | {n:,} | {size(b)} | {_md(types)} | {KIND_MEANINGS.get(k, '')} |" for k, n, b, types in self.kind_rows()]
+        for title, items in self._lists():
+            lines += ["", f"## {title}", "", *(f"- {_md(item)}" for item in items)]
+        lines += [
+            "",
+            "## Tensors",
+            "",
+            "| tensor | kind | type | shape | bytes | relative RMS error | reason |",
+            "|---|---|---|---|---:|---:|---|",
+        ]
+        for line in self.tensors:
+            error = "" if line.error is None else f"{line.error:.3g}"
+            shape = " × ".join(map(str, line.shape))
+            lines.append(f"| {_md(line.name)} | {line.kind} | {line.type} | {shape} | {line.nbytes} | {error} | {_md(line.reason)} |")
+        lines += ["", f"Made by {_md(self.tool)}, plan {self.digest[:16]}."]
+        return "\n".join(lines) + "\n"
+
+    def to_html(self) -> str:
+        """One self-contained HTML page (no scripts, no outside resources; light and dark)."""
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(
+            loader=PackageLoader("converters"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters.update(size=size, printable=printable)
+        template = environment.get_template("report.html.j2")
+        return template.render(report=self, meanings=KIND_MEANINGS, lists=self._lists())
+
+    def _lists(self) -> list[tuple[str, list[str]]]:
+        found = [
+            ("Why", [f"{k} {t}, {_names(names)}: {why}" for k, t, why, names in self.reasons()]),
+            ("Error", self._error_lines()),
+            ("Notes", self.notes()),
+            ("Dropped", [f"{name}: {why}" for name, why in self.dropped.items()]),
+            ("Warnings", list(self.warnings)),
+        ]
+        return [(title, items) for title, items in found if items]
+
+    def write(self, path: str | Path) -> None:
+        """Write the report in the form that the suffix names; ``UsageError('report-suffix')``, ``OutputError('report-write')``."""
+        where = Path(path)
+        forms = {".json": lambda: json.dumps(self.to_json(), indent=1) + "\n", ".md": self.to_markdown, ".html": self.to_html}
+        if where.suffix.lower() not in forms:
+            raise UsageError("report-suffix", f"a report is {', '.join(forms)}, not {where.suffix or where.name!r}", path=where)
+        text = forms[where.suffix.lower()]()
+        try:
+            where.write_text(text, encoding="utf-8", errors="backslashreplace")
+        except OSError as error:
+            raise OutputError("report-write", f"cannot write the report: {error.strerror}", path=where) from None
+
+
+def _section(title: str, items: list[str]) -> Iterator[str]:
+    if items:
+        yield ""
+        yield title
+        yield from (f"  {item}" for item in items[:_SHOWN])
+        if len(items) > _SHOWN:
+            yield f"  … and {len(items) - _SHOWN} more (--report or --json lists all)"
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{count(len(names), 'tensor')} such as {names[0]}"
+
+
+def _by_value(mapping: Mapping[str, str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, why in mapping.items():
+        groups[why].append(name)
+    return groups
+
+
+def _md(text: str) -> str:
+    """Untrusted text inside a Markdown table or list."""
+    return re.sub(r"([\\`*_\[\]|#])", r"\\\1", escape(printable(text, 4000), quote=False))
