@@ -113,10 +113,9 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
 def _swap(kind: Kind, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Reverse the bytes of every multi-byte field: d, m or dmin, and Q5's u32 ``qh``, which ggml copies as one word."""
     b = blocks.reshape(-1, kind.nbytes)
-    halves = 2 if isinstance(kind, KQuant) or kind.has_offset else 1
-    fields = [(2 * i, 2) for i in range(halves)]
+    fields = [(at, 2) for at in kind.halves]
     if isinstance(kind, Legacy) and kind.bits == 5:
-        fields.append((2 * halves, 4))
+        fields.append((2 * len(kind.halves), 4))
     for at, width in fields:
         b[:, at : at + width] = b[:, at : at + width][:, ::-1].copy()
     return blocks

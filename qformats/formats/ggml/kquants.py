@@ -49,6 +49,11 @@ class KQuant:
         return Integer(self.bits)
 
     @property
+    def halves(self) -> tuple[int, ...]:
+        """Where the fp16 fields start in a super-block."""
+        return 0, 2
+
+    @property
     def storage(self) -> Storage:
         return Storage(
             self.name.lower(),

@@ -49,6 +49,11 @@ class Legacy:
         return Integer(self.bits, signed=self.bits == 8)
 
     @property
+    def halves(self) -> tuple[int, ...]:
+        """Where the fp16 fields start in a block."""
+        return (0, 2) if self.has_offset else (0,)
+
+    @property
     def storage(self) -> Storage:
         return Storage(
             self.name.lower(),

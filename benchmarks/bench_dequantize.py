@@ -1,0 +1,127 @@
+"""Dequantize, quantize and re-pack ggml blocks on one thread, against llama.cpp's library, gguf-py and memset, in one run.
+
+    python benchmarks/bench_dequantize.py [--rows 1024] [--columns 4096] [--repeats 15] [--skip-quantize]
+
+Each figure is the best of ``--repeats``, all sides interleaved, into one warm buffer; llama.cpp gets one call over all rows. Rates are
+10^9 weights a second. The gate (last column) is the lower of 0.7 x llama.cpp and 0.6 x memset of the same floats, never below gguf-py.
+Exit code 1 if a type misses its gate. Needs llama.cpp's libraries (see tests/real/llamacpp.py) and gguf.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "real")]
+
+import llamacpp  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
+import torch  # noqa: E402
+
+from qformats.formats import ggml  # noqa: E402
+from qformats.formats.ggml.legacy import LEGACY  # noqa: E402
+from qformats.loops import ggml as loops  # noqa: E402
+from qformats.quantize import rtn  # noqa: E402
+
+Array = np.ndarray[Any, Any]
+Sides = dict[str, Callable[[], object]]
+
+
+def best(sides: Sides, repeats: int) -> dict[str, float]:
+    """The fastest seconds of each side, taken in turns so that a noisy moment hits all."""
+    found = dict.fromkeys(sides, float("inf"))
+    for _ in range(repeats):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            found[name] = min(found[name], time.perf_counter() - began)
+    return found
+
+
+def row(cells: list[Any]) -> str:
+    return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
+
+
+def dequantize_row(name: str, weights: Array, repeats: int) -> bool:
+    blocks = llamacpp.quantize_rows(weights, name)
+    out, reference = np.empty_like(weights), np.empty_like(weights)
+    theirs, kind = llamacpp.dequantizer(name), getattr(gguf.GGMLQuantizationType, name)
+    few = blocks[: max(1, len(blocks) // 16)]  # gguf-py is slow and allocates: a sixteenth, scaled
+    sides: Sides = {
+        "ours": lambda: ggml.dequantize(name, blocks, out),
+        "llama": lambda: theirs(blocks.ctypes.data, reference.ctypes.data, reference.size),
+        "gguf": lambda: gguf.quants.dequantize(few, kind),
+        "memset": lambda: reference.fill(0),
+    }
+    seconds = best(sides, repeats)
+    seconds["gguf"] *= len(blocks) / len(few)
+    sides["ours"]()
+    sides["llama"]()
+    same = np.array_equal(out.view(np.uint32), reference.view(np.uint32))
+    rate = {side: weights.size / s / 1e9 for side, s in seconds.items()}
+    ratios = [rate["ours"] / rate[side] for side in ("llama", "memset", "gguf")]
+    passed = same and rate["ours"] >= min(0.7 * rate["llama"], 0.6 * rate["memset"]) and ratios[2] >= 1
+    rates = [rate["ours"], rate["llama"], rate["gguf"], rate["memset"]]
+    print(row([name, *rates, *ratios, "yes" if same else "NO", "pass" if passed else "MISS"]), flush=True)
+    return passed
+
+
+def pack_row(name: str, weights: Array, repeats: int) -> None:
+    kind = ggml.BLOCK_TYPES[name]
+    blocks = llamacpp.quantize_rows(weights, name).reshape(-1, kind.nbytes)
+    planes, out = ggml._empty_planes(kind, len(blocks)), np.empty_like(blocks)
+    sides: Sides = {"unpack": lambda: loops.UNPACK[name](blocks, *planes), "pack": lambda: loops.PACK[name](out, *planes)}
+    seconds = best(sides, repeats)
+    same = np.array_equal(out, blocks)
+    print(row([name, *(weights.size / s / 1e9 for s in seconds.values()), "yes" if same else "NO"]), flush=True)
+
+
+def quantize_row(name: str, weights: Array, repeats: int) -> None:
+    storage, tensor = LEGACY[name].storage, torch.from_numpy(weights)
+
+    def ours() -> Array:
+        quantized = rtn(tensor, storage)
+        return ggml.write(storage, quantized, 0, quantized.shape)[0].array
+
+    seconds = best({"ours": ours, "llama": lambda: llamacpp.quantize_rows(weights, name)}, repeats)
+    rate = {side: weights.size / s / 1e9 for side, s in seconds.items()}
+    same = np.array_equal(ours(), llamacpp.quantize_rows(weights, name))
+    print(row([name, rate["ours"], rate["llama"], rate["ours"] / rate["llama"], "yes" if same else "NO"]), flush=True)
+
+
+def header(*titles: str) -> None:
+    print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=1024)
+    parser.add_argument("--columns", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--skip-quantize", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    weights = rng.normal(0, 0.02, (options.rows, options.columns)).astype(np.float32)
+    print(f"{options.rows} x {options.columns} weights, one thread, best of {options.repeats}, 10^9 weights/s")
+    header("dequantize", "qformats", "llama.cpp", "gguf-py", "memset", "/ llama.cpp", "/ memset", "/ gguf-py", "same bits", "gate")
+    passed = [dequantize_row(name, weights, options.repeats) for name in loops.DEQUANTIZE]
+    header("re-pack", "blocks to codes", "codes to blocks", "same bytes")
+    for name in loops.PACK:
+        pack_row(name, weights, options.repeats)
+    if not options.skip_quantize:
+        header("quantize to blocks", "qformats", "llama.cpp", "/ llama.cpp", "same bytes")
+        for name in LEGACY:
+            quantize_row(name, weights, max(3, options.repeats // 3))
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
