@@ -29,6 +29,7 @@ __all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
 FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
+_FALLBACKS = {"q4_k": "q5_0"}  # llama.cpp's choice where a row is not whole super-blocks (src/llama-quant.cpp)
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
 
@@ -147,10 +148,10 @@ class Chooser:
         wanted = self.dtypes.get(tensor.name)
         if wanted is not None:
             return wanted
-        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.shift:
-            return source
         if self.options.target.type in FLOAT_WORDS:
             return FLOAT_WORDS[self.options.target.type]
+        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.shift:
+            return source
         return self._smallest_exact(tensor, source)
 
     def _smallest_exact(self, tensor: TensorMap, source: str) -> str:
@@ -208,6 +209,9 @@ class Chooser:
 
     def _from_codes(self, tensor: TensorMap) -> Job:
         named = self._named(tensor, dense=False)
+        copied = self._same_bytes(tensor, named)
+        if copied is not None:
+            return copied
         target = self._target(named)
         row = registry.row(target.format)
         if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
@@ -215,6 +219,8 @@ class Chooser:
         module = registry.format_module(row.name)
         recorded = self.storages_of.get(tensor.target)
         storages = [recorded] if recorded is not None else module.storages(target, self._scheme(tensor))
+        if named is not None and all(self._misfit(tensor, s) for s in storages):
+            storages = module.storages(replace(target, type=None), self._scheme(tensor))  # whatever fits this shape best
         best, refusals = self._best(tensor, storages, row.name)
         if best is not None:
             return replace(best, notes=self._savings(tensor, best, storages))
@@ -223,6 +229,29 @@ class Chooser:
             return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
         job = self._quantize(tensor, _SAFE_TYPE if self._gguf else "int4", reason)
         return replace(job, notes=("needs --allow-requantize or a named type",))
+
+    def _same_bytes(self, tensor: TensorMap, named: str | None) -> Job | None:
+        """A tensor that stays in its format, type and row order is copied part by part, unread."""
+        source, target = tensor.sources[0], self.options.target
+        module = self.checkpoint.modules[source.module]
+        whole = len(tensor.sources) == 1 and source.index is None and not self._orders(tensor) and tensor.leaf == "weight"
+        if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
+            return None
+        kept = {leaf: raw for leaf, raw in module.parts.items() if leaf != "bias"}
+        if any(raw.big_endian for raw in kept.values()) or (source.start, source.stop) != (0, _rows(tensor.shape)):
+            return None
+        if self._gguf:
+            kind = module.parts["weight"].dtype
+        else:
+            kind = registry.format_module(target.format).storage_of(module).type
+        if named is not None and named != kind.lower():
+            return None
+        parts = {leaf: PartInfo(raw.dtype, raw.shape) for leaf, raw in kept.items()}
+        return Job(tensor, "parts", "copied", "the same bytes", kind, parts, True, format=target.format)
+
+    @staticmethod
+    def _misfit(tensor: TensorMap, storage: Storage) -> bool:
+        return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
     def _must_be_float(self, tensor: TensorMap) -> bool:
         """Embedding and output of integer checkpoint formats stay floats unless the record says otherwise."""
@@ -286,8 +315,7 @@ class Chooser:
     def _dequantize(self, tensor: TensorMap, named: str | None) -> Job:
         scheme = self._scheme(tensor)
         exact32 = _float32_exact(scheme)
-        wanted = self.dtypes.get(tensor.name)
-        dtype = FLOAT_WORDS.get(named or "", wanted or "F32")
+        dtype = FLOAT_WORDS.get(named or "", "F32")
         exact = exact32 and dtype == "F32"
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
         return self._float(tensor, dtype, "dequantized", reason, exact)
@@ -297,9 +325,11 @@ class Chooser:
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
         target = self._target(kind)
         module = registry.format_module(target.format)
-        scheme = Scheme(tensor.shape, self._scheme(tensor).grid) if self._is_code_source(tensor) else _float_scheme(tensor.shape)
+        scheme = self._scheme(tensor) if self._is_code_source(tensor) else _float_scheme(tensor.shape)
         storage = module.storages(target, scheme)[0]
-        if tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple:
+        if self._misfit(tensor, storage) and self._gguf and kind != _SAFE_TYPE:
+            return self._quantize(tensor, _FALLBACKS.get(kind, _SAFE_TYPE), f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
+        if self._misfit(tensor, storage):
             dtype = "F32" if self._is_code_source(tensor) else self._float_dtype(tensor, {"F16"}, None)
             why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
             return self._float(tensor, dtype, "dequantized", why)
@@ -347,6 +377,12 @@ def _float32_exact(scheme: Scheme) -> bool:
             spec = spec.nested.scales[0]
         total += bits.get(spec.dtype, 24)
     return scheme.offset is None and total <= 24
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    from math import prod
+
+    return prod(shape[:-1]) if len(shape) > 1 else 1
 
 
 def _float_scheme(shape: tuple[int, ...]) -> Scheme:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Outcome", "Progress", "Sink", "execute", "run_jobs"]
 
+_COPY_NBYTES = 8 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -149,6 +150,8 @@ def _collect(pending: dict[Future[int], None], progress: Progress | None, done: 
 def _run_job(plan: Plan, job: Job, sink: Sink, errors: _Errors) -> int:
     """All row ranges of one tensor; returns the bytes produced."""
     try:
+        if job.action == "parts":
+            return _copy_parts(plan, job, sink)
         nbytes = 0
         for piece in _pieces(plan, job, errors):
             nbytes += _put(plan.output.parts[job.part_name(piece.leaf)], piece, sink)
@@ -160,6 +163,19 @@ def _run_job(plan: Plan, job: Job, sink: Sink, errors: _Errors) -> int:
             error.tensor = job.name
             error.args = (str(error),)
         raise
+
+
+def _copy_parts(plan: Plan, job: Job, sink: Sink) -> int:
+    """Stored planes byte by byte."""
+    module, total = plan.checkpoint.modules[job.map.sources[0].module], 0
+    for leaf in job.parts:
+        raw, part = module.parts[leaf], plan.output.parts[job.part_name(leaf)]
+        for at in range(0, raw.nbytes, _COPY_NBYTES):
+            buffer = memoryview(bytearray(min(_COPY_NBYTES, raw.nbytes - at)))
+            raw.source.pread_into(raw.offset + at, buffer)
+            sink.put(part, at, buffer)
+        total += raw.nbytes
+    return total
 
 
 def _pieces(plan: Plan, job: Job, errors: _Errors) -> Iterator[Piece]:

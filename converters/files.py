@@ -141,6 +141,10 @@ def _quantization_config(
 ) -> dict[str, Any]:
     row = registry.row(options.target.format)
     storages = {j.map.target: j.storage for j in jobs if j.storage is not None and j.map.leaf == "weight"}
+    form = registry.format_module(row.name)
+    for job in jobs:
+        if job.action == "parts":
+            storages[job.map.target] = form.storage_of(checkpoint.modules[job.map.target])
     if row.name == "hf" or not storages:
         return {}
     linear = {j.map.target for j in jobs if j.map.leaf == "weight" and len(j.map.shape) == 2 and j.map.kind in _LINEAR}

@@ -22,8 +22,9 @@ __all__ = ["Job", "storage_from_json", "storage_to_json"]
 class Job:
     """One target tensor.
 
-    ``action``: ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``), ``codes`` (codes kept, written as
-    ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source module that was absorbed.
+    ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
+    ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
+    module that was absorbed.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 

@@ -201,4 +201,5 @@ def _parse(record: Mapping[str, Any]) -> Restore:
     for name, (text, count) in restore["orders"].items():
         orders[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
     files = {name: str(text) for name, text in source["files"].items()}
-    return Restore(str(source["format"]), storages, hints, orders, dict(restore["dtypes"]), files, groups, dict(record["options"]), int(restore["quantized"]))
+    dtypes, options, quantized = dict(restore["dtypes"]), dict(record["options"]), int(restore["quantized"])
+    return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized)

@@ -96,7 +96,7 @@ class Checkpoint:
         """Logical shape of every tensor by module and leaf; a quantized module's planes count as its ``weight``."""
         result: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, module in self.modules.items():
-            if self._is_quantized(module.parts):
+            if self.gguf is None and self._is_quantized(module.parts):
                 rest = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf == "bias"}
                 result[name] = {"weight": self.scheme(name).shape, **rest}
             else:
@@ -124,8 +124,7 @@ class Checkpoint:
         from qformats import architectures
 
         if self.gguf is not None:
-            shapes = {name: raw.shape for name, raw in self.raw.items()}
-            return architectures.find_gguf(self.gguf.metadata).bind_gguf(self.gguf.metadata, shapes)
+            return architectures.find_gguf(self.gguf.metadata).bind_gguf(self.gguf.metadata, self.raw)
         if not self.config:
             raise BadFile("config-missing", "no config.json beside the weights", path=self.path, hint="add the model's config.json")
         return architectures.find(dict(self.config)).bind(dict(self.config))
