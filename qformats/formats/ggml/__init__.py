@@ -1,4 +1,4 @@
-"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 and the K-quants Q4_K Q5_K, read and written; F32 F16 BF16 beside them.
+"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 and the K-quants Q2_K … Q6_K, read and written; F32 F16 BF16 beside them.
 
 Map: ``legacy`` holds the 32-weight blocks, ``kquants`` the 256-weight super-blocks, ``floats`` the plain float types; each one's
 docstring has the byte layout. Here are the names every format module has (``qformats.formats.protocol``) and ``dequantize``, the
@@ -48,6 +48,7 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset()
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
+TARGETS = (*LEGACY, "Q2_K", "Q4_K", "Q5_K")  # what weights of other formats can become; Q3_K and Q6_K only go back to themselves
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
 Kind = Legacy | KQuant
@@ -130,9 +131,9 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     name = target.type.upper()
     if name in floats.FLOATS:
         return [floats.storage(name)]
-    if name in BLOCK_TYPES:
+    if name in TARGETS:
         return [BLOCK_TYPES[name].storage]
-    known = ", ".join(n.lower() for n in (*BLOCK_TYPES, *floats.FLOATS))
+    known = ", ".join(n.lower() for n in (*TARGETS, *floats.FLOATS))
     raise UsageError("target-type", f"gguf type {target.type!r} cannot be written", hint=f"types: {known}")
 
 
@@ -183,8 +184,9 @@ def _same(found: ParamSpec, wanted: ParamSpec) -> bool:
     if wanted.nested is None or found.nested is None:
         return wanted.nested is found.nested
     same = found.nested.grid == wanted.nested.grid and len(found.nested.scales) == len(wanted.nested.scales)
-    bare = found.nested.zero_point is None and found.nested.offset is None
-    return same and bare and all(_same(a, b) for a, b in zip(found.nested.scales, wanted.nested.scales, strict=True))
+    zeros = _one(found.nested.zero_point), _one(wanted.nested.zero_point)
+    same = same and len(zeros[0]) == len(zeros[1]) and all(_same(a, b) for a, b in zip(*zeros, strict=True))
+    return same and found.nested.offset is None and all(_same(a, b) for a, b in zip(found.nested.scales, wanted.nested.scales, strict=True))
 
 
 def _words(spec: ParamSpec) -> str:

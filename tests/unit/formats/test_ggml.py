@@ -78,7 +78,7 @@ def test_write_gives_back_the_bytes(name: str, loops: bool, monkeypatch: pytest.
     if not loops:
         monkeypatch.setattr(ggml, "_loops", lambda: None)
     source, data = loaded(name)
-    storage = ggml.storages(Target("gguf", name.lower()), SCHEME)[0]
+    storage = ggml.BLOCK_TYPES[name].storage
     (piece,) = ggml.write(storage, ggml.read(source), 0, data["values"].shape)
     assert (piece.leaf, piece.row, piece.column) == ("weight", 0, 0)
     assert np.array_equal(piece.array, data["blocks"])
@@ -99,7 +99,7 @@ def test_row_ranges_of_experts_are_counted_over_all_of_them(name: str) -> None:
     assert part.shape == (4, k)
     assert torch.equal(part.codes, ggml.read(source).codes[1:5])
     assert ggml.scheme(source).shape == (2, rows // 2, k)
-    storage = ggml.storages(Target("gguf", name.lower()), SCHEME)[0]
+    storage = ggml.BLOCK_TYPES[name].storage
     (piece,) = ggml.write(storage, part, 1, (2, rows // 2, k))
     assert piece.row == 1 and np.array_equal(piece.array, data["blocks"][1:5])
 
