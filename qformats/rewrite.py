@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from qformats.real import Real, round_once
-from qformats.scheme import Cyclic, Flat, Integer, Learned, Table, Tile, whole
+from qformats.scheme import Flat, Integer, Learned, Table, Tile, whole
 from qformats.tensor import Param, QuantizedTensor, constant, expand
 
 __all__ = [
@@ -97,14 +98,20 @@ def _split_param(param: Param, size: int, shape: tuple[int, ...]) -> Param:
         raise Refused("a parameter stored as codes cannot be split")
     starts = torch.arange(-(-k // size)) * size // width
     values = param.values.index_select(-1, starts)
-    for axis, (tile, length) in enumerate(zip(param.block.sizes[:-1], shape[:-1], strict=True)):
+    return Param(_repeat_rows(values, param.block, shape), fine, param.inverse, param.rounded_to)
+
+
+def _repeat_rows(values: Tensor, block: Tile, shape: tuple[int, ...]) -> Tensor:
+    for axis, (tile, length) in enumerate(zip(block.sizes[:-1], shape[:-1], strict=True)):
         if values.shape[axis] != length:
             values = values.repeat_interleave(tile, axis).narrow(axis, 0, length)
-    return Param(values, fine, param.inverse, param.rounded_to)
+    return values
 
 
 def merge_groups(t: QuantizedTensor, size: int) -> QuantizedTensor:
     """Inverse of ``split_groups``: one parameter for ``size`` columns, where all those merged are equal bit for bit."""
+    if t.group_index is not None:
+        raise Refused("act-order: a group's columns are not consecutive")
     return t.replace(**_map_params(t, lambda p: _merge_param(p, size, t.shape)))
 
 
@@ -120,12 +127,11 @@ def _merge_param(param: Param, size: int, shape: tuple[int, ...]) -> Param:
         return param
     if size % width:
         raise Refused(f"groups of {width} do not fill a group of {size}")
-    starts = torch.arange(-(-k // size)) * (size // width)
-    first = values.index_select(-1, starts)
+    first = values[..., :: size // width]
     spread = first.repeat_interleave(size // width, -1)[..., : values.shape[-1]]
     if not torch.equal(_bits(spread), _bits(values)):
         raise Refused(f"neighbouring groups of {width} differ, so groups of {size} cannot hold them")
-    return Param(first, Tile((*param.block.sizes[:-1], size)), param.inverse, param.rounded_to)
+    return Param(first.contiguous(), Tile((*param.block.sizes[:-1], size)), param.inverse, param.rounded_to)
 
 
 def _bits(values: Tensor) -> Tensor:
@@ -141,19 +147,15 @@ def to_row_blocks(t: QuantizedTensor) -> QuantizedTensor:
 
 
 def _row_block_param(param: Param, shape: tuple[int, ...]) -> Param:
-    from math import gcd
-
     if _single_row(param.block):
         return param
     values, k = _plain(param, "parameter"), shape[-1]
     if values.numel() == 1:
         return param
-    if isinstance(param.block, Flat):
-        width = gcd(k, param.block.n)
-    elif isinstance(param.block, Cyclic):
-        width = 1
-    else:
-        width = min(param.block.sizes[-1], k)
+    if isinstance(param.block, Tile):
+        row = Tile((*(1 for _ in shape[:-1]), param.block.sizes[-1]))
+        return Param(_repeat_rows(values, param.block, shape), row, param.inverse, param.rounded_to)
+    width = gcd(k, param.block.n) if isinstance(param.block, Flat) else 1
     index = torch.arange(0, k, width)
     spread = expand(values, param.block, shape).index_select(-1, index)
     return Param(spread.contiguous(), Tile((*(1 for _ in shape[:-1]), width)), param.inverse, param.rounded_to)
@@ -211,22 +213,18 @@ def zero_values(t: QuantizedTensor) -> Tensor:
     if t.zero_point is None:
         return torch.zeros((1,) * len(t.shape), dtype=torch.int16)
     values = _plain(t.zero_point, "zero point")
-    if values.dtype.is_floating_point:
-        if not bool((values == values.round()).all()) or bool((values.abs() > 32767).any()):
-            raise Refused("the zero points are not integers")
-        return values.to(torch.int16)
+    if values.dtype.is_floating_point and not bool(((values == values.round()) & (values.abs() <= 32767)).all()):
+        raise Refused("the zero points are not integers")
     return values.to(torch.int16)
 
 
 def block_range(t: QuantizedTensor, width: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest code of each run of ``width`` columns, int16 (…, ceil(K / width))."""
     _integer(t)
-    k = t.shape[-1]
-    codes, tail = t.codes, k % width
-    full = codes[..., : k - tail].unflatten(-1, (-1, width))
-    low, high = full.amin(-1), full.amax(-1)
-    if tail:
-        rest = codes[..., k - tail :]
+    full, rest = t.codes.split((t.shape[-1] // width * width, t.shape[-1] % width), -1)
+    runs = full.unflatten(-1, (-1, width))
+    low, high = runs.amin(-1), runs.amax(-1)
+    if rest.shape[-1]:
         low = torch.cat((low, rest.amin(-1, keepdim=True)), -1)
         high = torch.cat((high, rest.amax(-1, keepdim=True)), -1)
     return low.to(torch.int16), high.to(torch.int16)
@@ -254,10 +252,9 @@ def flip_and_shift(codes: Tensor, width: int, shift: Tensor, flip: Tensor | None
 
 def recentre(t: QuantizedTensor, grid: Integer, zero: int) -> QuantizedTensor:
     """Move codes so that every zero point becomes the constant ``zero`` on ``grid``; refuses if a code leaves the grid."""
-    source = _integer(t)
+    source, z = _integer(t), zero_values(t)
     if t.offset is not None:
         raise Refused("there is an additive offset")
-    z = zero_values(t)
     width = t.zero_point.block.sizes[-1] if t.zero_point is not None and isinstance(t.zero_point.block, Tile) else t.shape[-1]
     if t.zero_point is not None and z.numel() > 1 and not _single_row(t.zero_point.block):
         raise Refused("zero points do not belong to runs of one row")
@@ -278,15 +275,17 @@ def zero_to_offset(t: QuantizedTensor, dtype: torch.dtype, *, rounding: bool = F
     """Replace the zero point by ``offset = −scale · zero_point`` stored in ``dtype``; without ``rounding`` refuses if any rounds."""
     if t.offset is not None:
         raise Refused("there is an offset already")
+    if t.signs is not None:
+        raise Refused("a separate sign plane multiplies the zero point")
     if len(t.scales) != 1 or t.scales[0].inverse:
         raise Refused("more than one scale factor")
     scale = _plain(t.scales[0], "scale")
     if t.zero_point is None:
         return t.replace(offset=Param(torch.zeros_like(scale, dtype=dtype), t.scales[0].block))
-    zero = t.zero_point if isinstance(t.zero_point.values, Tensor) else None
-    if zero is None or (_plain(zero, "zero point").numel() > 1 and zero.block != t.scales[0].block):
+    zero = _plain(t.zero_point, "zero point")
+    if zero.numel() > 1 and t.zero_point.block != t.scales[0].block:
         raise Refused("scale and zero point have different blocks")
-    product = -(Real.of(scale) * Real.of(_plain(zero, "zero point")))
+    product = -(Real.of(scale) * Real.of(zero))
     offset = round_once(product, dtype)
     wrong = _inexact(product, offset)
     if wrong and not rounding:
@@ -311,7 +310,9 @@ def offset_to_zero(t: QuantizedTensor, *, rounding: bool = False) -> QuantizedTe
     """
     if t.offset is None:
         return t
-    if t.zero_point is not None or len(t.scales) != 1 or t.scales[0].block != t.offset.block:
+    if t.zero_point is not None or t.signs is not None or len(t.scales) != 1 or t.scales[0].inverse:
+        raise Refused("a zero point, a sign plane or more than one scale factor")
+    if t.scales[0].block != t.offset.block:
         raise Refused("scale and offset have different blocks")
     scale, offset = _plain(t.scales[0], "scale"), _plain(t.offset, "offset")
     s64, m64 = scale.to(torch.float64), offset.to(torch.float64)
@@ -339,6 +340,8 @@ def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     sizes = tuple(min(b.sizes[a] for b in blocks if isinstance(b, Tile)) for a in range(len(t.shape)))
     fine = Tile(sizes)
     counts = fine.counts(t.shape)
+    if t.group_index is not None and any(s.values.shape[-1] not in (1, counts[-1]) or sizes[-1] == 1 for s in t.scales):
+        raise Refused("act-order: the scale factors follow different columns")
     total = Real.of(torch.ones(counts, dtype=torch.float64))
     for scale in t.scales:
         spread = scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape))
@@ -381,21 +384,23 @@ def nest_scale(t: QuantizedTensor, super_size: int, bits: int) -> QuantizedTenso
 
     Needs one scale per multiple of ``super_size`` columns and integer zero points in 0 … 2^bits − 1 on blocks of 32 (or coarser).
     """
-    scale = _plain(t.scales[0], "scale")
-    block = t.scales[0].block
+    if len(t.scales) != 1 or t.scales[0].inverse or t.group_index is not None or t.signs is not None:
+        raise Refused("only a single scale plane without act-order or signs can be nested")
+    scale, block = _plain(t.scales[0], "scale"), t.scales[0].block
     sub = Tile((*(1 for _ in t.shape[:-1]), 32))
-    if not isinstance(block, Tile) or not _single_row(block) or (block.sizes[-1] % super_size and block.sizes[-1] < t.shape[-1]):
+    spans = isinstance(block, Tile) and (block.sizes[-1] % super_size == 0 or block.sizes[-1] >= t.shape[-1])
+    if not spans or not (_single_row(block) or scale.numel() == 1):
         raise Refused(f"one scale does not span {super_size} columns")
     coarse = _split_param(t.scales[0], super_size, t.shape)
-    d = _plain(coarse, "scale")
+    d = _plain(coarse, "scale").expand(Tile((*(1 for _ in t.shape[:-1]), super_size)).counts(t.shape))
     if scale.dtype != torch.float16:
         raise Refused("the scale is not float16")
     zero = zero_values(t)
     if t.offset is not None or int(zero.min()) < 0 or int(zero.max()) >= 1 << bits:
         raise Refused(f"zero points outside 0 … {(1 << bits) - 1}")
-    counts = sub.counts(t.shape)
     if t.zero_point is not None and zero.numel() > 1:
         zero = _plain(_split_param(t.zero_point.with_values(zero), 32, t.shape), "zero point")
+    counts = sub.counts(t.shape)
     zero = zero.expand(counts)
     per = Tile((*(1 for _ in t.shape[:-1]), super_size // 32))
     ones = torch.ones(counts, dtype=torch.uint8)
@@ -410,7 +415,7 @@ def unnest_scale(t: QuantizedTensor, dtype: torch.dtype = torch.float32) -> Quan
     def expanded(param: Param) -> Param:
         if not isinstance(param.values, QuantizedTensor):
             return param
-        exact = param.values.real()
+        exact = param.real()
         plain = round_once(exact, dtype)
         wrong = _inexact(exact, plain)
         if wrong:
@@ -427,13 +432,12 @@ def drop_trivial_group_index(t: QuantizedTensor) -> QuantizedTensor:
     """Remove a group index that says nothing: column k belongs to group k // g."""
     if t.group_index is None:
         return t
-    size = _group_size(t)
-    trivial = torch.arange(t.shape[-1], dtype=t.group_index.dtype) // size
+    trivial = torch.arange(t.shape[-1]) // _group_size(t)
     return replace(t, group_index=None) if bool((t.group_index == trivial).all()) else t
 
 
 def _group_size(t: QuantizedTensor) -> int:
-    sizes = [p.block.sizes[-1] for _, p in t.params() if isinstance(p.block, Tile) and p.values.shape[-1] > 1]
+    sizes = [p.block.sizes[-1] for _, p in t.params() if isinstance(p.block, Tile) and p.values.shape[-1] > 1 and p.block.sizes[-1] > 1]
     return min(sizes, default=t.shape[-1])
 
 
@@ -447,6 +451,9 @@ def absorb_group_index(t: QuantizedTensor, order: Tensor | None = None) -> tuple
         return t, torch.arange(t.shape[-1])
     if t.group_index.ndim != 1:
         raise Refused("every expert has its own group index")
+    by_column = any(isinstance(p.block, Tile) and p.block.sizes[-1] == 1 and p.values.shape[-1] > 1 for _, p in t.params())
+    if by_column or t.signs is not None or isinstance(t.grid, Table | Learned):
+        raise Refused("only plain codes without a factor for each column can be sorted by group")
     if order is None:
         order = torch.argsort(t.group_index.to(torch.int64), stable=True)
     size, k = _group_size(t), t.shape[-1]
@@ -471,20 +478,24 @@ def select_rows(t: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
     def take(values: Tensor) -> Tensor:
         return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
+    codes = take(t.codes)
+    if len(t.shape) < 2 or not len(codes):
+        raise Refused("a vector has no rows" if len(codes) else "no rows are selected")
+
     def change(param: Param) -> Param:
-        if param.values.shape[0] == 1 and isinstance(param.block, Tile) and param.block.sizes[0] >= t.shape[0]:
-            return param
+        if isinstance(param.block, Tile) and 1 != param.block.sizes[0] >= t.shape[0]:
+            return replace(param, block=Tile((max(param.block.sizes[0], len(codes)), *param.block.sizes[1:])))
         if not isinstance(param.block, Tile) or param.block.sizes[0] != 1:
             raise Refused(f"parameters on {param.block} do not follow single rows")
         if isinstance(param.values, QuantizedTensor):
             return replace(param, values=select_rows(param.values, rows))
         return param.with_values(take(param.values))
 
-    codes = take(t.codes)
     if isinstance(t.grid, Learned) and t.grid.v_out != 1:
         raise Refused("codebook entries span several rows")
     signs = None if t.signs is None else take(t.signs)
-    return t.replace(shape=(codes.shape[0], *t.shape[1:]), codes=codes, signs=signs, **_map_params(t, change))
+    index = take(t.group_index) if t.group_index is not None and t.group_index.ndim == 2 else t.group_index
+    return t.replace(shape=(codes.shape[0], *t.shape[1:]), codes=codes, signs=signs, group_index=index, **_map_params(t, change))
 
 
 def concatenate_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
@@ -493,10 +504,10 @@ def concatenate_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
     if len(parts) == 1:
         return first
     for other in parts[1:]:
-        if other.grid != first.grid or other.shape[1:] != first.shape[1:] or len(other.params()) != len(first.params()):
+        if other.grid != first.grid or other.shape[1:] != first.shape[1:] or _form(other) != _form(first):
             raise Refused("the parts have different grids or parameters")
-        if not _same_index(first.group_index, other.group_index):
-            raise Refused("the parts have different group indices")
+        if not _same_index(first.group_index, other.group_index) or not _same_index(first.codebook, other.codebook):
+            raise Refused("the parts have different group indices or codebooks")
     shape = (sum(p.shape[0] for p in parts), *first.shape[1:])
     names = [name for name, _ in first.params()]
     joined = {name: _join([dict(p.params())[name] for p in parts], [p.shape for p in parts], shape) for name in names}
@@ -508,6 +519,10 @@ def concatenate_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         zero_point=joined.get("zero_point"),
         offset=joined.get("offset"),
     )
+
+
+def _form(t: QuantizedTensor) -> tuple[object, ...]:
+    return (*((name, p.inverse, p.rounded_to) for name, p in t.params()), t.signs is not None)
 
 
 def _same_index(a: Tensor | None, b: Tensor | None) -> bool:
@@ -523,6 +538,8 @@ def _join(params: Sequence[Param], shapes: Sequence[tuple[int, ...]], shape: tup
     planes = [_plain(p, "parameter") for p in params]
     if all(v.numel() == 1 for v in planes) and all(torch.equal(_bits(v), _bits(planes[0])) for v in planes):
         return Param(planes[0], whole(shape), first.inverse, first.rounded_to)
+    if not all(isinstance(p.block, Tile) for p in params):
+        raise Refused("flat or cyclic blocks do not follow rows")
     width = min(p.block.sizes[-1] for p in params if isinstance(p.block, Tile))
     rows = []
     dtype = planes[0].dtype
@@ -560,6 +577,8 @@ def pad_columns(t: QuantizedTensor, k: int) -> QuantizedTensor:
     if t.offset is not None or t.group_index is not None:
         raise Refused("an offset or act-order leaves no code for zero")
     extra = k - t.shape[-1]
+    if extra < 0 or t.signs is not None:
+        raise Refused(f"{t.shape[-1]} columns cannot be padded to {k}" if extra < 0 else "a separate sign plane")
     zero = zero_values(t)
     if zero.numel() != 1:
         raise Refused("zero points differ, so one padding code does not mean zero everywhere")
