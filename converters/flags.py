@@ -75,7 +75,7 @@ def writing_flags(function: F) -> F:
     return _stack(
         click.option("--overwrite", is_flag=True, help="Replace DST if it exists."),
         click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core)."),
-        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write a .json, .md or .html report."),
+        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Report: .json, .md or .html."),
     )(function)  # fmt: skip
 
 

@@ -187,12 +187,10 @@ class Report:
 
     def headline(self) -> str:
         """One sentence: from what to what, and the sizes."""
-        where = f" → {self.destination}" if self.destination else ""
         done = "" if self.seconds is None else f" in {self.seconds:.1f} s"
-        return (
-            f"{self.source} ({self.source_format}, {size(self.source_nbytes)}, {self.source_bits_per_weight:.2f} bits/weight)"
-            f"{where} ({self.target}, {size(self.nbytes)}, {self.bits_per_weight:.2f} bits/weight){done}"
-        )
+        before = f"{self.source} ({self.source_format}, {size(self.source_nbytes)}, {self.source_bits_per_weight:.2f} bits/weight)"
+        after = f"{size(self.nbytes)}, {self.bits_per_weight:.2f} bits/weight"
+        return f"{before} → {self.destination} ({self.target}, {after}){done}" if self.destination else f"{before} → {self.target} ({after})"
 
     def to_text(self) -> Iterator[str]:
         """Lines for a terminal."""
