@@ -71,7 +71,11 @@ def _disk_version(config: Mapping[str, Any]) -> str:
 
 
 def module_settings(config: Mapping[str, Any], name: str) -> Settings:
-    """Resolve a config for module ``name``; the first matching rule of ``dynamic`` or ``extra_config`` wins."""
+    """Resolve a config for module ``name``; the first matching rule of ``dynamic`` or ``extra_config`` wins.
+
+    ``modules_to_not_convert`` counts by whole components of the name: consumers differ (AutoAWQ and vLLM take any substring), and lists
+    that hold ``gate`` beside packed ``gate_proj`` modules exist, so the tensors decide what is packed.
+    """
     rules = dynamic_rules(config, name)
     rule: Mapping[str, Any] = rules[0] or {} if rules else autoround.override(config, name)
     bits = int_field(rule, ("bits",), 1, 32) or int_field(config, ("bits", "w_bit"), 1, 32)
@@ -80,7 +84,7 @@ def module_settings(config: Mapping[str, Any], name: str) -> Settings:
     listed = config.get("modules_to_not_convert") or []
     if not isinstance(listed, list) or not all(isinstance(key, str) for key in listed):
         raise BadFile("config-value", "modules_to_not_convert is not a list of names")
-    skipped = (bool(rules) and rules[0] is None) or any(key in name for key in listed)
+    skipped = (bool(rules) and rules[0] is None) or any(f".{key}." in f".{name}." for key in listed)
     return Settings(bits, group, zero_point if zero_point is not None else not sym, _disk_version(config), skipped)
 
 

@@ -170,8 +170,9 @@ def _storage(
 
 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
-    """Candidates in the order of preference: symmetric, asymmetric v1 (1 … 2^b - 1), asymmetric ``gptq_v2`` (0 … 2^b - 1), and last
-    v1 as the kernels read it (1 … 2^b).
+    """Candidates in the order of preference: symmetric, asymmetric ``gptq_v2`` (0 … 2^b - 1), asymmetric v1 (1 … 2^b - 1), and last
+    v1 as the kernels read it (1 … 2^b). Asymmetric v1 comes after v2 because GPTQModel (and with it transformers) loads it only from files
+    that name GPTQModel as their maker (gptqmodel 7.7.0 ``models/loader.py``). ``harmonize`` brings a mixed choice under one label.
 
     Options: ``group=N|-1`` (default: the source's, else 128), ``sym``, ``asym``, ``format=v1|v2``, ``act-order=no``.
     """
@@ -198,8 +199,11 @@ def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, targ
     top = 1 << bits
     act_order = yes_no(target, "act-order", True)
     kinds: list[tuple[int | tuple[int, int], str, str]] = [
-        (top // 2, "gptq", "v1"), ((1, top - 1), "gptq", "v1"), ((0, top - 1), "gptq_v2", "v2"), ((1, top), "gptq", "v1"),
-    ]  # fmt: skip
+        (top // 2, "gptq", "v1"),
+        ((0, top - 1), "gptq_v2", "v2"),
+        ((1, top - 1), "gptq", "v1"),
+        ((1, top), "gptq", "v1"),
+    ]
     if version == "v2":
         kinds = [(top // 2, "gptq_v2", "v2"), ((0, top - 1), "gptq_v2", "v2")]
     elif version == "v1":

@@ -13,7 +13,7 @@ from packed_checkpoint import FIXTURES, assembled, entries, modules, oracle, par
 
 from qformats.containers.raw import RawTensor
 from qformats.containers.source import MemorySource
-from qformats.errors import UsageError
+from qformats.errors import Unsupported, UsageError
 from qformats.formats import awq, gptq
 from qformats.formats.protocol import Match, Module, Target
 from qformats.scheme import Storage, Yes
@@ -154,11 +154,27 @@ def test_unknown_types_and_options_are_refused(type: str | None, options: dict[s
         awq.storages(Target("awq", type, options), scheme)
 
 
+def test_a_skip_list_is_matched_by_whole_components() -> None:
+    """A list with ``gate`` (the router) says nothing of ``gate_proj``; one with ``mlp`` does."""
+    path = "awq/gemm-g32"
+    match = match_of(path)
+    storages = {name: awq.storage_of(m) for name, m in modules(path, match).items()}
+    kept = dict(match.config) | {"modules_to_not_convert": ["gate"], "note": 1}
+    assert awq.config_out(Target("awq"), storages, [], kept) == kept
+    lied = dict(match.config) | {"modules_to_not_convert": ["mlp"], "note": 1}
+    assert "note" not in awq.config_out(Target("awq"), storages, [], lied)
+
+
+def test_mixed_groups_are_refused() -> None:
+    scheme = awq.scheme(next(iter(modules("awq/gemm-g32", match_of("awq/gemm-g32")).values())))
+    a, b = (awq.storages(Target("awq", "int4", {"group": size}), scheme)[0] for size in ("16", "32"))
+    with pytest.raises(Unsupported, match="awq-mixed"):
+        awq.config_out(Target("awq"), {"a": a, "b": b}, [], None)
+
+
 def test_skip_names_never_hit_a_quantized_module() -> None:
     path = "awq/gemm-g32"
     storages: dict[str, Any] = {name: awq.storage_of(m) for name, m in modules(path, match_of(path)).items()}
-    from qformats.errors import Unsupported
-
     with pytest.raises(Unsupported, match="awq-skip-name"):
         awq.config_out(Target("awq"), storages, ["model.layers.0.mlp.gate"], None)
 

@@ -140,8 +140,8 @@ def test_an_original_that_is_no_longer_true_is_not_repeated() -> None:
 
 
 def test_one_label_for_a_checkpoint() -> None:
-    sym, v1, v2, top = (gptq.storages(Target("gptq", "int4"), scheme_of())[i] for i in range(4))
-    assert [s.zero_point for s in (sym, v1, v2, top)] == [8, (1, 15), (0, 15), (1, 16)]
+    sym, v2, v1, top = (gptq.storages(Target("gptq", "int4"), scheme_of())[i] for i in range(4))
+    assert [s.zero_point for s in (sym, v2, v1, top)] == [8, (0, 15), (1, 15), (1, 16)]
     with pytest.raises(Unsupported, match="gptq-mixed-labels"):
         gptq.config_out(Target("gptq"), {"a": sym, "b": v2}, [], None)
     joined = gptq.harmonize({"a": sym, "b": v1, "c": v2})
