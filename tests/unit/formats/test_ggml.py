@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +261,45 @@ def test_float_types_take_tensors_of_their_own_dtype(name: str, dtype: torch.dty
     with pytest.raises(Unsupported) as caught:
         ggml.write(storage, values.double(), 0, (3, 10))
     assert caught.value.code == "form"
+
+
+def run(code: str, **environment: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(FIXTURES.parents[1]), **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FIXTURES, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_headers_need_no_torch() -> None:
+    run(
+        "import sys; sys.modules['torch'] = None\n"
+        "from qformats.formats import dense, ggml\n"
+        "from qformats.formats.protocol import Match, Module, Target\n"
+        "from qformats.containers.raw import RawTensor\n"
+        "from qformats.containers.source import MemorySource\n"
+        "raw = RawTensor('w', 'Q4_K', (2, 256), MemorySource(bytes(288)), 0, 288)\n"
+        "scheme = ggml.scheme(Module('w', {'weight': raw}, ggml.detect({'container': 'gguf'}, [])))\n"
+        "for storage in ggml.storages(Target('gguf'), scheme) + dense.storages(Target('hf'), scheme):\n"
+        "    ggml.layout(storage, (2, 256)), dense.can_store(storage, scheme)\n"
+        "assert ggml.can_store(ggml.storages(Target('gguf', 'q4_k'), scheme)[0], scheme)\n"
+        "assert sys.modules['torch'] is None and 'numba' not in sys.modules\n"
+    )
+
+
+VALUES_OF_Q4_0 = (
+    "import sys, numpy as np\n"
+    "from qformats.formats import ggml\n"
+    "data = np.load('q4_0.npz'); out = np.empty_like(data['values'])\n"
+    "ggml.dequantize('Q4_0', data['blocks'], out); assert np.array_equal(out, data['values'])\n"
+)
+
+
+def test_without_numba() -> None:
+    run("import sys; sys.modules['numba'] = None\n" + VALUES_OF_Q4_0 + "assert ggml._loops() is None\n")
+
+
+def test_where_no_cache_directory_can_be_made(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES.parents[1] / "qformats", tmp_path / "qformats", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "qformats" / "loops" / "__pycache__").write_text("a file where the directory should be")
+    (tmp_path / "home").write_text("a file")
+    places = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home"), "NUMBA_CACHE_DIR": ""}
+    run(VALUES_OF_Q4_0 + "assert ggml._loops() is not None\n", PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1", **places)
