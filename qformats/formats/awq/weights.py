@@ -131,7 +131,7 @@ def _order(module: Module, bits: int) -> str:
     by_autoround = module.match.dialect == autoround.DIALECT or "autoround_version" in config
     if by_autoround and bits in (5, 6, 7):
         return "gemm"
-    if made_by(config, "gptqmodel") and bits in (2, 3, 8):
+    if made_by(config, "gptqmodel"):
         return "natural"
     text = f"{bits}-bit AWQ weights of an unknown writer: the order of the columns inside a word is not known"
     raise Unsupported("awq-order", text, tensor=module.name)

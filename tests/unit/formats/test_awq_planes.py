@@ -60,7 +60,7 @@ def check(module: Module, tensor: QuantizedTensor) -> None:
     assert torch.equal(part.dequantize(), tensor.dequantize()[5:20])
 
 
-@pytest.mark.parametrize("bits", [2, 3, 8])
+@pytest.mark.parametrize("bits", [2, 3, 5, 6, 7, 8])
 @pytest.mark.parametrize("n", [64, 40])
 def test_gptqmodel_writes_other_widths_in_natural_order(bits: int, n: int) -> None:
     tensor = tensor_of(n, 96, bits, 32)
