@@ -72,6 +72,9 @@ def _spread_line(source: Array, bits: int, target: Array) -> None:
             x = (x | (x << np.uint64(16))) & np.uint64(0x0000FFFF0000FFFF)
             x = (x | (x << np.uint64(8))) & np.uint64(0x00FF00FF00FF00FF)
             target[i] = (x | (x << np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    elif bits == 8:
+        for i in range(len(target)):
+            target[i] = np.uint64(source[2 * i]) | (np.uint64(source[2 * i + 1]) << np.uint64(32))
     else:
         for i in range(len(target)):
             at = i * bits * 8
@@ -93,6 +96,10 @@ def _gather_line(source: Array, bits: int, target: Array) -> None:
             x = (x | (x >> np.uint64(4))) & np.uint64(0x00FF00FF00FF00FF)
             x = (x | (x >> np.uint64(8))) & np.uint64(0x0000FFFF0000FFFF)
             target[i] = np.uint32(x | (x >> np.uint64(16)))
+    elif bits == 8:
+        for i in range(len(source)):
+            target[2 * i] = np.uint32(source[i] & np.uint64(0xFFFFFFFF))
+            target[2 * i + 1] = np.uint32(source[i] >> np.uint64(32))
     else:
         held, word = 0, 0
         pending = np.uint64(0)

@@ -15,8 +15,9 @@ Zw = ceil(ceil(G / 8) / m) * m with m = 1 for g >= 128, 2 for 64, 4 for 32 (``ca
 Bit order of GEMM: field i (bits 4 i) of word (k, c) holds column 8 c + (0 2 4 6 1 3 5 7)[i]: columns 1 2 3 4 5 6 7 8 are 0x86427531.
 GEMV: word (n, c) holds k = 8 c … 8 c + 7, the first in the low bits: codes 1 2 3 4 5 6 7 8 are 0x87654321.
 
-Other widths (GEMM only): GPTQModel writes 2 to 8 bits but 4 as a plain stream along N without the order; AutoRound writes 5, 6 and 7 bits in
-the order of eight and then as a stream. Whose file it is tells the config; without that the order is not known and the file is refused.
+Other widths (GEMM only): GPTQModel writes every width but 4 as a plain stream along N without the order; AutoRound writes 5, 6 and 7
+bits in the order of eight and then as a stream. The config tells whose file it is; if it does not, the order is not known and the file is
+refused.
 
 Refused by name: GEMV_FAST and llm-awq (float zero points, 16-bit words), Marlin. Smoothing is folded into the neighbouring layers' weights.
 """
