@@ -1,4 +1,4 @@
-"""Compiled loops over ggml blocks: unpack, pack and dequantize Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K, one pass over the bytes each.
+"""Compiled loops over ggml blocks: unpack, pack and dequantize Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K, one pass over the bytes each.
 
 The definition each loop must equal bit for bit is the torch function of the same purpose in ``qformats.formats.ggml.legacy`` and
 ``kquants`` (``unpack_blocks``, ``pack_blocks``, ``dequantize_blocks``), where the byte layouts stand. Everything is serial, releases the
@@ -134,15 +134,39 @@ def pack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
 
 
 @_compiled
+def _scale_min(blocks: Array, b: int, j: int) -> Any:
+    """sc[j] and m[j] of a Q4_K or Q5_K super-block."""
+    if j < 4:
+        return u8(blocks[b, 4 + j] & u8(63)), u8(blocks[b, 8 + j] & u8(63))
+    high = blocks[b, 8 + j]
+    sc = u8(u8(high & u8(15)) | u8(u8(blocks[b, j] >> u8(6)) << u8(4)))
+    return sc, u8(u8(high >> u8(4)) | u8(u8(blocks[b, 4 + j] >> u8(6)) << u8(4)))
+
+
+@_compiled
+def _unpack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int) -> None:
+    """The first 16 bytes of a Q4_K or Q5_K super-block."""
+    d[b], dmin[b] = _word(blocks[b, 0], blocks[b, 1]), _word(blocks[b, 2], blocks[b, 3])
+    for j in range(8):
+        sc[b, j], m[b, j] = _scale_min(blocks, b, j)
+
+
+@_compiled
+def _pack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int) -> None:
+    blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+    blocks[b, 2], blocks[b, 3] = u8(dmin[b]), u8(dmin[b] >> u16(8))
+    for j in range(4):
+        s, o = sc[b, j + 4], m[b, j + 4]
+        blocks[b, 4 + j] = u8(sc[b, j] | u8(u8(s >> u8(4)) << u8(6)))
+        blocks[b, 8 + j] = u8(m[b, j] | u8(u8(o >> u8(4)) << u8(6)))
+        blocks[b, 12 + j] = u8(u8(s & u8(15)) | u8(u8(o & u8(15)) << u8(4)))
+
+
+@_compiled
 def unpack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """Q4_K: codes (S, 256), ``sc`` and ``m`` (S, 8), ``d`` and ``dmin`` (S,); ``width`` = 32."""
     for b in range(blocks.shape[0]):
-        d[b], dmin[b] = _word(blocks[b, 0], blocks[b, 1]), _word(blocks[b, 2], blocks[b, 3])
-        for j in range(4):
-            low, mid, high = blocks[b, 4 + j], blocks[b, 8 + j], blocks[b, 12 + j]
-            sc[b, j], m[b, j] = u8(low & u8(63)), u8(mid & u8(63))
-            sc[b, j + 4] = u8(u8(high & u8(15)) | u8(u8(low >> u8(6)) << u8(4)))
-            m[b, j + 4] = u8(u8(high >> u8(4)) | u8(u8(mid >> u8(6)) << u8(4)))
+        _unpack_head(blocks, sc, m, d, dmin, b)
         for i in range(4):
             at, to = 16 + width * i, 2 * width * i
             for j in range(width):
@@ -155,17 +179,74 @@ def unpack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: A
 def pack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """The inverse of ``unpack4k``."""
     for b in range(blocks.shape[0]):
-        blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
-        blocks[b, 2], blocks[b, 3] = u8(dmin[b]), u8(dmin[b] >> u16(8))
-        for j in range(4):
-            s, o = sc[b, j + 4], m[b, j + 4]
-            blocks[b, 4 + j] = u8(sc[b, j] | u8(u8(s >> u8(4)) << u8(6)))
-            blocks[b, 8 + j] = u8(m[b, j] | u8(u8(o >> u8(4)) << u8(6)))
-            blocks[b, 12 + j] = u8(u8(s & u8(15)) | u8(u8(o & u8(15)) << u8(4)))
+        _pack_head(blocks, sc, m, d, dmin, b)
         for i in range(4):
             at, to = 16 + width * i, 2 * width * i
             for j in range(width):
                 blocks[b, at + j] = u8(u8(codes[b, to + j] & u8(15)) | u8(codes[b, to + width + j] << u8(4)))
+
+
+@_compiled
+def unpack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
+    """Q5_K, planes as in ``unpack4k``."""
+    for b in range(blocks.shape[0]):
+        _unpack_head(blocks, sc, m, d, dmin, b)
+        for i in range(4):
+            at, to, low = 48 + width * i, 2 * width * i, u8(2 * i)
+            for j in range(width):
+                c, h = blocks[b, at + j], u8(blocks[b, 16 + j] >> low)
+                codes[b, to + j] = u8(u8(c & u8(15)) | u8(u8(h & u8(1)) << u8(4)))
+                codes[b, to + width + j] = u8(u8(c >> u8(4)) | u8(u8(h & u8(2)) << u8(3)))
+
+
+@_compiled
+def pack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
+    """The inverse of ``unpack5k``."""
+    for b in range(blocks.shape[0]):
+        _pack_head(blocks, sc, m, d, dmin, b)
+        for j in range(width):
+            blocks[b, 16 + j] = u8(0)
+        for i in range(4):
+            at, to, low = 48 + width * i, 2 * width * i, u8(2 * i)
+            for j in range(width):
+                c0, c1 = codes[b, to + j], codes[b, to + width + j]
+                blocks[b, at + j] = u8(u8(c0 & u8(15)) | u8(c1 << u8(4)))
+                blocks[b, 16 + j] |= u8(u8(u8(c0 >> u8(4)) | u8(u8(c1 >> u8(4)) << u8(1))) << low)
+
+
+@_compiled
+def unpack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None:
+    """Q6_K: codes (S, 256), ``sc`` the int8 bytes as uint8 (S, 16), ``d`` (S,); ``width`` = 32."""
+    for b in range(blocks.shape[0]):
+        d[b] = _word(blocks[b, 208], blocks[b, 209])
+        for j in range(16):
+            sc[b, j] = blocks[b, 192 + j]
+        for i in range(2):
+            low, high, to = 64 * i, 128 + 32 * i, 128 * i
+            for j in range(width):
+                c0, c1, h = blocks[b, low + j], blocks[b, low + width + j], blocks[b, high + j]
+                codes[b, to + j] = u8(u8(c0 & u8(15)) | u8(u8(h & u8(3)) << u8(4)))
+                codes[b, to + width + j] = u8(u8(c1 & u8(15)) | u8(u8(h & u8(12)) << u8(2)))
+                codes[b, to + 2 * width + j] = u8(u8(c0 >> u8(4)) | u8(h & u8(48)))
+                codes[b, to + 3 * width + j] = u8(u8(c1 >> u8(4)) | u8(u8(h & u8(192)) >> u8(2)))
+
+
+@_compiled
+def pack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None:
+    """The inverse of ``unpack6k``."""
+    for b in range(blocks.shape[0]):
+        blocks[b, 208], blocks[b, 209] = u8(d[b]), u8(d[b] >> u16(8))
+        for j in range(16):
+            blocks[b, 192 + j] = sc[b, j]
+        for i in range(2):
+            low, high, to = 64 * i, 128 + 32 * i, 128 * i
+            for j in range(width):
+                c0, c1 = codes[b, to + j], codes[b, to + width + j]
+                c2, c3 = codes[b, to + 2 * width + j], codes[b, to + 3 * width + j]
+                blocks[b, low + j] = u8(u8(c0 & u8(15)) | u8(c2 << u8(4)))
+                blocks[b, low + width + j] = u8(u8(c1 & u8(15)) | u8(c3 << u8(4)))
+                near, far = u8(u8(c0 >> u8(4)) | u8(u8(c1 >> u8(4)) << u8(2))), u8(u8(c2 & u8(48)) | u8(u8(c3 & u8(48)) << u8(2)))
+                blocks[b, high + j] = u8(near | far)
 
 
 @_compiled
@@ -231,16 +312,7 @@ def dequantize4k(blocks: Array, out: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
         d, dmin = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
         for i in range(4):
-            j = 2 * i
-            if i < 2:
-                s0, s1 = u8(blocks[b, 4 + j] & u8(63)), u8(blocks[b, 5 + j] & u8(63))
-                m0, m1 = u8(blocks[b, 8 + j] & u8(63)), u8(blocks[b, 9 + j] & u8(63))
-            else:
-                h0, h1 = blocks[b, 8 + j], blocks[b, 9 + j]
-                s0 = u8(u8(h0 & u8(15)) | u8(u8(blocks[b, j] >> u8(6)) << u8(4)))
-                s1 = u8(u8(h1 & u8(15)) | u8(u8(blocks[b, j + 1] >> u8(6)) << u8(4)))
-                m0 = u8(u8(h0 >> u8(4)) | u8(u8(blocks[b, j + 4] >> u8(6)) << u8(4)))
-                m1 = u8(u8(h1 >> u8(4)) | u8(u8(blocks[b, j + 5] >> u8(6)) << u8(4)))
+            (s0, m0), (s1, m1) = _scale_min(blocks, b, 2 * i), _scale_min(blocks, b, 2 * i + 1)
             d0, d1, o0, o1 = d * f32(s0), d * f32(s1), dmin * f32(m0), dmin * f32(m1)
             at, to = 16 + width * i, 2 * width * i
             for j in range(width):
@@ -249,12 +321,37 @@ def dequantize4k(blocks: Array, out: Array, width: int) -> None:
                 out[b, to + width + j] = d1 * f32(u8(c >> u8(4))) - o1
 
 
-def _with_half(loop: Callable[..., None]) -> Callable[..., None]:
-    return lambda blocks, codes, d, m: loop(blocks, codes, d, m, 16)
+@_compiled
+def dequantize5k(blocks: Array, out: Array, width: int) -> None:
+    """Q5_K -> float32 (S, 256)."""
+    for b in range(blocks.shape[0]):
+        d, dmin = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        for i in range(4):
+            (s0, m0), (s1, m1) = _scale_min(blocks, b, 2 * i), _scale_min(blocks, b, 2 * i + 1)
+            d0, d1, o0, o1 = d * f32(s0), d * f32(s1), dmin * f32(m0), dmin * f32(m1)
+            at, to, low = 48 + width * i, 2 * width * i, u8(2 * i)
+            for j in range(width):
+                c, h = blocks[b, at + j], u8(blocks[b, 16 + j] >> low)
+                out[b, to + j] = d0 * f32(u8(u8(c & u8(15)) | u8(u8(h & u8(1)) << u8(4)))) - o0
+                out[b, to + width + j] = d1 * f32(u8(u8(c >> u8(4)) | u8(u8(h & u8(2)) << u8(3)))) - o1
 
 
-def _with_words(loop: Callable[..., None]) -> Callable[..., None]:
-    return lambda blocks, codes, d, m: loop(blocks, codes, codes.view(u64), d, m, 16)
+@_compiled
+def dequantize6k(blocks: Array, out: Array, half: int) -> None:
+    """Q6_K -> float32 (S, 256): ``(d * sc) * (q - 32)``, scales on 16 weights; ``half`` = 16."""
+    for b in range(blocks.shape[0]):
+        d = _half(blocks[b, 208], blocks[b, 209])
+        for i in range(4):  # quarter i: weights 16 (i % 2) + 0 … 15 of each 32 in half i // 2
+            c, k = i // 2, 16 * (i % 2)
+            low, high, to, s = 64 * c + k, 128 + 32 * c + k, 128 * c + k, 192 + 8 * c + i % 2
+            d0, d1 = d * f32(i8(blocks[b, s])), d * f32(i8(blocks[b, s + 2]))
+            d2, d3 = d * f32(i8(blocks[b, s + 4])), d * f32(i8(blocks[b, s + 6]))
+            for j in range(half):
+                c0, c1, h = blocks[b, low + j], blocks[b, low + 32 + j], blocks[b, high + j]
+                out[b, to + j] = d0 * (f32(u8(u8(c0 & u8(15)) | u8(u8(h & u8(3)) << u8(4)))) - f32(32))
+                out[b, to + 32 + j] = d1 * (f32(u8(u8(c1 & u8(15)) | u8(u8(h & u8(12)) << u8(2)))) - f32(32))
+                out[b, to + 64 + j] = d2 * (f32(u8(u8(c0 >> u8(4)) | u8(h & u8(48)))) - f32(32))
+                out[b, to + 96 + j] = d3 * (f32(u8(u8(c1 >> u8(4)) | u8(u8(h & u8(192)) >> u8(2)))) - f32(32))
 
 
 def _dequantize5(loop: Callable[..., None]) -> Callable[[Array, Array], None]:
@@ -265,10 +362,18 @@ def _dequantize5(loop: Callable[..., None]) -> Callable[[Array, Array], None]:
     return run
 
 
+def _with_half(loop: Callable[..., None]) -> Callable[..., None]:
+    return lambda blocks, codes, d, m: loop(blocks, codes, d, m, 16)
+
+
+def _with_words(loop: Callable[..., None]) -> Callable[..., None]:
+    return lambda blocks, codes, d, m: loop(blocks, codes, codes.view(u64), d, m, 16)
+
+
 (_unpack40, _pack40), (_unpack41, _pack41) = _nibbles(2), _nibbles(4)
 (_unpack50, _pack50), (_unpack51, _pack51) = _fives(2), _fives(4)
 
-# type name -> loop over (blocks, codes, d, m) or, for Q4_K, (blocks, codes, sc, m, d, dmin); unused planes are ignored
+# type name -> loop over (blocks, codes, d, m) or, for K-quants, (blocks, codes, sc, m, d, dmin); unused planes are ignored
 UNPACK: dict[str, Callable[..., None]] = {
     "Q4_0": _with_half(_unpack40),
     "Q4_1": _with_half(_unpack41),
@@ -276,6 +381,8 @@ UNPACK: dict[str, Callable[..., None]] = {
     "Q5_1": _with_words(_unpack51),
     "Q8_0": lambda blocks, codes, d, m: unpack8(blocks, codes, d, 32),
     "Q4_K": lambda blocks, codes, sc, m, d, dmin: unpack4k(blocks, codes, sc, m, d, dmin, 32),
+    "Q5_K": lambda blocks, codes, sc, m, d, dmin: unpack5k(blocks, codes, sc, m, d, dmin, 32),
+    "Q6_K": lambda blocks, codes, sc, m, d, dmin: unpack6k(blocks, codes, sc, d, 32),
 }
 PACK: dict[str, Callable[..., None]] = {
     "Q4_0": _with_half(_pack40),
@@ -284,6 +391,8 @@ PACK: dict[str, Callable[..., None]] = {
     "Q5_1": _with_words(_pack51),
     "Q8_0": lambda blocks, codes, d, m: pack8(blocks, codes, d, 32),
     "Q4_K": lambda blocks, codes, sc, m, d, dmin: pack4k(blocks, codes, sc, m, d, dmin, 32),
+    "Q5_K": lambda blocks, codes, sc, m, d, dmin: pack5k(blocks, codes, sc, m, d, dmin, 32),
+    "Q6_K": lambda blocks, codes, sc, m, d, dmin: pack6k(blocks, codes, sc, d, 32),
 }
 # type name -> loop over (blocks, out)
 DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
@@ -293,4 +402,6 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "Q5_1": _dequantize5(dequantize5m),
     "Q8_0": lambda blocks, out: dequantize8(blocks, out, 32),
     "Q4_K": lambda blocks, out: dequantize4k(blocks, out, 32),
+    "Q5_K": lambda blocks, out: dequantize5k(blocks, out, 32),
+    "Q6_K": lambda blocks, out: dequantize6k(blocks, out, 16),
 }

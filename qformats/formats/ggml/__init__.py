@@ -48,7 +48,7 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset()
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, "Q2_K", "Q4_K", "Q5_K")  # what weights of other formats can become; Q3_K and Q6_K only go back to themselves
+TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the other K-quants are only written back
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
 Kind = Legacy | KQuant
@@ -254,12 +254,20 @@ def _from_blocks(kind: Kind, blocks: np.ndarray[Any, Any]) -> QuantizedTensor:
     across = blocks.shape[1] // kind.nbytes  # blocks a row
     planes = _empty_planes(kind, rows * across)
     loop(blocks.reshape(rows * across, kind.nbytes), *planes)
-    codes, *rest = (torch.from_numpy(plane).reshape(rows, across * (plane.size // max(len(plane), 1))) for plane in planes)
+    codes, first, *rest = (_plane(plane, rows, across) for plane in planes)
     if isinstance(kind, Legacy):
-        d, m = (plane.view(torch.float16) for plane in rest)
-        return legacy.to_tensor(kind, codes.view(torch.int8) if kind.bits == 8 else codes, d, m if kind.has_offset else None)
-    sc, m, d, dmin = rest
-    return kquants.to_tensor(kind, codes, sc, m, d.view(torch.float16), dmin.view(torch.float16))
+        return legacy.to_tensor(kind, codes.view(torch.int8) if kind.grid.signed else codes, first, *rest)
+    return kquants.to_tensor(kind, codes, first.view(torch.int8) if kind.sub_grid.signed else first, *rest)
+
+
+def _plane(plane: np.ndarray[Any, Any], rows: int, across: int) -> Any:
+    """What a loop filled, for each block, as a torch plane of the rows: fp16 from uint16; None for a field the type lacks."""
+    import torch
+
+    if not plane.size:
+        return None
+    values = torch.from_numpy(plane).reshape(rows, across * (plane.size // len(plane)))
+    return values.view(torch.float16) if plane.dtype.itemsize == 2 else values
 
 
 def _params_only(kind: Kind, blocks: np.ndarray[Any, Any], k: int) -> QuantizedTensor:
@@ -279,7 +287,8 @@ def _empty_planes(kind: Kind, count: int) -> list[np.ndarray[Any, Any]]:
     codes, half = np.empty((count, _block(kind)), np.uint8), np.empty(count, np.uint16)
     if isinstance(kind, Legacy):
         return [codes, half, np.empty(count if kind.has_offset else 0, np.uint16)]
-    return [codes, np.empty((count, 8), np.uint8), np.empty((count, 8), np.uint8), half, np.empty(count, np.uint16)]
+    sub, low = (count, kquants.SUPER // kind.sub), count if kind.has_offset else 0
+    return [codes, np.empty(sub, np.uint8), np.empty((low, sub[1]), np.uint8), half, np.empty(low, np.uint16)]
 
 
 def _to_blocks(kind: Kind, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
@@ -300,7 +309,7 @@ def _to_blocks(kind: Kind, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
 
 
 def _flat(plane: Tensor | None, count: int, torch: Any) -> np.ndarray[Any, Any]:
-    """A plane as the loops take it: uint8 (count, width), fp16 as uint16 (count,), a missing one as an empty array."""
+    """A plane as the loops take it: uint8 (count, width), fp16 as uint16 (count,), a missing one empty."""
     if plane is None:
         return torch.empty(0, dtype=torch.uint16).numpy()  # type: ignore[no-any-return]
     plane = plane.contiguous()
