@@ -79,9 +79,12 @@ class _Affine:
 
     def plane(self, values: Tensor, width: int) -> Tensor:
         """A plane on runs of ``self.width`` spread to runs of ``width`` (a divisor, or the same)."""
-        if values.numel() == 1 or width == self.width:
+        if width == self.width:
             return values
-        return values.index_select(-1, torch.arange(-(-self.k // width)) * width // self.width)
+        count = -(-self.k // width)
+        if values.shape[-1] == 1:
+            return values.expand(*values.shape[:-1], count)
+        return values.index_select(-1, torch.arange(count) * width // self.width)
 
 
 def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
