@@ -224,11 +224,11 @@ def unpack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> No
         for i in range(2):
             low, high, to = 64 * i, 128 + 32 * i, 128 * i
             for j in range(width):
-                c0, c1, h = blocks[b, low + j], blocks[b, low + width + j], blocks[b, high + j]
+                c0, c1, h = blocks[b, low + j], blocks[b, low + 32 + j], blocks[b, high + j]
                 codes[b, to + j] = u8(u8(c0 & u8(15)) | u8(u8(h & u8(3)) << u8(4)))
-                codes[b, to + width + j] = u8(u8(c1 & u8(15)) | u8(u8(h & u8(12)) << u8(2)))
-                codes[b, to + 2 * width + j] = u8(u8(c0 >> u8(4)) | u8(h & u8(48)))
-                codes[b, to + 3 * width + j] = u8(u8(c1 >> u8(4)) | u8(u8(h & u8(192)) >> u8(2)))
+                codes[b, to + 32 + j] = u8(u8(c1 & u8(15)) | u8(u8(h & u8(12)) << u8(2)))
+                codes[b, to + 64 + j] = u8(u8(c0 >> u8(4)) | u8(h & u8(48)))
+                codes[b, to + 96 + j] = u8(u8(c1 >> u8(4)) | u8(u8(h & u8(192)) >> u8(2)))
 
 
 @_compiled
@@ -241,10 +241,10 @@ def pack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None
         for i in range(2):
             low, high, to = 64 * i, 128 + 32 * i, 128 * i
             for j in range(width):
-                c0, c1 = codes[b, to + j], codes[b, to + width + j]
-                c2, c3 = codes[b, to + 2 * width + j], codes[b, to + 3 * width + j]
+                c0, c1 = codes[b, to + j], codes[b, to + 32 + j]
+                c2, c3 = codes[b, to + 64 + j], codes[b, to + 96 + j]
                 blocks[b, low + j] = u8(u8(c0 & u8(15)) | u8(c2 << u8(4)))
-                blocks[b, low + width + j] = u8(u8(c1 & u8(15)) | u8(c3 << u8(4)))
+                blocks[b, low + 32 + j] = u8(u8(c1 & u8(15)) | u8(c3 << u8(4)))
                 near, far = u8(u8(c0 >> u8(4)) | u8(u8(c1 >> u8(4)) << u8(2))), u8(u8(c2 & u8(48)) | u8(u8(c3 & u8(48)) << u8(2)))
                 blocks[b, high + j] = u8(near | far)
 
