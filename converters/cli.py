@@ -7,7 +7,6 @@ Exit codes: 0 ok · 1 internal · 2 usage · 3 verify mismatch · 4 output or di
 from __future__ import annotations
 
 import difflib
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -65,16 +64,12 @@ class Commands(click.Group):
         extra["standalone_mode"] = False
         try:
             found = super().main(words, *rest, **extra)
-            sys.stdout.flush()
         except Exception as error:
             _stop(error, Output(as_json="--json" in flags), "--traceback" in flags)
         sys.exit(found if isinstance(found, int) else 0)
 
 
 def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader went away; nothing more to say
-        sys.exit(0)
     if isinstance(error, click.Abort):
         output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left behind"))
         sys.exit(INTERRUPTED)
@@ -109,12 +104,20 @@ def registry_pairs() -> list[str]:
     return [f"{a.name}-to-{b.name}" for a in registry.ROWS if a.reads for b in registry.ROWS if b.writes and a.name != b.name]
 
 
+def _show_version(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        import qformats
+
+        click.echo(f"qconvert {qformats.version}")
+        ctx.exit()
+
+
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Example: qconvert awq-to-gguf llama-awq/ llama.gguf. Every X-to-Y of `qconvert formats` is a command too.",
 )
-@click.version_option(package_name="qformats", prog_name="qconvert")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_show_version, help="Show the version and exit.")
 def qconvert() -> None:
     """Convert quantized model checkpoints without losing a bit, or say exactly what is lost."""
 

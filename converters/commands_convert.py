@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, writing_flags
-from converters.output import count, error_json, size
+from converters.output import Output, count, error_json, size
 from qformats import registry
-from qformats.errors import BadFile, QFormatError, UsageError
+from qformats.errors import BadFile, QFormatError, UsageError, WouldLose
 
 if TYPE_CHECKING:
     from converters.plan import Plan
@@ -167,7 +168,7 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     with open_checkpoint(src) as checkpoint:
         if source is not None:
             _check_source(checkpoint, source, registry.parse_target(wishes.to).format)
-        planned = _planned(checkpoint, wishes, digest)
+        planned = _planned(checkpoint, wishes, digest, output)
         for warning in planned.warnings:
             output.note(f"warning: {warning}")
         from converters.execute import execute
@@ -181,15 +182,31 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     output.result(found.to_json(), found.to_text)
 
 
-def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None) -> Plan:
+def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None, output: Output) -> Plan:
     from converters.plan import make_plan, refuse_losses
     from converters.provenance import plan_digest
 
     planned = make_plan(checkpoint, wishes.plan_options())
     if digest is not None and plan_digest(planned.jobs) != digest:
         raise UsageError("plan-stale", "the source no longer gives the saved plan", path=checkpoint.path, hint="run `qconvert plan` again")
-    refuse_losses(planned)
+    try:
+        refuse_losses(planned)
+    except WouldLose as error:
+        _show_offenders(planned, output)
+        if output.as_json or output.quiet:
+            raise
+        raise WouldLose(error.code, error.message.partition(": ")[0], path=checkpoint.path, hint=error.hint) from None
     return planned
+
+
+def _show_offenders(planned: Plan, output: Output) -> None:
+    """The table of what would be lost, like reasons gathered."""
+    from converters.report import Report
+
+    found = Report.build(planned)
+    lossy = replace(found, tensors=tuple(line for line in found.tensors if not line.lossless))
+    for kind, word, reason, names in lossy.reasons():
+        output.note(f"  {kind} {word}, {count(len(names), 'tensor')} ({', '.join(names[:3])}{' …' if len(names) > 3 else ''}): {reason}")
 
 
 def _check_source(checkpoint: Checkpoint, wanted: str, target: str) -> None:

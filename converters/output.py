@@ -7,6 +7,7 @@ JSON document goes to standard output, errors included. Every text that may come
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -112,4 +113,7 @@ def error_json(error: QFormatError) -> dict[str, Any]:
 def _write(text: str, *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
-    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    try:
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+    except BrokenPipeError:  # the reader went away: the command ends as it would have, unheard
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -28,6 +28,8 @@ KIND_MEANINGS = {
     "requantized": "new codes",
 }
 _SAVING = re.compile(r"(?P<type>\S+) would save (?P<nbytes>\d+) bytes: (?P<how>.*)")
+_SHARE = re.compile(r"(\d+) of (\d+)")
+_REFUSAL = re.compile(r"(\w+): (.*)")
 _SHOWN = 12  # groups of one list in terminal text; reports hold all
 
 
@@ -146,12 +148,13 @@ class Report:
         return rows
 
     def reasons(self) -> list[tuple[str, str, str, list[str]]]:
-        """(kind, type, reason, tensor names), in order of first appearance."""
-        groups: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+        """(kind, type, reason, tensor names), best kind first; reasons that differ only in "n of m" are one, their counts summed."""
+        groups: dict[tuple[str, str, str], list[TensorLine]] = defaultdict(list)
         for line in self.tensors:
-            groups[line.kind, line.type, line.reason].append(line.name)
+            groups[line.kind, line.type, _SHARE.sub("# of #", line.reason)].append(line)
         order = list(KIND_MEANINGS)
-        return sorted(((*key, names) for key, names in groups.items()), key=lambda g: order.index(g[0]) if g[0] in order else 99)
+        found = [(kind, word, _gather(_sum_shares(lines)), [line.name for line in lines]) for (kind, word, _), lines in groups.items()]
+        return sorted(found, key=lambda group: order.index(group[0]) if group[0] in order else len(order))
 
     def notes(self) -> list[str]:
         """The tensors' notes, like ones gathered: what a smaller type would save is summed."""
@@ -190,7 +193,9 @@ class Report:
         done = "" if self.seconds is None else f" in {self.seconds:.1f} s"
         before = f"{self.source} ({self.source_format}, {size(self.source_nbytes)}, {self.source_bits_per_weight:.2f} bits/weight)"
         after = f"{size(self.nbytes)}, {self.bits_per_weight:.2f} bits/weight"
-        return f"{before} → {self.destination} ({self.target}, {after}){done}" if self.destination else f"{before} → {self.target} ({after})"
+        return (
+            f"{before} → {self.destination} ({self.target}, {after}){done}" if self.destination else f"{before} → {self.target} ({after})"
+        )
 
     def to_text(self) -> Iterator[str]:
         """Lines for a terminal."""
@@ -281,6 +286,28 @@ def _section(title: str, items: list[str]) -> Iterator[str]:
         yield from (f"  {item}" for item in items[:_SHOWN])
         if len(items) > _SHOWN:
             yield f"  … and {len(items) - _SHOWN} more (--report or --json lists all)"
+
+
+def _sum_shares(lines: list[TensorLine]) -> str:
+    """The lines' common reason with every "n of m" replaced by the sums over all lines."""
+    shares = [_SHARE.findall(line.reason) for line in lines]
+    sums = iter([tuple(sum(int(share[at][side]) for share in shares) for side in (0, 1)) for at in range(len(shares[0]))])
+    return _SHARE.sub(lambda _: "{:,} of {:,}".format(*next(sums)), lines[0].reason)
+
+
+def _gather(reason: str) -> str:
+    """Refusals of several types, like ones together.
+
+    >>> _gather("q4_0: act-order; q4_k: 64 columns; q5_0: act-order")
+    'q4_0, q5_0: act-order; q4_k: 64 columns'
+    """
+    parts = [_REFUSAL.fullmatch(part) for part in reason.split("; ")]
+    groups: dict[str, list[str]] = defaultdict(list)
+    for part in parts:
+        if part is None:
+            return reason
+        groups[part[2]].append(part[1])
+    return "; ".join(f"{', '.join(names)}: {why}" for why, names in groups.items())
 
 
 def _names(names: list[str]) -> str:
