@@ -1,0 +1,109 @@
+"""Fixtures of the real tests: checkpoints out of the lab, conversions made once a session, and a table of figures at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import llamacpp
+import pytest
+from lab import CHECKPOINTS, LAB, MODELS, checkpoint_python, log_tail, why_missing
+from make_checkpoints import BASES, FULL, REAL
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_FIGURES: list[str] = []
+
+
+def made(*, only: str = "", without: str = "-whole") -> list[Any]:
+    """Test parameters: the names of all checkpoints, those of the long tier marked so."""
+    marked = [(name, pytest.mark.real) for name in REAL] + [(name, pytest.mark.real_full) for name in FULL]
+    return [pytest.param(name, marks=mark) for name, mark in marked if name.startswith(only) and not (without and without in name)]
+
+
+class Workshop:
+    """Converts each source to each target once, and keeps the outcome for the session."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._done: dict[tuple[str, str], tuple[Path, Any]] = {}
+
+    def convert(self, source: Path, to: str, *, allow_requantize: bool = False) -> tuple[Path, Any]:
+        """(output, report)."""
+        from converters import convert
+
+        key = (str(source), to)
+        if key not in self._done:
+            suffix = ".gguf" if to.startswith("gguf") else ""
+            out = self.folder / f"{len(self._done):03}-{source.stem}-{to.replace(':', '-')}{suffix}"
+            self._done[key] = out, convert(source, out, to=to, allow_requantize=allow_requantize, workers=2)
+        return self._done[key]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+    folder = tmp_path_factory.mktemp("workshop")
+    yield Workshop(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def lab_model() -> Any:
+    """Folder of a model of the lab by name, or a skip that says why it is not there."""
+
+    def find(name: str, stage: str = "models") -> Path:
+        missing = why_missing(stage, MODELS / name)
+        if missing:
+            pytest.skip(missing)
+        return MODELS / name
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def checkpoint(lab_model: Any) -> Any:
+    """Folder of a checkpoint by name: made on the spot if its library is there, else a skip that says why not."""
+
+    def find(name: str) -> Path:
+        where = CHECKPOINTS / name
+        if where.exists():
+            return where
+        lab_model(BASES[name.rpartition("-")[2]])
+        missing = why_missing("quantizers", checkpoint_python())
+        if missing:
+            pytest.skip(missing)
+        log = LAB / "log" / f"{name}.log"
+        with log.open("w") as out:
+            script = Path(__file__).with_name("make_checkpoints.py")
+            done = subprocess.run([checkpoint_python(), script, name], stdout=out, stderr=subprocess.STDOUT)
+        assert done.returncode == 0, f"making {name}: {log_tail(log)}"
+        return where
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def llama() -> Any:
+    """The llama.cpp client, or a skip that says why it is not there."""
+    if not llamacpp.available():
+        pytest.skip(why_missing("llamacpp", llamacpp.library_dir()) or "llama.cpp has no libggml-base.so")
+    return llamacpp
+
+
+@pytest.fixture
+def figure(request: pytest.FixtureRequest) -> Any:
+    """``figure("text")`` adds a line to the table at the end of the run."""
+
+    def add(text: str) -> None:
+        _FIGURES.append(f"{request.node.name}: {text}")
+
+    return add
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if _FIGURES:
+        terminalreporter.section("figures")
+        terminalreporter.write_line("\n".join(_FIGURES))

@@ -1,0 +1,87 @@
+"""(a) Every tensor of our GGUF, dequantized by llama.cpp, against the checkpoint's codes and parameters in float64, rounded once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from conftest import Workshop, made
+from reference import Reference, permute_heads
+
+NAMES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+TOP = {"model.embed_tokens": "token_embd.weight", "model.norm": "output_norm.weight", "lm_head": "output.weight"}
+
+
+def gguf_name(module: str) -> str:
+    found = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
+    return TOP[module] if found is None else f"blk.{found[1]}.{NAMES[found[2]]}.weight"
+
+
+def expected(reference: Reference, absorbed: set[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """GGUF name -> float64 weights as llama.cpp must see them: heads permuted, absorbed act-orders applied to both sides."""
+    config = reference.config
+    modules = sorted({name.rpartition(".")[0] for name in reference.tensors})
+    weights = {module: reference.weight(module) for module in modules}
+    for module in modules:
+        if gguf_name(module) not in absorbed:
+            continue
+        assert module.endswith("mlp.down_proj"), f"{module}: the test knows no other absorbed module"
+        order = np.argsort(reference.group_index(module, weights[module].shape[1], 0), kind="stable")
+        weights[module] = weights[module][:, order]
+        for producer in ("gate_proj", "up_proj"):
+            name = module.replace("down_proj", producer)
+            weights[name] = weights[name][order]
+    for module, weight in weights.items():
+        if module.endswith(("q_proj", "k_proj")):
+            heads = config["num_attention_heads" if module.endswith("q_proj") else "num_key_value_heads"]
+            weights[module] = permute_heads(weight, heads)
+    return {gguf_name(module): weight for module, weight in weights.items()}
+
+
+def dequantized(llama: Any, path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """GGUF name -> float32 by llama.cpp's own ``to_float`` on the bytes that gguf-py finds."""
+    found = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        shape = [int(n) for n in reversed(tensor.shape)]
+        rows = int(np.prod(shape[:-1]))
+        octets = np.frombuffer(tensor.data.tobytes(), np.uint8).reshape(rows, -1)
+        found[tensor.name] = llama.dequantize_rows(octets, tensor.tensor_type.name, shape[-1]).reshape(shape)
+    return found
+
+
+def assert_every_weight(llama: Any, figure: Any, source: Path, out: Path, report: Any) -> None:
+    lines = {line.name: line for line in report.tensors}
+    absorbed = {line.name for line in report.tensors if any("absorb act-order" in note for note in line.rewrites)}
+    wanted, found = expected(Reference(source), absorbed), dequantized(llama, out)
+    assert set(wanted) == set(found) == set(lines)
+    requantized = sorted(name for name, line in lines.items() if line.kind == "requantized")
+    compared = sorted(set(wanted) - set(requantized))
+    different = [name for name in compared if not np.array_equal(found[name], wanted[name].astype(np.float32))]
+    types = sorted({lines[name].type for name in compared})
+    figure(f"{len(compared) - len(different)} of {len(wanted)} tensors equal in {', '.join(types)}; requantized {len(requantized)}")
+    assert not different
+    assert all(lines[name].lossless for name in compared)
+    assert all(lines[name].reason for name in requantized)
+    if "-act-" not in source.name:
+        assert not requantized
+    else:  # new codes only where act-order stood in the way, and never in a layer whose producers could be reordered
+        assert all("act-order" in lines[name].reason or "group" in lines[name].reason for name in requantized)
+        assert not any("ffn_down" in name for name in requantized)
+        for name in requantized:
+            error = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
+            assert error < 0.01, f"{name}: relative error {error}"
+
+
+@pytest.mark.parametrize("name", made(without=""))
+def test_llama_cpp_sees_the_checkpoints_weights(name: str, checkpoint: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
+    source = checkpoint(name)
+    out, report = workshop.convert(source, "gguf", allow_requantize="-act-" in name)
+    assert_every_weight(llama, figure, source, out, report)
