@@ -321,8 +321,9 @@ def _flat(plane: Tensor | None, count: int, torch: Any) -> np.ndarray[Any, Any]:
 def dequantize(type_name: str, blocks: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     """Write the float32 values of ``blocks`` (uint8, (rows, row bytes)) into ``out`` (float32, (rows, K), C order).
 
-    Bit for bit llama.cpp's: one float32 product, then one float32 sum where the type has a minimum. ``UsageError('shape')`` if the
-    arrays do not belong together, ``Unsupported('ggml-type')`` for a type not read here.
+    Bit for bit llama.cpp's: one float32 product, then one float32 sum where the type has a minimum. No product needs more than 24
+    bits, so this is also the exact value rounded once (only the sign of a zero may differ). ``UsageError('shape')`` if the arrays
+    do not belong together, ``Unsupported('ggml-type')`` for a type not read here.
 
     >>> import numpy as np
     >>> out = np.empty((1, 32), np.float32)
