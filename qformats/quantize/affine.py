@@ -2,7 +2,7 @@
 
 For each group, lo = min(0, w) and hi = max(0, w), so that zero is always representable exactly:
 
-- constant zero point: s = 2 max|w| / (2^b - 1), so that max|w| is half a step beyond the last code on one side at most;
+- constant zero point 2^(b-1): s = 2 max|w| / (2^b - 1), so that max|w| and -max|w| lie half a step from the nearest code;
 - zero points in a range [a, b]: s = max((hi - lo) / (high - low), hi / (high - low - a), -lo / b), then z = round(-lo / s) within [a, b].
 
 s is rounded to the storage's scale dtype first and everything after uses the rounded one, so codes are the nearest to what will be decoded.
