@@ -352,6 +352,21 @@ def test_even_groups_are_absorbed_and_trivial_ones_dropped(n: int, groups: int, 
     assert (dropped.group_index is None) == torch.equal(index.long(), torch.arange(k) // size)
 
 
+@given(st.integers(2, 5), st.integers(2, 6), st.integers(0, 2**31))
+def test_a_given_order_may_put_groups_in_any_sequence(groups: int, size: int, seed: int) -> None:
+    generator, k = torch.Generator().manual_seed(seed), groups * size
+    index = (torch.randperm(k, generator=generator) // size).to(torch.int32)
+    codes = torch.randint(0, 16, (2, k), generator=generator).to(torch.uint8)
+    scales = (Param(_scale_values((2, groups), HALF, False, generator), Tile((1, size))),)
+    t = QuantizedTensor((2, k), codes, Integer(4), scales, group_index=index)
+    sequence = torch.randperm(groups, generator=generator).tolist()
+    order = torch.cat([(index == group).nonzero().flatten() for group in sequence])
+    absorbed, used = rewrite.absorb_group_index(t, order)
+    assert torch.equal(used, order) and all(column(absorbed, j) == column(t, int(old)) for j, old in enumerate(order))
+    torn = torch.cat((order[1:], order[:1]))
+    assert "groups" in refused(lambda: rewrite.absorb_group_index(t, torn))
+
+
 @given(affine(act_order=True, zeros="none constant group float", offsets=True), st.integers(1, 45))
 def test_no_rewrite_ignores_act_order(t: QuantizedTensor, size: int) -> None:
     """Each of these refuses or keeps every weight although groups are not runs."""
