@@ -32,6 +32,7 @@ __all__ = ["FLOAT_TYPES", "PROVENANCE_KEY", "Checkpoint", "open_checkpoint"]
 
 PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
+_INTEGER_TYPES = ("I8", "I16", "I32", "I64")
 SIDE_FILES = (
     "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -76,7 +77,7 @@ class Checkpoint:
     def _is_quantized(self, parts: Mapping[str, RawTensor]) -> bool:
         if self.gguf is not None:
             weight = parts.get("weight")
-            return weight is not None and weight.dtype not in FLOAT_TYPES and not weight.dtype.startswith("I")
+            return weight is not None and weight.dtype not in (*FLOAT_TYPES, *_INTEGER_TYPES)
         if self.match.format == "hf":
             return False
         suffixes = registry.format_module(self.match.format).SUFFIXES
