@@ -82,7 +82,7 @@ def store(file: Path, tensors: Tensors, metadata: dict[str, str] | None = None) 
     file.write_bytes(len(head).to_bytes(8, "little") + head + bytes(payload))
 
 
-def edit(directory: Path, change: Callable[[Tensors], None]) -> None:
+def edit(directory: Path, change: Callable[[Tensors], Any]) -> None:
     """Change the tensors of ``model.safetensors`` in place."""
     file = directory / "model.safetensors"
     tensors = load(file)

@@ -157,7 +157,8 @@ def _q4_k(b: Array) -> Array:
     mn = np.concatenate((s[:, 4:8] & 63, (s[:, 8:] >> 4) | (s[:, 4:8] >> 6 << 4)), 1).astype(np.float64)
     qs = b[:, 16:].reshape(-1, 4, 32)
     q = np.stack((qs & 15, qs >> 4), 2).reshape(-1, 8, 32).astype(np.float64)
-    return ((d * sc)[:, :, None] * q - (dmin * mn)[:, :, None]).reshape(-1, 256)
+    values: Array = ((d * sc)[:, :, None] * q - (dmin * mn)[:, :, None]).reshape(-1, 256)
+    return values
 
 
 BLOCKS = {"Q4_0": (32, 18, _q4_0), "Q4_1": (32, 20, _q4_1), "Q5_0": (32, 22, _q5_0), "Q5_1": (32, 24, _q5_1), "Q8_0": (32, 34, _q8_0),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import DENSE, ENTRIES, PACKED, converted, load, ready
+from checkpoints import DENSE, ENTRIES, PACKED, Tensors, array, converted, edit, load, put, ready
 from reference import expected_gguf, gguf_tensors, hf_values
 
 from converters.verify import verify
@@ -62,3 +63,20 @@ def test_a_dense_model_comes_back(path: str, work: Path) -> None:
     assert verify(there, back).ok
     assert load(back / "model.safetensors") == load(source / "model.safetensors")
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
+
+
+@pytest.mark.parametrize("bits", [0x7E01, 0x7C00, 0xFC00, 0x8000, 0x0001])
+def test_scales_that_are_not_numbers_are_kept_bit_for_bit(bits: int, work: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(ready("gptq/4b-g32-sym", work), tmp_path / "source"))
+    name = "model.layers.0.self_attn.v_proj.scales"
+
+    def change(tensors: Tensors) -> None:
+        values = array(tensors, name).view("<u2")
+        values[1, 3] = bits
+        put(tensors, name, values.view("<f2"))
+
+    edit(source, change)
+    converted(source, tmp_path / "there.gguf", "gguf", exact=True)
+    converted(tmp_path / "there.gguf", tmp_path / "back", "gptq")
+    assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")
+    assert verify(source, tmp_path / "there.gguf").ok
