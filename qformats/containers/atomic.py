@@ -157,8 +157,7 @@ class OutputFile:
     def __init__(self, final: Path, size: int | None, overwrite: bool) -> None:
         self.final, self.size, self._overwrite = Path(final), size, overwrite
         _check_destination(self.final, size, overwrite)
-        if self.final.is_dir() and not self.final.is_symlink():
-            raise OutputError("exists", "is a directory", path=self.final, hint="name a file")
+        _check_replaceable_file(self.final)
         self.partial = _partial_of(self.final)
         self._fd = _create_locked(self.partial, self.final, _create_file, os.unlink)
         self._closing = threading.Lock()
@@ -362,6 +361,20 @@ def _remove_tree(path: Path) -> None:
         os.unlink(path)
 
 
+def _check_replaceable_file(final: Path) -> None:
+    """Refuse a directory, a device, a pipe or a socket: only a regular file or a link is ever replaced."""
+    try:
+        mode = os.lstat(final).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _fail(error, final)
+    if stat.S_ISDIR(mode):
+        raise OutputError("exists", "is a directory", path=final, hint="name a file")
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise OutputError("exists", "is not a regular file", path=final, hint="name a file")
+
+
 def _check_replaceable(final: Path) -> None:
     """Refuse to delete a directory that does not look like a checkpoint, or that the user stands in."""
     if not os.path.lexists(final):
@@ -386,6 +399,8 @@ def check_not_same(sources: str | Path | ByteSource | Iterable[str | Path | Byte
 
     Links are followed, and two names of one inode are one file. Sources that are no local path are told apart by identity.
     """
+    if "\0" in str(destination):
+        raise OutputError("unwritable", "is no file name", path=destination)
     target = Path(os.path.realpath(destination))
     items = [sources] if isinstance(sources, (str, Path)) or hasattr(sources, "pread") else list(sources)  # type: ignore[arg-type]
     for item in items:
