@@ -194,7 +194,10 @@ def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
     from converters.sources import Slab, read_rows, slabs
 
     for tensor in mapped.tensors:
-        if tensor.target not in found.modules or tensor.constant is not None:
+        if tensor.constant is not None:
+            continue
+        if not _holds(found, tensor.target, tensor.leaf):
+            result.mismatches.append({"tensor": tensor.name, "file": None, "offset_bytes": None, "detail": "is missing"})
             continue
         job = Job(tensor, "float", "", "", "", {}, False)
         slab = Slab(checkpoint, job)
@@ -209,6 +212,12 @@ def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
                 break
     result.ok = not result.mismatches
     return result
+
+
+def _holds(found: Checkpoint, module: str, leaf: str) -> bool:
+    if module not in found.modules:
+        return False
+    return leaf in found.modules[module].parts or (leaf == "weight" and found.is_quantized(module))
 
 
 def _read_rows_of(found: Checkpoint, module: str, leaf: str, start: int, stop: int) -> Any:
