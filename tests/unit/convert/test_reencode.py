@@ -191,7 +191,7 @@ def _zero_possible(members: list[Any], low: int, high: int, zeros: tuple[int, in
 def _offset_possible(source: Source, run: Any, i: int, n: int, width: int, top: int) -> bool:
     scale, zero, codes = run
     if source.offsets is not None:  # its codes and offsets are kept as they are
-        return max(codes) <= top
+        return bool(max(codes) <= top)
     for shift in range(-300, 301):
         if all(0 <= q + shift <= top for q in codes) and is_half(scale * (-zero - shift)):
             return True
