@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
-from converters.sources import Slab, read_rows, slabs
+from converters.sources import Slab, first_rows, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ __all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
 FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
+NEEDS_CONSENT = "needs --allow-requantize or a named type"
 _FALLBACKS = {"q4_k": "q5_0"}  # llama.cpp's choice where a row is not whole super-blocks (src/llama-quant.cpp)
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
@@ -71,6 +73,10 @@ class Chooser:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
+
+    @cached_property
+    def _has_codes(self) -> bool:
+        return any(self.checkpoint.is_quantized(name) for name in self.checkpoint.modules)
 
     @property
     def _gguf(self) -> bool:
@@ -119,7 +125,8 @@ class Chooser:
         if named is not None and named not in FLOAT_WORDS:
             return self._quantize(tensor, named, "new codes from floats, as named")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
-            return self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
+            job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
+            return job if self.options.allow_requantize else replace(job, notes=(NEEDS_CONSENT,))
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
             plain = all(s.index is None for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
@@ -135,7 +142,7 @@ class Chooser:
     def _quantize_by_default(self, tensor: TensorMap) -> bool:
         """A float checkpoint turned into an integer format: its linear layers."""
         is_matrix = tensor.kind in ("linear", "experts") and tensor.leaf == "weight" and len(tensor.shape) == 2
-        return self.checkpoint.format == "hf" and is_matrix
+        return is_matrix and not self._has_codes
 
     def _float_dtype(self, tensor: TensorMap, found: set[str], named: str | None) -> str:
         if named is not None:
@@ -228,7 +235,7 @@ class Chooser:
         if named is not None or self.options.allow_requantize:
             return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
         job = self._quantize(tensor, _SAFE_TYPE if self._gguf else "int4", reason)
-        return replace(job, notes=("needs --allow-requantize or a named type",))
+        return replace(job, notes=(NEEDS_CONSENT,))
 
     def _same_bytes(self, tensor: TensorMap, named: str | None) -> Job | None:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
@@ -285,7 +292,7 @@ class Chooser:
         """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint, probe, load=False), None
-        for start, stop in slabs(probe, self.checkpoint):
+        for start, stop in [*first_rows(probe, self.checkpoint), *slabs(probe, self.checkpoint)]:
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
             found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]

@@ -229,9 +229,8 @@ def _as_float(job: Job, value: Any) -> Tensor:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        from qformats.formats.dense import FLOAT_DTYPES
-
-        return value.dequantize(getattr(torch, FLOAT_DTYPES[job.dtype or "F32"]))  # type: ignore[no-any-return]
+        exact = torch.float32 if job.dtype == "F32" else torch.float64  # the writer rounds float64 once, and sees an overflow
+        return value.dequantize(exact)  # type: ignore[no-any-return]
     return value.to(torch.float32) + job.map.shift if job.map.shift else value
 
 

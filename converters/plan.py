@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import absorb, files, provenance
-from converters.choose import Chooser, PlanOptions
+from converters.choose import NEEDS_CONSENT, Chooser, PlanOptions
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
 from converters.outputs import Output
@@ -85,9 +85,7 @@ def make_plan(source: str | Path | Checkpoint, options: PlanOptions) -> Plan:
     target = registry.row(options.target.format)
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
-    restore = provenance.read_restore(checkpoint)
-    if restore is not None and (restore.format != target.name or options.target.options or options.target.type):
-        restore = None
+    restore = _restorable(checkpoint, options)
     mapped = map_tensors(checkpoint, target.container)
     warnings = list(checkpoint.warnings)
     dropped = dict(mapped.dropped)
@@ -107,10 +105,18 @@ def make_plan(source: str | Path | Checkpoint, options: PlanOptions) -> Plan:
     )
     jobs = _decide(chooser, tensors)
     all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
+    jobs = _harmonize(target.name, jobs)
     kept = {} if options.header_only else provenance.collect(checkpoint, jobs, all_orders)
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, restore)
     return Plan(checkpoint, options, tuple(jobs), output, dropped, tuple(warnings), not options.header_only, unsorted)
+
+
+def _restorable(checkpoint: Checkpoint, options: PlanOptions) -> provenance.Restore | None:
+    """The record's help, where the target is the format it speaks of and nothing else was asked for."""
+    if options.target.options or options.target.type or not provenance.speaks_of(checkpoint, options.target.format):
+        return None
+    return provenance.read_restore(checkpoint)
 
 
 def _absorb(checkpoint: Checkpoint, options: PlanOptions, warnings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -167,6 +173,18 @@ def _float_default(checkpoint: Checkpoint, restore: provenance.Restore | None) -
     return "BF16" if word == "bfloat16" else "F16"
 
 
+def _harmonize(format_name: str, jobs: list[Job]) -> list[Job]:
+    """Let a format settle what is stated once for a whole checkpoint (GPTQ's zero-point label)."""
+    from dataclasses import replace
+
+    settle = getattr(registry.format_module(format_name), "harmonize", None)
+    storages = {j.map.target: j.storage for j in jobs if j.storage is not None}
+    if settle is None or not storages:
+        return jobs
+    settled = settle(storages)
+    return [replace(j, storage=settled[j.map.target]) if j.storage is not None else j for j in jobs]
+
+
 _GROUPS = ("128", "64", "32")
 
 
@@ -203,7 +221,7 @@ def refuse_losses(plan: Plan) -> None:
         offenders = [j for j in plan.jobs if not j.lossless]
         if offenders:
             raise _loss("not-exact", "cannot be kept exactly", offenders, "drop --exact, or see `qconvert plan` for what would fit")
-    asking = [j for j in plan.jobs if "needs --allow-requantize or a named type" in j.notes]
+    asking = [j for j in plan.jobs if NEEDS_CONSENT in j.notes]
     if asking:
         raise _loss("requantize", "would need new codes", asking, "add --allow-requantize, or name a type such as gguf:q8_0 or gguf:f16")
 

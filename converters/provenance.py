@@ -24,10 +24,11 @@ from qformats.scheme import Storage
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from qformats.reencode import Hint
 
-__all__ = ["Restore", "build", "collect", "is_intact", "plan_digest", "read_restore", "tool_version"]
+__all__ = ["Restore", "build", "collect", "is_intact", "plan_digest", "read_restore", "speaks_of", "tool_version"]
 
 RECORD_VERSION = 1
 _KEPT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
@@ -43,7 +44,36 @@ def tool_version() -> str:
 
 
 def _pack(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, 6)).decode("ascii")
+    return base64.b64encode(zlib.compress(data, 1)).decode("ascii")
+
+
+def _pack_zeros(plane: Tensor) -> str:
+    """Zero points as nibbles where all fit, else as bytes, else (z = 256 of 8-bit v1 files) as 16-bit words."""
+    import torch
+
+    if int(plane.max()) > 255:
+        return "16:" + _pack(plane.reshape(-1).numpy().astype("<i2").tobytes())
+    flat = plane.reshape(-1).to(torch.uint8)
+    if int(plane.max()) > 15:
+        return "8:" + _pack(flat.numpy().tobytes())
+    flat = torch.cat((flat, flat.new_zeros(len(flat) % 2)))
+    return "4:" + _pack((flat[::2] | (flat[1::2] << 4)).numpy().tobytes())
+
+
+def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
+    import numpy as np
+    import torch
+
+    count = int(np.prod(shape))
+    bits, _, packed = str(text).partition(":")
+    if bits == "16":
+        flat = np.frombuffer(_unpack(packed, 2 * count), "<i2")
+    elif bits == "8":
+        flat = np.frombuffer(_unpack(packed, count), "u1")
+    else:
+        pairs = np.frombuffer(_unpack(packed, (count + 1) // 2), "u1")
+        flat = np.stack((pairs & 15, pairs >> 4), 1).reshape(-1)[:count]
+    return torch.from_numpy(flat.reshape(shape).astype("i2"))
 
 
 def _unpack(text: Any, nbytes: int) -> bytes:
@@ -55,7 +85,7 @@ def _unpack(text: Any, nbytes: int) -> bytes:
         if len(data) != nbytes:
             raise ValueError
     except (ValueError, TypeError, zlib.error):
-        raise BadFile("provenance", "a plane of the provenance record is damaged", hint="convert without the record's help") from None
+        raise BadFile("provenance", "a plane of the provenance record is damaged", hint="name a type, as in awq:int4, to convert without it") from None
     return data
 
 
@@ -160,8 +190,15 @@ def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
     zero = None if tensor.zero_point is None else tensor.zero_point.values
     if isinstance(zero, torch.Tensor) and zero.numel() > 1 and not isinstance(job.storage and job.storage.zero_point, tuple):
         plane = zero.to(torch.int16)  # in the source's group order; the way back reorders it by the group index
-        entry["zero_point"] = [_pack(plane.to(torch.uint8).numpy().tobytes()), list(plane.shape)]
+        entry["zero_point"] = [_pack_zeros(plane), list(plane.shape)]
     return entry
+
+
+def speaks_of(checkpoint: Checkpoint, format_name: str) -> bool:
+    """Whether the checkpoint has a record of an earlier life in ``format_name``."""
+    record = checkpoint.provenance
+    source = record.get("source") if record is not None else None
+    return isinstance(source, dict) and source.get("format") == format_name
 
 
 def read_restore(checkpoint: Checkpoint) -> Restore | None:
@@ -170,7 +207,8 @@ def read_restore(checkpoint: Checkpoint) -> Restore | None:
     if record is None or record.get("version") != RECORD_VERSION:
         return None
     if not is_intact(record):
-        raise BadFile("provenance", "the provenance record was changed after it was written", path=checkpoint.path)
+        hint = "name a type, as in awq:int4, to convert without it"
+        raise BadFile("provenance", "the provenance record was changed after it was written", path=checkpoint.path, hint=hint)
     try:
         return _parse(record)
     except (KeyError, TypeError, IndexError, AttributeError):
@@ -179,7 +217,6 @@ def read_restore(checkpoint: Checkpoint) -> Restore | None:
 
 def _parse(record: Mapping[str, Any]) -> Restore:
     import numpy as np
-    import torch
 
     from qformats.reencode import Hint
 
@@ -195,8 +232,7 @@ def _parse(record: Mapping[str, Any]) -> Restore:
         zero = None
         if "zero_point" in entry:
             text, shape = entry["zero_point"]
-            count = int(np.prod(shape))
-            zero = torch.from_numpy(np.frombuffer(_unpack(text, count), "u1").reshape(shape).astype("i2"))
+            zero = _unpack_zeros(text, shape)
         hints[name] = Hint(zero, bool(entry.get("positive")))
     for name, (text, count) in restore["orders"].items():
         orders[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)

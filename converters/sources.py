@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Slab", "overlaps", "read_rows", "slabs"]
+__all__ = ["Slab", "first_rows", "overlaps", "read_rows", "slabs"]
 
 _SLAB_NBYTES = 32 << 20  # parts of a module up to this size are read in one go
 _CHUNK_WEIGHTS = 2 << 20  # one step's codes: cache-sized
@@ -87,6 +87,13 @@ def slabs(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
     step = row_step(job, checkpoint)
     for start in range(0, total, step):
         yield start, min(total, start + step)
+
+
+def first_rows(job: Job, checkpoint: Checkpoint) -> list[tuple[int, int]]:
+    """A few rows to refuse on before a whole range is read; empty where one range is all there is."""
+    ranges = list(slabs(job, checkpoint))
+    unit = max(32, *(s.period for s in job.map.sources))
+    return [] if len(ranges) < 2 or any(s.period == 0 for s in job.map.sources) else [(0, min(unit, ranges[0][1]))]
 
 
 def read_rows(

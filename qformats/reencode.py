@@ -406,21 +406,38 @@ def _search_offset(a: _Affine, scale: Tensor, zero: Tensor, exact: Tensor, width
     if not bool(todo.any()):
         return flip, chosen, ~todo
     low, high = a.ranges(width)
-    smallest, largest = (low - zero)[todo], (high - zero)[todo]
-    s, picked, picked_flip = scale[todo], chosen[todo], flip[todo]
-    open_ = torch.ones_like(picked_flip)
+    picked, picked_flip, hit = search_offset(scale[todo], (low - zero)[todo], (high - zero)[todo], chosen[todo], top, dtype)
+    chosen, flip, left = chosen.clone(), flip.clone(), todo.clone()
+    chosen[todo], flip[todo], left[todo] = picked, picked_flip, ~hit
+    return flip, chosen, ~left
+
+
+def search_offset(scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, top: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """For each block the first shift or flip whose offset is representable: (integer, is it a flip, was one found)."""
+    loops = rewrite.block_loops()
+    if loops is None or scale.dtype != torch.float16 or dtype != torch.float16 or scale.device.type != "cpu":
+        return search_offset_definition(scale, smallest, largest, chosen, top, dtype)
+    picked = chosen.to(torch.int16).contiguous()
+    flip, found = torch.zeros(len(scale), dtype=torch.bool), torch.zeros(len(scale), dtype=torch.bool)
+    planes = (scale.to(torch.float32), smallest.to(torch.int16), largest.to(torch.int16))
+    loops.search_offset(*(p.contiguous().numpy() for p in planes), top, picked.numpy(), flip.numpy(), found.numpy())
+    return picked, flip, found
+
+
+def search_offset_definition(
+    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, top: int, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """``search_offset`` in torch: what the compiled loop must equal."""
+    picked, flip = chosen.clone(), torch.zeros_like(chosen, dtype=torch.bool)
+    found = torch.zeros_like(flip)
     for step in range(top + 1):
         for mirror in (False, True):
             code = largest + step if mirror else smallest - step
             legal = code <= smallest + top if mirror else code >= largest - top
-            hit = open_ & legal & _product_exact(s, code, dtype)
-            picked, picked_flip = torch.where(hit, code, picked), torch.where(hit, torch.tensor(mirror), picked_flip)
-            open_ &= ~hit
-    chosen, flip = chosen.clone(), flip.clone()
-    chosen[todo], flip[todo] = picked, picked_flip
-    left = todo.clone()
-    left[todo] = open_
-    return flip, chosen, ~left
+            hit = ~found & legal & _product_exact(scale, code, dtype)
+            picked, flip = torch.where(hit, code, picked), torch.where(hit, torch.tensor(mirror), flip)
+            found |= hit
+    return picked, flip, found
 
 
 def _to_zero_range(a: _Affine, storage: Storage, hint: Hint | None) -> Fit:

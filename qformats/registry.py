@@ -20,7 +20,7 @@ __all__ = ["ROWS", "Row", "detect", "format_module", "names", "parse_target", "r
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``methods``: values of ``quant_method`` it answers to; ``types``: type names a target may carry; ``container``: what it is stored in."""
+    """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it."""
 
     name: str
     module: str
@@ -36,9 +36,9 @@ class Row:
 _INTS = ("int2", "int3", "int4", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
-        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "format")),
+        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "asym", "format", "act-order")),
     Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
-        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version")),
+        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "f16", "bf16", "f32")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),

@@ -68,13 +68,16 @@ class RawTensor:
         return self._native(out)
 
     def column_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Columns ``start:stop`` (elements of a plain dtype) of every row, ``(rows, stop - start)``; one read for each row."""
+        """Columns ``start:stop`` (elements of a plain dtype) of every row, ``(rows, stop - start)``; one read for each row of a file."""
         import numpy as np
 
         dtype = self._numpy_dtype()
         width = self.row_nbytes // dtype.itemsize
         if start == 0 and stop == width:
             return self.row_range(0, self.rows)
+        if isinstance(self.source, MemorySource):
+            whole = np.frombuffer(self.source.view(self.offset, self.nbytes), dtype).reshape(self.rows, width)
+            return self._native(whole[:, start:stop].copy())
         out = np.empty((self.rows, stop - start), dtype)
         flat, step = out.reshape(-1).view("u1").data, (stop - start) * dtype.itemsize
         at = self.offset + start * dtype.itemsize

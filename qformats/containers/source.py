@@ -124,6 +124,12 @@ class MemorySource:
             raise _truncated(self.name, offset, nbytes, max(0, self.size - offset))
         return bytes(self._view[offset : offset + nbytes])
 
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes themselves, not a copy."""
+        if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
+            raise _truncated(self.name, offset, nbytes, max(0, self.size - offset))
+        return self._view[offset : offset + nbytes]
+
     def pread_into(self, offset: int, buffer: memoryview) -> None:
         view = buffer.cast("B")
         if offset < 0 or offset + len(view) > self.size:

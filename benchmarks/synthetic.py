@@ -1,0 +1,72 @@
+"""A synthetic llama checkpoint of a given size: random codes, plausible scales and zero points, in GPTQ or AWQ layout.
+
+No model weights: every word comes from a seeded generator. Written with the safetensors package's own byte layout by our container.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from qformats.containers.safetensors import layout_safetensors
+
+HIDDEN, FEED, HEADS, KV, LAYERS, GROUP = 4096, 11008, 32, 8, 12, 128
+FIXTURE = Path(__file__).parent.parent / "fixtures" / "gptq" / "4b-g32-sym"
+
+
+def _linear(rng: np.random.Generator, name: str, n: int, k: int, method: str) -> list[tuple[str, str, np.ndarray]]:
+    groups = k // GROUP
+    scales = (rng.random((groups, n), np.float32) * 0.01 + 0.002).astype("<f2")
+    if method == "gptq":
+        words = rng.integers(-(2**31), 2**31, (k // 8, n), dtype=np.int64).astype("<i4")
+        zeros = np.full((groups, n // 8), 0x77777777, "<i4")
+        index = (np.arange(k) // GROUP).astype("<i4")
+        return [(f"{name}.qweight", "I32", words), (f"{name}.qzeros", "I32", zeros), (f"{name}.scales", "F16", scales), (f"{name}.g_idx", "I32", index)]
+    words = rng.integers(-(2**31), 2**31, (k, n // 8), dtype=np.int64).astype("<i4")
+    zeros = rng.integers(-(2**31), 2**31, (groups, n // 8), dtype=np.int64).astype("<i4")
+    return [(f"{name}.qweight", "I32", words), (f"{name}.qzeros", "I32", zeros), (f"{name}.scales", "F16", scales)]
+
+
+def make(directory: Path, method: str, layers: int = LAYERS) -> Path:
+    """Write the checkpoint (about 105 MB a layer) unless it is there; returns its directory."""
+    target = directory / f"synthetic-{method}-{layers}"
+    if (target / "config.json").exists():
+        return target
+    target.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    vocab = json.loads((FIXTURE / "config.json").read_text())["vocab_size"]
+    tensors: list[tuple[str, str, np.ndarray]] = [
+        ("model.embed_tokens.weight", "F16", rng.standard_normal((vocab, HIDDEN)).astype("<f2")),
+        ("lm_head.weight", "F16", rng.standard_normal((vocab, HIDDEN)).astype("<f2")),
+        ("model.norm.weight", "F16", np.ones(HIDDEN, "<f2")),
+    ]
+    kv = HIDDEN // HEADS * KV
+    shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (kv, HIDDEN), "self_attn.v_proj": (kv, HIDDEN),
+              "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (FEED, HIDDEN), "mlp.up_proj": (FEED, HIDDEN),
+              "mlp.down_proj": (HIDDEN, FEED)}  # fmt: skip
+    for layer in range(layers):
+        base = f"model.layers.{layer}"
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            tensors.append((f"{base}.{name}.weight", "F16", np.ones(HIDDEN, "<f2")))
+        for name, (n, k) in shapes.items():
+            tensors += _linear(rng, f"{base}.{name}", n, k, method)
+    layout = layout_safetensors([(name, dtype, tuple(a.shape)) for name, dtype, a in tensors], {"format": "pt"})
+    with open(target / "model.safetensors", "wb") as out:
+        out.write(layout.header)
+        for name, _, array in tensors:
+            out.seek(layout.offsets[name])
+            out.write(array.tobytes())
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(FIXTURE / name, target / name)
+    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+    if method == "awq":
+        quantization = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": FEED,
+              "num_attention_heads": HEADS, "num_key_value_heads": KV, "num_hidden_layers": layers, "vocab_size": vocab,
+              "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+              "torch_dtype": "float16", "hidden_act": "silu", "quantization_config": quantization}  # fmt: skip
+    (target / "config.json").write_text(json.dumps(config, indent=1))
+    return target

@@ -1,0 +1,95 @@
+"""Compiled loops over runs of codes in a row: their range, their relabelling, and the search for offsets that fp16 can hold.
+
+The definitions each must equal are in ``qformats.rewrite`` (``block_range``, ``flip_and_shift``) and ``qformats.reencode``
+(``search_offset``). Arrays are contiguous; codes uint8 (n, K), or int8 viewed as uint8 where only wrap-around matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from numba import njit
+
+__all__ = ["relabel", "run_range", "search_offset"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+u8, i16, i32, u32, f32 = np.uint8, np.int16, np.int32, np.uint32, np.float32
+_MAX_HALF = f32(65504.0)
+_STEPS_PER_ONE = f32(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
+
+
+def _compiled(function: F) -> F:
+    """``njit``, cached on disk where a directory can be written and quietly uncached where not."""
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        compiled: F = njit(cache=True, **options)(function)
+    except RuntimeError:  # numba found no directory for its cache
+        compiled = njit(**options)(function)
+    return compiled
+
+
+@_compiled
+def run_range(codes: Any, width: int, low: Any, high: Any) -> None:
+    """Smallest and largest of each run of ``width`` columns of ``codes`` (n, K) into int16 (n, ceil(K / width))."""
+    n, k = codes.shape
+    for r in range(n):
+        for b in range(low.shape[1]):
+            run = codes[r, b * width : min(b * width + width, k)]
+            smallest = run[0]
+            largest = run[0]
+            for i in range(run.shape[0]):
+                c = run[i]
+                smallest = c if c < smallest else smallest
+                largest = c if c > largest else largest
+            low[r, b] = i16(smallest)
+            high[r, b] = i16(largest)
+
+
+@_compiled
+def relabel(codes: Any, width: int, add: Any, mask: Any, out: Any) -> None:
+    """``out = (codes ^ mask) + add`` in bytes, for each run of ``width`` columns; ``add`` and ``mask`` uint8 (n, runs)."""
+    n, k = codes.shape
+    for r in range(n):
+        for b in range(add.shape[1]):
+            run = codes[r, b * width : min(b * width + width, k)]
+            made = out[r, b * width : min(b * width + width, k)]
+            a, m = add[r, b], mask[r, b]
+            for i in range(run.shape[0]):
+                made[i] = u8(u8(run[i] ^ m) + a)
+
+
+@_compiled
+def _fits_half(value: Any) -> Any:
+    """Whether a float32 is a finite fp16 number: at most 11 significant bits, a multiple of 2^-24, no larger than 65504."""
+    bits = f32(value).view(u32)
+    steps = f32(value * _STEPS_PER_ONE)
+    return (bits & u32(0x1FFF)) == u32(0) and np.floor(steps) == steps and abs(value) <= _MAX_HALF
+
+
+@_compiled
+def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any, flip: Any, found: Any) -> None:
+    """For each block with ``found`` unset, the first step and direction whose ``scale x integer`` fp16 holds.
+
+    ``scale`` float32 holding fp16 values, ``smallest``/``largest`` int16: range of code minus zero point. In order of step 0, 1, …:
+    shift (integer ``smallest - step``, legal if >= ``largest - top``), then flip (``largest + step``, legal if <= ``smallest + top``).
+    Writes the integer to ``chosen`` (int16), the direction to ``flip`` and sets ``found``.
+    """
+    for b in range(scale.shape[0]):
+        if found[b]:
+            continue
+        s, low, high = scale[b], i32(smallest[b]), i32(largest[b])
+        for step in range(top + 1):
+            code = low - step
+            if code >= high - top and _fits_half(f32(s * f32(code))):
+                chosen[b] = i16(code)
+                flip[b] = False
+                found[b] = True
+                break
+            code = high + step
+            if code <= low + top and _fits_half(f32(s * f32(code))):
+                chosen[b] = i16(code)
+                flip[b] = True
+                found[b] = True
+                break

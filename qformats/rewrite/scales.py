@@ -1,0 +1,112 @@
+"""Rewrites of scales: fold factors, store in another dtype, two-level forms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qformats.real import Real, round_once
+from qformats.rewrite.codes import zero_values
+from qformats.rewrite.forms import Refused, inexact, map_params, plain, single_row
+from qformats.rewrite.groups import split_param
+from qformats.scheme import Integer, Tile
+from qformats.tensor import Param, QuantizedTensor, constant
+
+__all__ = ["fold_scales", "nest_scale", "round_scale", "unnest_scale"]
+
+
+def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
+    """Multiply all scale factors into one plane of ``dtype`` on the finest block; refuses if a product is not representable."""
+    if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
+        return t if t.scales[0].values.dtype == dtype else round_scale(t, dtype, rounding=False)[0]
+    if not t.scales:
+        return t.replace(scales=(constant(1, t.shape, dtype),))
+    blocks = [s.block for s in t.scales]
+    if not all(isinstance(b, Tile) for b in blocks):
+        raise Refused("scale factors on flat or cyclic blocks")
+    sizes = tuple(min(b.sizes[a] for b in blocks if isinstance(b, Tile)) for a in range(len(t.shape)))
+    fine = Tile(sizes)
+    counts = fine.counts(t.shape)
+    if t.group_index is not None and any(s.values.shape[-1] not in (1, counts[-1]) or sizes[-1] == 1 for s in t.scales):
+        raise Refused("act-order: the scale factors follow different columns")
+    total = Real.of(torch.ones(counts, dtype=torch.float64))
+    for scale in t.scales:
+        spread = scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape))
+        total = total.divide(spread) if scale.inverse else total * spread
+    folded = round_once(total, dtype)
+    wrong = inexact(total, folded)
+    if wrong:
+        raise Refused(f"the product of the scale factors rounds in {wrong} of {folded.numel()} groups")
+    return t.replace(scales=(Param(folded, fine),))
+
+
+def _regrid(values: Tensor, block: Tile, fine: Tile, shape: tuple[int, ...]) -> Tensor:
+    for axis, (coarse, small, length) in enumerate(zip(block.sizes, fine.sizes, shape, strict=True)):
+        if coarse % small and coarse < length:
+            raise Refused(f"tiles of {coarse} and {small} do not nest")
+        values = values.index_select(axis, torch.arange(-(-length // small)) * small // coarse)
+    return values
+
+
+def round_scale(t: QuantizedTensor, dtype: torch.dtype, *, rounding: bool = True) -> tuple[QuantizedTensor, int]:
+    """Store the only scale plane in ``dtype``; returns how many entries rounded (0 = exact). Refuses overflow to infinity."""
+    if len(t.scales) != 1:
+        raise Refused("more than one scale factor")
+    scale = plain(t.scales[0], "scale")
+    if scale.dtype == dtype:
+        return t, 0
+    exact = Real.of(scale)
+    stored = round_once(exact, dtype)
+    wrong = inexact(exact, stored)
+    name = str(dtype).removeprefix("torch.")
+    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(scale).all()):
+        raise Refused(f"a scale overflows {name}")
+    if wrong and not rounding:
+        raise Refused(f"{wrong} of {scale.numel()} scales are not {name} numbers")
+    return t.replace(scales=(t.scales[0].with_values(stored),)), wrong
+
+
+def nest_scale(t: QuantizedTensor, super_size: int, bits: int) -> QuantizedTensor:
+    """Write scale and zero point in the two-level K-quant form with unit sub-scales: scale = d · 1, offset = (−d) · zero_point.
+
+    Needs one scale per multiple of ``super_size`` columns and integer zero points in 0 … 2^bits − 1 on blocks of 32 (or coarser).
+    """
+    if len(t.scales) != 1 or t.scales[0].inverse or t.group_index is not None or t.signs is not None:
+        raise Refused("only a single scale plane without act-order or signs can be nested")
+    scale, block = plain(t.scales[0], "scale"), t.scales[0].block
+    sub = Tile((*(1 for _ in t.shape[:-1]), 32))
+    spans = isinstance(block, Tile) and (block.sizes[-1] % super_size == 0 or block.sizes[-1] >= t.shape[-1])
+    if not spans or not (single_row(block) or scale.numel() == 1):
+        raise Refused(f"one scale does not span {super_size} columns")
+    coarse = split_param(t.scales[0], super_size, t.shape)
+    d = plain(coarse, "scale").expand(Tile((*(1 for _ in t.shape[:-1]), super_size)).counts(t.shape))
+    if scale.dtype != torch.float16:
+        raise Refused("the scale is not float16")
+    zero = zero_values(t)
+    if t.offset is not None or int(zero.min()) < 0 or int(zero.max()) >= 1 << bits:
+        raise Refused(f"zero points outside 0 … {(1 << bits) - 1}")
+    if t.zero_point is not None and zero.numel() > 1:
+        zero = plain(split_param(t.zero_point.with_values(zero), 32, t.shape), "zero point")
+    counts = sub.counts(t.shape)
+    zero = zero.expand(counts)
+    per = Tile((*(1 for _ in t.shape[:-1]), super_size // 32))
+    ones = torch.ones(counts, dtype=torch.uint8)
+    level = QuantizedTensor(counts, ones, Integer(bits), (Param(d, per),))
+    low = QuantizedTensor(counts, zero.to(torch.uint8).contiguous(), Integer(bits), (Param(-d, per),))
+    return t.replace(scales=(Param(level, sub),), zero_point=None, offset=Param(low, sub))
+
+
+def unnest_scale(t: QuantizedTensor, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
+    """Expand scale and offset that are stored as codes to plain planes of ``dtype``; refuses if a product rounds."""
+
+    def expanded(param: Param) -> Param:
+        if not isinstance(param.values, QuantizedTensor):
+            return param
+        exact = param.real()
+        plain = round_once(exact, dtype)
+        wrong = inexact(exact, plain)
+        if wrong:
+            raise Refused(f"{wrong} of {plain.numel()} nested parameters are not {str(dtype).removeprefix('torch.')} numbers")
+        return Param(plain, param.block, param.inverse)
+
+    return t.replace(**map_params(t, expanded))
