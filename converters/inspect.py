@@ -186,7 +186,7 @@ def _full(module: str, leaf: str) -> str:
 def scheme_label(scheme: Scheme) -> str:
     """A scheme in a few words.
 
-    >>> from qformats.scheme import ParamSpec
+    >>> from qformats.scheme import ParamSpec, Tile
     >>> scheme_label(Scheme((8, 64), Integer(4), (ParamSpec("float16", Tile((1, 32))),)))
     'int4 group 32'
     """

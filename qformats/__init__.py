@@ -1,7 +1,8 @@
 """Read, write and convert quantized model checkpoints without losing a bit.
 
-``qformats.open(path)`` gives a ``Checkpoint``; its ``tensors`` are ``QuantizedTensor`` values or floats, read when asked for.
-Converting is ``converters.convert``. Importing this package imports neither torch nor transformers.
+``qformats.open(path)`` gives a ``Checkpoint``; its ``tensors`` are ``QuantizedTensor`` values or floats, read when asked for;
+``qformats.save(checkpoint, path)`` writes it in its own format. Converting to another is ``converters.convert``.
+Importing this package imports neither torch nor transformers.
 
 >>> import qformats
 >>> issubclass(qformats.BadFile, qformats.QFormatError)
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
         UsageError,
         WouldLose,
     )
+    from qformats.saving import save
     from qformats.tensor import QuantizedTensor
 
     version: str
@@ -43,10 +45,11 @@ __all__ = [
     "UsageError",
     "WouldLose",
     "open",
+    "save",
     "version",
 ]
 
-_HOMES = {"Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "open": "checkpoint"}
+_HOMES = {"Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "open": "checkpoint", "save": "saving"}
 _SPELLINGS = {"open": "open_checkpoint"}
 
 

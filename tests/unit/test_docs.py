@@ -66,3 +66,19 @@ def test_matrix_names_every_format_type_and_pair() -> None:
 def test_text_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks the markers"):
         matrix.replace_between("nothing here", "body")
+
+
+@pytest.mark.parametrize("package", ["qformats", "converters"])
+def test_examples_in_docstrings_run(package: str) -> None:
+    import doctest
+    import importlib
+
+    failed = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        if ">>> " in path.read_text(encoding="utf-8"):
+            name = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+            found = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+            assert found.attempted or "loops" in name
+            if found.failed:
+                failed[name] = found.failed
+    assert failed == {}

@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ ORDER = (
     ("formats", "quantize"),
     ("registry", "architectures"),
     ("checkpoint", "reencode"),
+    ("saving",),
     ("kernels",),
     ("runtime",),
     ("hub",),
@@ -31,6 +33,7 @@ RANKS = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HEAVY = ("torch", "transformers", "numba", "numpy", "rich", "jinja2", "gguf", "safetensors")
 
 
+@cache
 def sources(package: str) -> list[tuple[str, ast.Module]]:
     """(dotted name, syntax tree) of every module under ``package``."""
     found = []
