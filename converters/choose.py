@@ -303,9 +303,13 @@ class Chooser:
 
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
-        worst = _pessimist(self._scheme(tensor), tensor.sources[0].module in self.orders)
-        found = fit(worst, storage, rounding=rounding)
-        return replace(found, reason=f"claimed from the header: {found.reason}")
+        scheme = self._scheme(tensor)
+        ordered = scheme.group_index and bool(self.checkpoint.match.config.get("desc_act"))
+        found = fit(_pessimist(scheme, ordered), storage, rounding=rounding)
+        condition = ", if the group index is trivial" if scheme.group_index else ""
+        if scheme.zero_point is not None and scheme.zero_point.constant is not None:
+            condition += f", if every zero point is {scheme.zero_point.constant:g} as the config says"
+        return replace(found, reason=f"claimed from the header: {found.reason}{condition}")
 
     def _savings(self, tensor: TensorMap, best: Job, storages: Sequence[Storage]) -> tuple[str, ...]:
         """What a smaller type with a rounded offset would save."""
@@ -398,8 +402,8 @@ def _float_scheme(shape: tuple[int, ...]) -> Scheme:
     return Scheme(shape, Integer(16, signed=True))
 
 
-def _pessimist(scheme: Scheme, absorbed: bool) -> QuantizedTensor:
-    """One row with the widest code range in every group and every zero point the grid can hold."""
+def _pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
+    """A row for every zero point the grid can hold, each with the widest code range in every group."""
     import torch
 
     from qformats.scheme import Integer, Tile
@@ -407,18 +411,18 @@ def _pessimist(scheme: Scheme, absorbed: bool) -> QuantizedTensor:
 
     if not isinstance(scheme.grid, Integer) or any(not isinstance(s.block, Tile) or s.nested for s in scheme.scales):
         raise Refused("the header does not tell")
-    if scheme.group_index and not absorbed:
-        group_note = "act-order may be present"
-        raise Refused(group_note)
+    if ordered:
+        raise Refused("the config speaks of act-order")
     k, group = scheme.shape[-1], scheme.group_size or scheme.shape[-1]
-    shape = (1, k)
+    known = None if scheme.zero_point is None else scheme.zero_point.constant
+    rows = 1 if scheme.zero_point is None or known is not None else scheme.grid.highest + 2
+    shape = (rows, k)
     codes = torch.full(shape, scheme.grid.highest, dtype=torch.int8 if scheme.grid.signed else torch.uint8)
     codes[:, ::2] = scheme.grid.lowest
-    counts = (1, -(-k // group))
+    counts = (rows, -(-k // group))
     zero = None
     if scheme.zero_point is not None:
-        known = scheme.zero_point.constant
-        plane = torch.arange(counts[1], dtype=torch.int16).reshape(counts) % (scheme.grid.highest + 2)
+        plane = torch.arange(rows, dtype=torch.int16).unsqueeze(1).expand(counts).contiguous()
         zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
     dtype = getattr(torch, scheme.scales[0].dtype)
     scale = Param(torch.full(counts, 1.0009765625, dtype=dtype), Tile((1, group)))

@@ -121,7 +121,7 @@ def _restorable(checkpoint: Checkpoint, options: PlanOptions) -> provenance.Rest
 
 def _absorb(checkpoint: Checkpoint, options: PlanOptions, warnings: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Act-order modules that the target cannot hold: absorb what can be, name the rest."""
-    if checkpoint.format != "hf" and checkpoint.gguf is None:
+    if checkpoint.format != "hf" and checkpoint.gguf is None and not options.header_only:
         modules = absorb.act_order_modules(checkpoint)
         if modules and not _keeps_index(checkpoint, options, next(iter(modules))):
             columns, rows, refused = absorb.find_orders(checkpoint, modules)

@@ -85,7 +85,8 @@ def _unpack(text: Any, nbytes: int) -> bytes:
         if len(data) != nbytes:
             raise ValueError
     except (ValueError, TypeError, zlib.error):
-        raise BadFile("provenance", "a plane of the provenance record is damaged", hint="name a type, as in awq:int4, to convert without it") from None
+        hint = "name a type, as in awq:int4, to convert without it"
+        raise BadFile("provenance", "a plane of the provenance record is damaged", hint=hint) from None
     return data
 
 
