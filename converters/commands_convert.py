@@ -42,7 +42,9 @@ def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
     from converters.report import Report
 
     output = output_of(as_json, quiet)
-    planned = make_plan(src, Wishes(**wishes).plan_options())
+    options = Wishes(**wishes).plan_options()
+    with output.working("planning"):
+        planned = make_plan(src, options)
     with planned.checkpoint:
         refusal = None
         try:
@@ -52,7 +54,7 @@ def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
         data = {**planned.to_json(), "refused": None if refusal is None else error_json(refusal)}
         output.result(data, Report.build(planned).to_text)
     if refusal is not None:
-        output.note(f"\nconvert would stop here: {refusal.hint} [{refusal.code}]")
+        output.note(f"convert would stop here: {refusal.hint} [{refusal.code}]")
         if planned.options.exact:
             raise click.exceptions.Exit(refusal.exit_code)
 
@@ -186,7 +188,9 @@ def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None, output:
     from converters.plan import make_plan, refuse_losses
     from converters.provenance import plan_digest
 
-    planned = make_plan(checkpoint, wishes.plan_options())
+    options = wishes.plan_options()
+    with output.working("planning"):
+        planned = make_plan(checkpoint, options)
     if digest is not None and plan_digest(planned.jobs) != digest:
         raise UsageError("plan-stale", "the source no longer gives the saved plan", path=checkpoint.path, hint="run `qconvert plan` again")
     try:

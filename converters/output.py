@@ -87,18 +87,34 @@ class Output:
         else:
             _write(f"qconvert: {printable(str(error), _LINE_LIMIT)}", err=True)
 
+    def _is_watched(self) -> bool:
+        return not (self.as_json or self.quiet) and sys.stderr.isatty()
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """A sign of life on a terminal while something of unknown length runs."""
+        if not self._is_watched():
+            yield
+            return
+        from rich.console import Console
+        from rich.markup import escape
+
+        with Console(stderr=True).status(escape(printable(title))):
+            yield
+
     @contextmanager
     def progress(self, title: str) -> Iterator[ProgressCallback | None]:
         """A progress bar with bytes/s and time left on a terminal; None (nothing to call) in pipes, with --json and --quiet."""
-        if self.as_json or self.quiet or not sys.stderr.isatty():
+        if not self._is_watched():
             yield None
             return
         from rich.console import Console
+        from rich.markup import escape
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(title, total=None)
+            task = bar.add_task(escape(printable(title)), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 

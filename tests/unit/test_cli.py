@@ -207,7 +207,7 @@ def test_plan_with_exact_exits_7_where_something_is_lost() -> None:
 
 def test_a_plan_that_needs_consent_says_so() -> None:
     found = ran("plan", ACT_ORDER, "--to", "gguf")
-    assert "convert would stop here: add --allow-requantize" in found.stderr
+    assert found.stderr.startswith("convert would stop here: add --allow-requantize")
 
 
 def test_a_saved_plan_is_carried_out(tmp_path: Path, made: Path) -> None:
@@ -402,6 +402,14 @@ def test_progress_on_a_terminal_shows_rate_and_time_left(monkeypatch: pytest.Mon
         assert progress is not None
         progress(25_000_000, 100_000_000)
     assert "model.gguf" in terminal.getvalue() and "25.0/100.0 MB" in terminal.getvalue()
+
+
+def test_planning_shows_a_sign_of_life_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for terminal, shown in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        with Output().working("planning"):
+            pass
+        assert ("planning" in terminal.getvalue()) is shown
 
 
 @pytest.mark.parametrize("output", [Output(as_json=True), Output(quiet=True)], ids=["json", "quiet"])
