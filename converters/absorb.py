@@ -68,7 +68,7 @@ def _within_heads(index: Array, dims: Mapping[str, int]) -> tuple[Array, Array] 
     if len(index) != heads * width:
         return None
     per_head = index.reshape(heads, width)
-    local = np.argsort(per_head, axis=1, kind="stable")
+    local = np.stack([_partition_order(row) for row in per_head])
     if any(len(set(per_head[h]) & set(per_head[o])) for h in range(heads) for o in range(h)):
         return None
     shared = local.reshape(kv, heads // kv, width)
@@ -77,6 +77,15 @@ def _within_heads(index: Array, dims: Mapping[str, int]) -> tuple[Array, Array] 
     columns = (local + np.arange(heads)[:, None] * width).reshape(-1)
     rows = (shared[:, 0] + np.arange(kv)[:, None] * width).reshape(-1)
     return columns, rows
+
+
+def _partition_order(index: Array) -> Array:
+    """Columns sorted by group, the groups in the order in which they first occur: their numbers do not matter."""
+    import numpy as np
+
+    _, first, number = np.unique(index, return_index=True, return_inverse=True)
+    order: Array = np.argsort(first[number], kind="stable")
+    return order
 
 
 def apply_row_orders(tensor: TensorMap, rows: Mapping[str, Array]) -> TensorMap:
