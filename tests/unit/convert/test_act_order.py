@@ -1,0 +1,172 @@
+"""Act-order absorbed into producing rows computes the same layer, exactly; where it cannot be absorbed it is named and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from builder import Llama
+from checkpoints import converted, load, planned, ready
+from reference import gguf_tensors
+
+from converters.execute import execute
+from converters.verify import verify
+from qformats.errors import WouldLose
+
+Array = np.ndarray[Any, Any]
+
+
+def shuffled(k: int, group: int, seed: int = 3) -> Array:
+    """A group index of whole groups in random order, as act-order leaves it."""
+    index: Array = np.random.default_rng(seed).permutation(np.arange(k) // group)
+    return index
+
+
+def per_head(model: Llama, pattern: Array) -> Array:
+    """``pattern`` (head_dim,) of local groups repeated for every query head."""
+    groups = model.head_dim // model.group
+    return np.concatenate([pattern + head * groups for head in range(model.heads)])
+
+
+def mlp(gate: Array, up: Array, down: Array, x: Array) -> Array:
+    """Any element-wise activation does; the squared ReLU keeps integers exact."""
+    out: Array = down @ (np.maximum(gate @ x, 0) ** 2 * (up @ x))
+    return out
+
+
+def attention(model: Llama, value: Array, output: Array, x: Array, mix: Array) -> Array:
+    """o_proj of value heads mixed over positions with given weights (heads, T, T); query head h reads value head h // (heads / kv)."""
+    v = (value @ x).reshape(model.kv, model.head_dim, -1)
+    heads = [v[h * model.kv // model.heads] @ mix[h] for h in range(model.heads)]
+    out: Array = output @ np.concatenate(heads)
+    return out
+
+
+def inputs(rows: int) -> Array:
+    return np.random.default_rng(9).integers(-3, 4, (rows, 5)).astype(np.float64)
+
+
+@pytest.mark.parametrize(("to", "zero"), [("gguf", 8), ("gguf", "mixed"), ("gguf:q8_0", "mixed"), ("gguf:q4_1", 8)])
+def test_down_proj_is_absorbed_into_gate_and_up(to: str, zero: int | str, tmp_path: Path) -> None:
+    model = Llama(zero=zero)
+    model.indices["down_proj"] = shuffled(model.inner, model.group)
+    source = model.write(tmp_path / "source")
+    plan = converted(source, tmp_path / "out.gguf", to, exact=True)
+    assert not plan.warnings
+    down = next(j for j in plan.jobs if j.name == "blk.0.ffn_down.weight")
+    assert down.kind == "exact" and any("act-order" in note for note in (*down.notes, *down.rewrites))
+    found = {name: values for name, (_, values) in gguf_tensors(tmp_path / "out.gguf").items()}
+    x = inputs(model.hidden)
+    ours = mlp(found["blk.0.ffn_gate.weight"], found["blk.0.ffn_up.weight"], found["blk.0.ffn_down.weight"], x)
+    theirs = mlp(model.weight("gate_proj"), model.weight("up_proj"), model.weight("down_proj"), x)
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(found["blk.0.ffn_down.weight"], model.weight("down_proj"))
+    assert verify(source, tmp_path / "out.gguf").ok
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+def test_o_proj_is_absorbed_inside_heads(kv: int, tmp_path: Path) -> None:
+    model = Llama(head_dim=64, group=32, heads=4, kv=kv)
+    model.indices["o_proj"] = per_head(model, shuffled(64, 32))
+    source = model.write(tmp_path / "source")
+    plan = converted(source, tmp_path / "out.gguf", "gguf", exact=True)
+    assert not plan.warnings
+    found = {name: values for name, (_, values) in gguf_tensors(tmp_path / "out.gguf").items()}
+    x, mix = inputs(model.hidden), np.random.default_rng(2).integers(0, 3, (4, 5, 5)).astype(np.float64)
+    ours = attention(model, found["blk.0.attn_v.weight"], found["blk.0.attn_output.weight"], x, mix)
+    theirs = attention(model, model.weight("v_proj"), model.weight("o_proj"), x, mix)
+    assert np.array_equal(ours, theirs)
+    assert not np.array_equal(found["blk.0.attn_v.weight"], model.weight("v_proj"))
+
+
+def test_the_numbers_of_a_head_s_groups_do_not_matter(tmp_path: Path) -> None:
+    model = Llama(head_dim=64, group=32, heads=4, kv=2)
+    pattern = shuffled(64, 32)
+    model.indices["o_proj"] = np.concatenate([pattern, 3 - pattern, 4 + pattern, 7 - pattern])
+    plan = converted(model.write(tmp_path / "source"), tmp_path / "out.gguf", "gguf", exact=True)
+    assert not plan.warnings
+    found = {name: values for name, (_, values) in gguf_tensors(tmp_path / "out.gguf").items()}
+    x, mix = inputs(model.hidden), np.random.default_rng(2).integers(0, 3, (4, 5, 5)).astype(np.float64)
+    ours = attention(model, found["blk.0.attn_v.weight"], found["blk.0.attn_output.weight"], x, mix)
+    assert np.array_equal(ours, attention(model, model.weight("v_proj"), model.weight("o_proj"), x, mix))
+    converted(tmp_path / "out.gguf", tmp_path / "back", "gptq", exact=True)
+    assert load(tmp_path / "back" / "model.safetensors") == load(tmp_path / "source" / "model.safetensors")
+
+
+def test_heads_of_one_value_head_that_disagree_are_refused(tmp_path: Path) -> None:
+    model = Llama(head_dim=64, group=32, heads=4, kv=2)
+    model.indices["o_proj"] = np.concatenate([shuffled(64, 32, seed) + 2 * seed for seed in range(4)])
+    source = model.write(tmp_path / "source")
+    plan = planned(source, "gguf")
+    with plan.checkpoint:
+        assert [w for w in plan.warnings if "o_proj" in w and "heads" in w]
+        assert {j.name for j in plan.jobs if j.kind == "requantized"} == {"blk.0.attn_output.weight"}
+    with pytest.raises(WouldLose) as caught:
+        converted(source, tmp_path / "out.gguf", "gguf")
+    assert caught.value.code == "requantize" and "blk.0.attn_output.weight" in str(caught.value)
+    assert not (tmp_path / "out.gguf").exists()
+
+
+def test_groups_that_cross_heads_are_refused(tmp_path: Path) -> None:
+    model = Llama(head_dim=64, group=32, heads=4, kv=2)
+    model.indices["o_proj"] = shuffled(256, 32)
+    plan = planned(model.write(tmp_path / "source"), "gguf")
+    with plan.checkpoint:
+        assert len(plan.warnings) == 1 and "o_proj" in plan.warnings[0] and "cross" in plan.warnings[0]
+
+
+@pytest.mark.parametrize("leaf", ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"])
+def test_layers_that_share_an_input_are_refused_by_name(leaf: str, tmp_path: Path) -> None:
+    model = Llama(hidden=64)
+    model.indices[leaf] = shuffled(64, 32)
+    plan = planned(model.write(tmp_path / "source"), "gguf")
+    with plan.checkpoint:
+        assert len(plan.warnings) == 1 and leaf in plan.warnings[0] and "share" in plan.warnings[0]
+
+
+def test_all_at_once_and_back(tmp_path: Path) -> None:
+    model = Llama(head_dim=64, group=32, heads=4, kv=2, zero="mixed")
+    model.indices |= {"down_proj": shuffled(128, 32), "o_proj": per_head(model, shuffled(64, 32))}
+    source = model.write(tmp_path / "source")
+    converted(source, tmp_path / "out.gguf", "gguf", exact=True)
+    converted(tmp_path / "out.gguf", tmp_path / "back", "gptq", exact=True)
+    assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
+    assert verify(tmp_path / "out.gguf", tmp_path / "back").ok
+
+
+def test_an_index_of_sorted_groups_is_no_act_order(tmp_path: Path) -> None:
+    plan = planned(Llama().write(tmp_path / "source"), "gguf")
+    with plan.checkpoint:
+        assert not any(job.orders for job in plan.jobs) and not plan.warnings
+
+
+def test_gptq_keeps_its_index(tmp_path: Path) -> None:
+    source = ready("gptq/4b-g32-act", tmp_path)
+    plan = converted(source, tmp_path / "out", "gptq", exact=True)
+    assert not plan.warnings
+    before, after = load(source / "model.safetensors"), load(tmp_path / "out" / "model.safetensors")
+    assert before == after
+
+
+def test_awq_has_no_place_for_an_index(tmp_path: Path) -> None:
+    plan = planned(ready("gptq/4b-g32-act", tmp_path), "awq", allow_requantize=True)
+    with plan.checkpoint:
+        assert any("share" in w for w in plan.warnings)
+        assert any(job.kind == "requantized" for job in plan.jobs)
+        execute(plan, tmp_path / "out")
+    assert verify(ready("gptq/4b-g32-act", tmp_path), tmp_path / "out").ok
+
+
+def test_floats_need_no_order(tmp_path: Path) -> None:
+    model = Llama()
+    model.indices |= {"q_proj": shuffled(64, 32), "down_proj": shuffled(128, 32)}
+    source = model.write(tmp_path / "source")
+    plan = converted(source, tmp_path / "out", "hf:f32", exact=True)
+    assert not plan.warnings
+    found = load(tmp_path / "out" / "model.safetensors")
+    for leaf in ("q_proj", "down_proj", "o_proj"):
+        dtype, shape, data = found[f"{model.name(leaf)}.weight"]
+        assert dtype == "F32" and np.array_equal(np.frombuffer(data, "<f4").reshape(shape), model.weight(leaf))
