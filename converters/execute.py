@@ -159,9 +159,7 @@ def _run_job(plan: Plan, job: Job, sink: Sink, errors: _Errors) -> int:
     except Refused as refusal:
         raise WouldLose("plan-changed", f"no longer fits the plan: {refusal}", tensor=job.name, hint="plan again") from None
     except QFormatError as error:
-        if error.tensor is None:
-            error.tensor = job.name
-            error.args = (str(error),)
+        error.locate(tensor=job.name)
         raise
 
 

@@ -82,6 +82,15 @@ class Plan:
 def make_plan(source: str | Path | Checkpoint, options: PlanOptions) -> Plan:
     """Plan a conversion; ``WouldLose`` is not raised here (see ``refuse_losses``), broken sources are."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    try:
+        return _plan(checkpoint, options)
+    except QFormatError as error:
+        if not isinstance(error, UsageError):
+            error.locate(path=checkpoint.path)
+        raise
+
+
+def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     target = registry.row(options.target.format)
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")

@@ -215,9 +215,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             raise _pickle(where)
         return _open_file(where)
     except QFormatError as error:
-        if error.path is None:
-            error.path = str(where)
-            error.args = (str(error),)
+        error.locate(path=where)
         raise
 
 

@@ -64,6 +64,14 @@ class QFormatError(Exception):
         tail = f" — {printable(self.hint, 500)}" if self.hint else ""
         return f"{head}{self.message}{tail} [{self.code}]"
 
+    def locate(self, *, path: object = None, tensor: str | None = None) -> None:
+        """Fill in where it happened, where that is not known yet."""
+        if self.path is None and path is not None:
+            self.path = str(path)
+        if self.tensor is None:
+            self.tensor = tensor
+        self.args = (str(self),)
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.code, self.message, self.path, self.tensor, self.offset_bytes, self.hint)
 
