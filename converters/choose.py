@@ -46,6 +46,13 @@ class PlanOptions:
     pre_tokenizer: str | None = None
     header_only: bool = False
 
+    def __post_init__(self) -> None:
+        for pattern, _ in self.tensor_types:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError("tensor-type", f"{pattern!r} is not a regular expression: {error}") from None
+
     def to_json(self) -> dict[str, Any]:
         """What a provenance record keeps."""
         return {
@@ -97,7 +104,7 @@ class Chooser:
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
         """The type the user named for this tensor, or None for the default rule."""
         for pattern, name in self.options.tensor_types:
-            if re.search(pattern, tensor.name):
+            if re.search(pattern, tensor.name) and (len(tensor.shape) > 1 or name.lower() in FLOAT_WORDS):
                 return name.lower()
         kind = self.options.target.type
         if kind is None or tensor.kind not in _MATRIX_KINDS or len(tensor.shape) < 2:

@@ -96,7 +96,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         raise Unsupported("write", f"{target.name} cannot be written")
     restore = _restorable(checkpoint, options)
     mapped = map_tensors(checkpoint, target.container)
-    warnings = list(checkpoint.warnings)
+    warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     orders, row_orders = _absorb(checkpoint, options, warnings)
     tensors = [absorb.apply_row_orders(t, row_orders) for t in mapped.tensors]
@@ -119,6 +119,16 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, restore)
     return Plan(checkpoint, options, tuple(jobs), output, dropped, tuple(warnings), not options.header_only, unsorted)
+
+
+def _module_warnings(checkpoint: Checkpoint) -> list[str]:
+    """What a format has to say of single modules, one line for all that share a story."""
+    told: dict[str, list[str]] = {}
+    for name, module in checkpoint.modules.items():
+        say = getattr(registry.format_module(module.match.format), "module_warnings", None) if checkpoint.is_quantized(name) else None
+        for text in () if say is None else say(module):
+            told.setdefault(text, []).append(name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {text}" for text, names in told.items()]
 
 
 def _restorable(checkpoint: Checkpoint, options: PlanOptions) -> provenance.Restore | None:
