@@ -25,11 +25,14 @@ def made(*, only: str = "", without: str = "-whole") -> list[Any]:
 
 
 class Workshop:
-    """Converts each source to each target once, and keeps the outcome for the session."""
+    """Converts each source to each target once and keeps the latest outputs for the session."""
+
+    ROOM = 14  # outputs kept on disk; float32 copies of small models have a few hundred MB each
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._done: dict[tuple[str, str], tuple[Path, Any]] = {}
+        self._count = 0
 
     def convert(self, source: Path, to: str, *, allow_requantize: bool = False) -> tuple[Path, Any]:
         """(output, report)."""
@@ -37,13 +40,21 @@ class Workshop:
 
         key = (str(source), to)
         if key not in self._done:
+            self._count += 1
             suffix = ".gguf" if to.startswith("gguf") else ""
-            out = self.folder / f"{len(self._done):03}-{source.stem}-{to.replace(':', '-')}{suffix}"
+            out = self.folder / f"{self._count:03}-{source.stem}-{to.replace(':', '-')}{suffix}"
             self._done[key] = out, convert(source, out, to=to, allow_requantize=allow_requantize, workers=2)
+        self._done[key] = self._done.pop(key)  # the latest use last
+        while len(self._done) > self.ROOM:
+            old, _ = self._done.pop(next(iter(self._done)))
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
         return self._done[key]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
     folder = tmp_path_factory.mktemp("workshop")
     yield Workshop(folder)
@@ -76,13 +87,21 @@ def checkpoint(lab_model: Any) -> Any:
         if missing:
             pytest.skip(missing)
         log = LAB / "log" / f"{name}.log"
+        log.parent.mkdir(exist_ok=True)
         with log.open("w") as out:
             script = Path(__file__).with_name("make_checkpoints.py")
-            done = subprocess.run([checkpoint_python(), script, name], stdout=out, stderr=subprocess.STDOUT)
+            done = subprocess.run([checkpoint_python(), script, name], stdout=out, stderr=subprocess.STDOUT, cwd=LAB / "log")
         assert done.returncode == 0, f"making {name}: {log_tail(log)}"
         return where
 
     return find
+
+
+@pytest.fixture(scope="module")
+def source(request: pytest.FixtureRequest, checkpoint: Any) -> Path:
+    """The folder of a named checkpoint; module-wide, so that tests run checkpoint by checkpoint and share conversions."""
+    found: Path = checkpoint(request.param)
+    return found
 
 
 @pytest.fixture(scope="session")

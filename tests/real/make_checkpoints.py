@@ -1,8 +1,8 @@
 """Real GPTQ and AWQ checkpoints, each written by its format's own library: ``make_checkpoints.py NAME …`` or ``list``.
 
-Runs under the lab's interpreter that has GPTQModel 7.7.0 and AutoAWQ 0.2.9. The names say everything: ``gptq-BITS-STYLE-gGROUP[-v2]-MODEL``
+Runs under the lab's interpreter that has GPTQModel 7.7.0 and AutoAWQ 0.2.9. A name says it all: ``gptq-BITS-STYLE-gGROUP[-v2]-MODEL``
 with style ``sym``, ``asym`` or ``act`` (symmetric with act-order), and ``awq-LAYOUT-gGROUP-MODEL`` with layout ``gemm`` or ``gemv``;
-``gm1`` is one group a row. Models: ``slice`` (4 layers of SmolLM2-135M), ``wide`` (4 layers of the one padded to 768), ``whole``, ``whole768``.
+``gm1`` is one group a row. Models: ``slice`` (4 layers of SmolLM2-135M), ``wide`` (4 layers of the one padded to 768), ``whole``.
 A checkpoint appears under its name only when it is complete.
 """
 
@@ -21,7 +21,7 @@ from text import calibration_texts
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # its default asks for more workers than two cores have
 
-BASES = {"slice": "smollm2-slice4", "wide": "smollm2-768-slice4", "whole": "smollm2-135m", "whole768": "smollm2-768"}
+BASES = {"slice": "smollm2-slice4", "wide": "smollm2-768-slice4", "whole": "smollm2-135m"}
 REAL = ("gptq-4-sym-g64-slice", "awq-gemm-g64-slice", "gptq-4-act-g64-slice", "gptq-4-asym-gm1-wide")
 FULL = (
     *(f"gptq-{bits}-{style}-g{group}-slice" for bits, group in ((2, 32), (3, 64), (8, 64)) for style in ("sym", "asym", "act")),
@@ -58,7 +58,7 @@ def make(name: str) -> None:
 
 def _gptq(base: Path, out: Path, bits: int, style: str, group: int, v2: bool) -> None:
     """GPTQModel's own calibration (a few short passages) and its own writer."""
-    from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel import GPTQModel, QuantizeConfig  # type: ignore[import-not-found, unused-ignore]
     from transformers import AutoTokenizer
 
     act = style == "act"
@@ -74,7 +74,7 @@ def _gptq(base: Path, out: Path, bits: int, style: str, group: int, v2: bool) ->
 def _awq(base: Path, out: Path, layout: str, group: int) -> None:
     """Plain round-to-nearest scales through AutoAWQ's packers ``WQLinear_*.from_linear``; asymmetric, 4 bits."""
     import torch
-    from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV
+    from awq.modules.linear import WQLinear_GEMM, WQLinear_GEMV  # type: ignore[import-not-found, unused-ignore]
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 

@@ -1,8 +1,8 @@
 """A second, slow reading of GPTQ and AWQ checkpoints in plain numpy: every weight as scale * (code - zero point) in float64.
 
-Shares no code with the library. Layouts from GPTQModel 7.7.0 ``nn_modules/qlinear`` and ``utils/model.py`` (the v1 zero points that it
-writes are one less, taken off whole words for 2, 4 and 8 bits and field by field for 3) and AutoAWQ 0.2.9 ``modules/linear/{gemm,gemv}.py``;
-``test_reference.py`` holds it against those libraries' own dequantization.
+Shares no code with the library. Layouts from GPTQModel 7.7.0 ``nn_modules/qlinear`` and ``utils/model.py`` (the v1 zero points
+that it writes are one less, taken off whole words for 2, 4 and 8 bits and field by field for 3) and AutoAWQ 0.2.9
+``modules/linear/{gemm,gemv}.py``; ``test_reference.py`` holds it against those libraries' own dequantization.
 """
 
 from __future__ import annotations

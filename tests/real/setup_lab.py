@@ -6,7 +6,7 @@ checked, and the same models saved by transformers) · ``models`` (padded and cu
 · ``checkpoints`` (the ``real`` tier's) · ``checkpoints-full`` (the ``real_full`` tier's; only if named). A stage that fails leaves its
 last words in ``failed/``, the tests that need it skip with them, and the others go on. Exit status 0 unless an unknown stage is named.
 
-Where: ``QFORMATS_LAB`` (default ``~/.cache/qformats-lab``). Measured on two cores from nothing: see the table in ``README.md`` beside.
+Where: ``QFORMATS_LAB`` (default ``~/.cache/qformats-lab``). Times and sizes are in ``README.md`` beside.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ DOWNLOADS = LAB / "downloads"
 PYTHON = LAB / "venv" / "bin" / "python"
 NPM_LIBRARIES, NPM_SOURCE = "@node-llama-cpp/linux-x64@3.22.1", "node-llama-cpp@3.22.1"
 TORCH = "torch==2.13.0"
-BASE = ("numpy", "transformers==5.23.0", "safetensors==0.8.0", "gguf==0.19.0", "accelerate==1.15.0", "torchao==0.18.0", "sentencepiece", "psutil")
+BASE = (
+    "numpy", "transformers==5.23.0", "safetensors==0.8.0", "gguf==0.19.0", "accelerate==1.15.0", "torchao==0.18.0", "sentencepiece",
+    "psutil",
+)  # fmt: skip
 QUANTIZERS = ("gptqmodel==7.7.0", "autoawq==0.2.9")
 QUANTIZER_NEEDS = (
     "device-smi", "logbar", "tokenicer", "pypcre", "defuser", "datasets", "dill", "protobuf", "threadpoolctl", "py-cpuinfo", "pydantic",
@@ -46,9 +49,10 @@ class StageError(Exception):
 
 
 def _run(*command: object, log: Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> None:
+    words, environment = [str(word) for word in command], {**os.environ, **(env or {})}
     with log.open("a") as out:
         try:
-            done = subprocess.run([str(c) for c in command], stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env={**os.environ, **(env or {})})
+            done = subprocess.run(words, stdout=out, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
         except OSError as error:
             raise StageError(f"{command[0]}: {error.strerror}") from None
     if done.returncode:
@@ -196,7 +200,7 @@ def _make_checkpoints(tier: str, log: Path) -> None:
     for name in REAL if tier == "real" else (*REAL, *FULL):
         if not (CHECKPOINTS / name).exists():
             started = time.monotonic()
-            _run(checkpoint_python(), HERE / "make_checkpoints.py", name, log=log)
+            _run(checkpoint_python(), HERE / "make_checkpoints.py", name, log=log, cwd=LAB / "log")  # GPTQModel writes logs where it runs
             print(f"   {name} {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,9 @@ from text import evaluation_text
 POSITIONS, TOKENS, MAX_NLL_DIFFERENCE = 128, 256, 0.015
 
 
-@pytest.mark.parametrize("name", made(without=""))
-def test_logits_of_the_same_weights(name: str, checkpoint: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
+@pytest.mark.parametrize("source", made(without=""), indirect=True)
+def test_logits_of_the_same_weights(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
     """An F32 GGUF in llama.cpp against the float32 Hugging Face directory in plain transformers."""
-    source = checkpoint(name)
     file, _ = workshop.convert(source, "gguf:f32")
     folder, _ = workshop.convert(source, "hf:f32")
     ids = ids_of(file, evaluation_text(), POSITIONS)
@@ -24,11 +24,10 @@ def test_logits_of_the_same_weights(name: str, checkpoint: Any, workshop: Worksh
     figure(assert_same_logits(mine, transformers_logits(folder, ids)))
 
 
-@pytest.mark.parametrize("name", made(without=""))
-def test_likelihood_of_the_packed_file(name: str, checkpoint: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
+@pytest.mark.parametrize("source", made(without=""), indirect=True)
+def test_likelihood_of_the_packed_file(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
     """Mean negative log likelihood of the packed file beside that of the F32 file; greedy text is shown, not judged."""
-    source = checkpoint(name)
-    packed, _ = workshop.convert(source, "gguf", allow_requantize="-act-" in name)
+    packed, _ = workshop.convert(source, "gguf", allow_requantize="-act-" in source.name)
     plain, _ = workshop.convert(source, "gguf:f32")
     ids = ids_of(plain, evaluation_text(), TOKENS)
     figures = []

@@ -80,8 +80,25 @@ def assert_every_weight(llama: Any, figure: Any, source: Path, out: Path, report
             assert error < 0.01, f"{name}: relative error {error}"
 
 
-@pytest.mark.parametrize("name", made(without=""))
-def test_llama_cpp_sees_the_checkpoints_weights(name: str, checkpoint: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
-    source = checkpoint(name)
-    out, report = workshop.convert(source, "gguf", allow_requantize="-act-" in name)
+@pytest.mark.parametrize("source", made(without=""), indirect=True)
+def test_llama_cpp_sees_the_checkpoints_weights(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
+    out, report = workshop.convert(source, "gguf", allow_requantize="-act-" in source.name)
     assert_every_weight(llama, figure, source, out, report)
+
+
+@pytest.mark.parametrize("source", made(only="awq-gemm-g64-slice"), indirect=True)
+def test_q4_1_keeps_the_codes_and_rounds_offsets(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
+    """A named type whose offset is float16: every weight within that rounding (relative 2^-11 of the offset), no tensor given new codes."""
+    out, report = workshop.convert(source, "gguf:q4_1")
+    lines = {line.name: line for line in report.tensors if line.type == "Q4_1"}
+    kinds = {line.kind for line in lines.values()}
+    assert kinds <= {"exact", "codes-exact"}
+    wanted, found = expected(Reference(source), set()), dequantized(llama, out)
+    worst = 0.0
+    for name in (n for n in lines if n.startswith("blk.")):
+        blocks = wanted[name].reshape(-1, 32)
+        error = np.abs(found[name].reshape(-1, 32) - blocks).max(1)
+        step = np.abs(blocks).max(1) * 2  # an offset is at most the whole range away from zero: scale * 15
+        worst = max(worst, float((error / (step * 2.0**-11 + 2.0**-24)).max()))
+    figure(f"{len(lines)} tensors, error at most {worst:.2f} of the bound")
+    assert worst <= 15 / 8

@@ -1,0 +1,99 @@
+"""Dense models as GGUF: the real ones in every float type, and one tiny random model of every architecture, in float32."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Workshop
+from running import assert_same_logits, ids_of, transformers_logits
+from text import evaluation_text
+
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "dense"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "special_tokens_map.json")
+TYPES = {"f16": 0.005, "bf16": 0.015, "q8_0": 0.015}  # how far the mean NLL may lie from float32's
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+TINY: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama-tied", {"tie_word_embeddings": True}),
+    "llama-untied-wide-heads": ("llama", {"tie_word_embeddings": False, "head_dim": 32}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "gemma3": ("gemma3", {"num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}),
+    "gemma3-all-sliding": ("gemma3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}),
+}
+pytestmark = pytest.mark.real
+
+
+def assert_runs_alike(folder: Path, workshop: Workshop, llama: Any, figure: Any, positions: int) -> Path:
+    """Float32 GGUF of a directory in llama.cpp against the directory in transformers; the GGUF."""
+    from transformers import AutoTokenizer
+
+    file, report = workshop.convert(folder, "gguf:f32")
+    shifted = [line for line in report.tensors if line.kind not in ("copied", "exact")]  # Gemma's norms are stored with one added
+    assert all(line.name.endswith("norm.weight") and "after adding 1" in line.reason for line in shifted)
+    text = evaluation_text()
+    ids = ids_of(file, text, positions)
+    assert AutoTokenizer.from_pretrained(folder).encode(text)[:positions] == ids
+    with llama.Llama(file) as model:
+        mine = model.logits(ids)
+    figure(assert_same_logits(mine, transformers_logits(folder, ids)))
+    return file
+
+
+@pytest.mark.parametrize(("name", "stage"), [("smollm2-135m", "smollm"), ("gemma3-270m", "gemma")])
+def test_a_real_model_in_float32(name: str, stage: str, lab_model: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
+    assert_runs_alike(lab_model(name, stage), workshop, llama, figure, 128)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_smollm2_in_every_float_type(kind: str, lab_model: Any, workshop: Workshop, llama: Any, figure: Any) -> None:
+    """Mean NLL on 256 tokens beside that of float32."""
+    folder = lab_model("smollm2-135m", "smollm")
+    plain, _ = workshop.convert(folder, "gguf:f32")
+    file, report = workshop.convert(folder, f"gguf:{kind}")
+    assert {line.type for line in report.tensors} == {kind.upper(), "F32"}
+    ids = ids_of(plain, evaluation_text(), 256)
+    figures = []
+    for path in (file, plain):
+        with llama.Llama(path) as model:
+            figures.append(model.nll(ids, 256))
+    figure(f"NLL {figures[0]:.4f}, in float32 {figures[1]:.4f}")
+    assert abs(figures[0] - figures[1]) <= TYPES[kind]
+
+
+def tiny_model(name: str, out: Path) -> Path:
+    """A random model of a fixture's shape, norms and biases random too, saved in float32 with the fixture's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fixture, changes = TINY[name]
+    config = {**json.loads((FIXTURES / fixture / "config.json").read_text()), "dtype": "float32", **changes}
+    kind = config.pop("model_type")
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.float32)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 2.0 if "embed" in key else 1.5 * weight.shape[-1] ** -0.5)
+            else:
+                weight.add_(torch.randn_like(weight) * 0.2)
+    model.save_pretrained(out)
+    for file in TOKENIZER_FILES:
+        if (FIXTURES / fixture / file).exists():
+            shutil.copy(FIXTURES / fixture / file, out)
+    return out
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_architecture(name: str, tmp_path: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
+    """Random weights leave no slip in a permutation, a norm, a bias, an expert or a rotary factor unseen."""
+    assert_runs_alike(tiny_model(name, tmp_path / name), workshop, llama, figure, 128)
