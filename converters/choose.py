@@ -274,10 +274,13 @@ class Chooser:
 
     def _best(self, tensor: TensorMap, storages: Sequence[Storage], format_name: str) -> tuple[Job | None, dict[str, str]]:
         refusals: dict[str, str] = {}
+        probe = None if self.options.header_only else self._probe(tensor)
         for rounding in (False, True):
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
-                    found = self._claim(tensor, storage, rounding) if self.options.header_only else self._scan(tensor, storage, rounding)
+                    if probe is not None:
+                        fit(probe, storage, hint=self._hint(tensor, probe.shape[0]), rounding=rounding)
+                    found = self._claim(tensor, storage, rounding) if probe is None else self._scan(tensor, storage, rounding)
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
                     continue
@@ -286,6 +289,15 @@ class Chooser:
                     continue
                 return self._codes_job(tensor, storage, format_name, found, rounding), refusals
         return None, refusals
+
+    def _probe(self, tensor: TensorMap) -> QuantizedTensor:
+        """A few rows to refuse on before whole ranges are read."""
+        job = Job(tensor, "codes", "", "", "", {}, False, orders=self._orders(tensor))
+        slab = Slab(self.checkpoint, job, load=False)
+        return read_rows(job, slab, self.checkpoint, 0, first_rows(job))  # type: ignore[return-value]
+
+    def _hint(self, tensor: TensorMap, rows: int) -> Hint | None:
+        return hint_rows(self.hints.get(tensor.target), 0, rows)
 
     def _codes_job(self, tensor: TensorMap, storage: Storage, format_name: str, found: Fit, rounding: bool) -> Job:
         parts = registry.format_module(format_name).layout(storage, tensor.shape)
@@ -299,7 +311,7 @@ class Chooser:
         """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint, probe, load=False), None
-        for start, stop in [*first_rows(probe, self.checkpoint), *slabs(probe, self.checkpoint)]:
+        for start, stop in slabs(probe, self.checkpoint):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
             found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]

@@ -217,14 +217,17 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     jobs: list[Job] = []
     for group in _GROUPS:
         chooser.options = _with_option(chooser.options, "group", group)
+        jobs = []
         try:
-            jobs = [chooser.decide(t) for t in tensors]
+            for tensor in tensors:
+                jobs.append(chooser.decide(tensor))
+                if jobs[-1].kind == "requantized" and group != _GROUPS[-1]:
+                    break
+            else:
+                return jobs
         except (Unsupported, UsageError):
             if group == _GROUPS[-1]:
                 raise
-            continue
-        if all(j.kind not in ("requantized",) for j in jobs):
-            break
     return jobs
 
 

@@ -24,6 +24,7 @@ __all__ = ["Slab", "first_rows", "overlaps", "read_rows", "slabs"]
 
 _SLAB_NBYTES = 32 << 20  # parts of a module up to this size are read in one go
 _CHUNK_WEIGHTS = 2 << 20  # one step's codes: cache-sized
+_PROBE_ROWS = 32
 _BIG_CHUNK_WEIGHTS = 8 << 20  # one step of a module too big for one slab
 
 
@@ -89,11 +90,10 @@ def slabs(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
         yield start, min(total, start + step)
 
 
-def first_rows(job: Job, checkpoint: Checkpoint) -> list[tuple[int, int]]:
-    """A few rows to refuse on before a whole range is read; empty where one range is all there is."""
-    ranges = list(slabs(job, checkpoint))
-    unit = max(32, *(s.period for s in job.map.sources))
-    return [] if len(ranges) < 2 or any(s.period == 0 for s in job.map.sources) else [(0, min(unit, ranges[0][1]))]
+def first_rows(job: Job) -> int:
+    """How many of the target's first rows make a cheap probe: whole periods of the row order."""
+    total = sum(s.stop - s.start for s in job.map.sources)
+    return min(total, max(_PROBE_ROWS, *(s.period for s in job.map.sources)))
 
 
 def read_rows(

@@ -55,6 +55,21 @@ class Param:
         return replace(self, values=values)
 
 
+def _run_plane(param: Param, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:
+    """A plain plane on runs of one row and the runs' width; None for any other block."""
+    if isinstance(param.values, QuantizedTensor) or not isinstance(param.block, Tile):
+        return None
+    width = min(param.block.sizes[-1], shape[-1])
+    single = param.values.numel() == 1
+    if single or (all(size == 1 for size in param.block.sizes[:-1]) and shape[-1] % width == 0):
+        return param.values, shape[-1] if single else width
+    return None
+
+
+def _spread_runs(plane: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
+    return plane if plane.numel() == 1 else plane.repeat_interleave(width, -1) if width > 1 else plane
+
+
 def constant(value: int | float, shape: tuple[int, ...], dtype: torch.dtype = torch.int16) -> Param:
     """A parameter that is one number for the whole tensor of ``shape``."""
     return Param(torch.full((1,) * len(shape), value, dtype=dtype), whole(shape))
@@ -223,12 +238,36 @@ class QuantizedTensor:
         AutoAWQ 0.2.9 ``dequantize_gemm``. ``Unsupported('like')`` for other names.
         """
         if like is None:
-            return round_once(self.real(), dtype)
+            plain = self._affine_in_float64()
+            return round_once(self.real() if plain is None else Real(plain), dtype)
         if like == "ggml":
             return self.evaluate_in(torch.float32).to(dtype)
         if like in ("gptqmodel", "autoawq"):
             return self.evaluate_in(torch.float16).to(dtype)
         raise Unsupported("like", f"no rounding order is known for {like!r}", hint="use ggml, gptqmodel or autoawq")
+
+    def _affine_in_float64(self) -> Tensor | None:
+        """Every weight in float64 where that is known to be exact: codes, integer zero points and half-precision scales on runs of a row.
+
+        A product has at most 9 + 11 significant bits down to 2^-24, an offset 11 bits, so their sum fits 53 bits.
+        """
+        if not isinstance(self.grid, Integer) or self.signs is not None or self.group_index is not None or len(self.scales) != 1:
+            return None
+        planes = [_run_plane(p, self.shape) for _, p in self.params()]
+        if any(plane is None for plane in planes) or self.scales[0].inverse:
+            return None
+        half = (torch.float16,)
+        if self.scales[0].values.dtype not in half or (self.offset is not None and self.offset.values.dtype not in half):  # type: ignore[union-attr]
+            return None
+        if self.zero_point is not None and self.zero_point.values.dtype.is_floating_point:  # type: ignore[union-attr]
+            return None
+        spread = [_spread_runs(plane, width, self.shape) for plane, width in planes]  # type: ignore[misc]
+        scale, rest = spread[0], spread[1:]
+        w = self.codes.to(torch.float32)
+        if self.zero_point is not None:
+            w = w - rest.pop(0).to(torch.float32)
+        w = (w * scale.to(torch.float32)).to(torch.float64)  # 20 significant bits: exact in float32 too
+        return w if self.offset is None else w + rest.pop(0).to(torch.float64)
 
     def evaluate_in(self, dtype: torch.dtype) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded."""
