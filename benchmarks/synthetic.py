@@ -17,16 +17,21 @@ HIDDEN, FEED, HEADS, KV, LAYERS, GROUP = 4096, 11008, 32, 8, 12, 128
 FIXTURE = Path(__file__).parent.parent / "fixtures" / "gptq" / "4b-g32-sym"
 
 
-def _linear(rng: np.random.Generator, name: str, n: int, k: int, method: str) -> list[tuple[str, str, np.ndarray]]:
+def linear(rng: np.random.Generator, name: str, n: int, k: int, method: str) -> list[tuple[str, str, np.ndarray]]:
+    """The planes of one N x K module: (full name, dtype word, array)."""
     groups = k // GROUP
     scales = (rng.random((groups, n), np.float32) * 0.01 + 0.002).astype("<f2")
     if method == "gptq":
         words = rng.integers(-(2**31), 2**31, (k // 8, n), dtype=np.int64).astype("<i4")
         zeros = np.full((groups, n // 8), 0x77777777, "<i4")
         index = (np.arange(k) // GROUP).astype("<i4")
-        return [(f"{name}.qweight", "I32", words), (f"{name}.qzeros", "I32", zeros), (f"{name}.scales", "F16", scales), (f"{name}.g_idx", "I32", index)]
+        return [*_planes(name, words, zeros, scales), (f"{name}.g_idx", "I32", index)]
     words = rng.integers(-(2**31), 2**31, (k, n // 8), dtype=np.int64).astype("<i4")
     zeros = rng.integers(-(2**31), 2**31, (groups, n // 8), dtype=np.int64).astype("<i4")
+    return _planes(name, words, zeros, scales)
+
+
+def _planes(name: str, words: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> list[tuple[str, str, np.ndarray]]:
     return [(f"{name}.qweight", "I32", words), (f"{name}.qzeros", "I32", zeros), (f"{name}.scales", "F16", scales)]
 
 
@@ -52,7 +57,7 @@ def make(directory: Path, method: str, layers: int = LAYERS) -> Path:
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors.append((f"{base}.{name}.weight", "F16", np.ones(HIDDEN, "<f2")))
         for name, (n, k) in shapes.items():
-            tensors += _linear(rng, f"{base}.{name}", n, k, method)
+            tensors += linear(rng, f"{base}.{name}", n, k, method)
     layout = layout_safetensors([(name, dtype, tuple(a.shape)) for name, dtype, a in tensors], {"format": "pt"})
     with open(target / "model.safetensors", "wb") as out:
         out.write(layout.header)

@@ -132,15 +132,26 @@ def _as_tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(signed))
 
 
+def _run(words: Array) -> tuple[Array, int, int]:
+    """Words (H, W), maybe columns of a wider array, as one run of uint32 in memory, the distance of its rows, and H."""
+    import numpy as np
+
+    height, width = words.shape
+    if words.strides[1] != 4 or words.strides[0] % 4 or words.strides[0] < 0:
+        words = np.ascontiguousarray(words)
+    step = words.strides[0] // 4 if height > 1 else width
+    return np.lib.stride_tricks.as_strided(words.view(np.uint32), ((height - 1) * step + width,), (4,)), step, height
+
+
 def unpack_columns(words: Array, bits: int, count: int) -> Array:
     """Words (W, n) packed along the first axis -> uint8 codes (n, count)."""
     import numpy as np
 
     loops = _loops()
-    if loops is None or words.itemsize != 4 or count % 8:
+    if loops is None or words.itemsize != 4 or count % 8 or not words.size:
         return unpack_stream(_as_tensor(words).T, bits, count).numpy()
     out = np.empty((words.shape[1], count), np.uint8)
-    loops.unpack_columns(np.ascontiguousarray(words).view(np.uint32), bits, out.view(np.uint64))
+    loops.unpack_columns(*_run(words), bits, out.view(np.uint64))
     return out
 
 
@@ -190,12 +201,12 @@ def unpack_interleaved(words: Array, bits: int = 4) -> Array:
     rows, width = words.shape
     columns = width * 32 // bits
     loops = _loops()
-    if loops is None or bits != 4:
+    if loops is None or bits != 4 or not rows:
         fields = reorder(unpack_stream(_as_tensor(words), bits, columns), AWQ_REVERSE)
         out: Array = np.ascontiguousarray(fields.numpy().T)
         return out
     codes = np.empty((columns, rows), np.uint8)
-    loops.unpack_interleaved(np.ascontiguousarray(words).view(np.uint32), codes)
+    loops.unpack_interleaved(*_run(words), codes)
     return codes
 
 

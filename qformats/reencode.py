@@ -79,12 +79,15 @@ class _Affine:
 
     def plane(self, values: Tensor, width: int) -> Tensor:
         """A plane on runs of ``self.width`` spread to runs of ``width`` (a divisor, or the same)."""
-        if width == self.width:
-            return values
-        count = -(-self.k // width)
-        if values.shape[-1] == 1:
-            return values.expand(*values.shape[:-1], count)
-        return values.index_select(-1, torch.arange(count) * width // self.width)
+        return _spread(values, self.width, width, self.k)
+
+
+def _spread(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
+    """A plane on runs of ``coarse`` columns repeated for runs of ``fine``, which divide them; one value stands for the whole row."""
+    count = -(-k // fine)
+    if coarse == fine or values.shape[-1] == 1:
+        return values if coarse == fine else values.expand(*values.shape[:-1], count)
+    return values.unsqueeze(-1).expand(*values.shape, coarse // fine).flatten(-2)[..., :count]
 
 
 def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
@@ -263,7 +266,7 @@ def _done(
 ) -> Fit:
     group = min(storage.group or a.k, a.k)
     if scale.shape[-1] == -(-a.k // width) and width > group:
-        scale = scale.index_select(-1, torch.arange(-(-a.k // group)) * group // width)
+        scale = _spread(scale, width, group, a.k)
     if width > group:
         a.notes.append(f"split groups of {width} into {group}")
     zero, offset = params.get("zero_point"), params.get("offset")
@@ -360,21 +363,15 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
     if a.grid.signed:
         raise Refused("signed codes have no place in an unsigned grid with offset")
     width = _working_width(a, group)
-    scale, zero = a.plane(a.scale, width), a.plane(a.zero, width)
     if group > width:
         raise Refused(f"groups of {width} are finer than the target's {group}")
-    zero = zero.expand(scale.shape)
     fits = a.grid.highest <= top
-    exact = _product_exact(scale, -zero, dtype) if fits else torch.zeros_like(zero, dtype=torch.bool)
-    flip, offset_code = torch.zeros_like(exact), -zero
-    if not bool(exact.all()):
-        flip, offset_code, exact = _search_offset(a, scale, zero, exact, width, top, dtype)
-    left = int((~exact).sum())
+    offset_code, flip, exact = _choose_offset(a, width, top, dtype)
+    scale, zero = a.plane(a.scale, width), a.plane(a.zero, width)
+    left = exact.numel() - int(exact.sum())
     if left and (not rounding or not fits):
         raise Refused(f"scale x zero point is not {storage.offset} in {left} of {exact.numel()} blocks, in any flip or shift")
-    offset_code = torch.where(exact, offset_code, -zero)
-    flip &= exact
-    offset = (scale.to(torch.float64) * offset_code).to(torch.float32).to(dtype)
+    offset = (scale.to(torch.float64) * offset_code.to(torch.float64)).to(torch.float32).to(dtype)
     if not bool(torch.isfinite(offset).all()):
         raise Refused(f"scale x zero point overflows {storage.offset}")
     shift = torch.where(flip, offset_code + zero, -offset_code - zero)
@@ -382,62 +379,68 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
         a.rounded.append(f"the offset of {left} of {exact.numel()} blocks rounds to {storage.offset} ({_F16_BOUND})")
     moved = int((flip | (shift != 0)).sum())
     a.notes.append(f"zero point to offset, {moved} blocks flipped or shifted" if moved else "zero point to offset")
-    scale = torch.where(flip, -scale, scale)
     any_flip = flip if bool(flip.any()) else None
+    if any_flip is not None:
+        scale = torch.where(flip, -scale, scale)
     return _done(a, storage, width, shift, any_flip, scale, "" if left else "scale x zero point is representable in every block",
                  offset=_param(offset, a.shape, group))  # fmt: skip
 
 
 def _product_exact(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """Where scale x integer (exact in float64) is a finite ``dtype`` number."""
-    product = scale.to(torch.float64) * factor
+    product = scale.to(torch.float64) * factor.to(torch.float64)
     stored = product.to(torch.float32).to(dtype)
     return (stored.to(torch.float64) == product) & torch.isfinite(stored)
 
 
-def _search_offset(a: _Affine, scale: Tensor, zero: Tensor, exact: Tensor, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """For blocks whose plain offset rounds, the first flip or shift whose offset does not: w = s·q' + s·k or w = −s·q' + s·j."""
-    flip, chosen = torch.zeros_like(exact), -zero
-    todo = ~exact
-    mirrored = top - zero  # q' = top − q, no code range needed
-    if a.grid.highest <= top:
-        hit = todo & _product_exact(scale, mirrored, dtype)
-        flip, chosen, todo = flip | hit, torch.where(hit, mirrored, chosen), todo & ~hit
-    if not bool(todo.any()):
-        return flip, chosen, ~todo
+def _choose_offset(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer, flip and "is scale x integer a ``dtype`` number" for each run of ``width``: w = s·q' + s·k, or w = −s·q' + s·j for a flip.
+
+    The plain offset −zero or else the mirrored one (q' = top − q) serve whole groups, whatever the codes are; where both round, the
+    range of a block's codes leaves room for other shifts and flips. Blocks where all of them round keep the plain offset.
+    """
+    zero = a.zero.expand(a.scale.shape)
+    chosen, flip = -zero, torch.zeros_like(zero, dtype=torch.bool)
+    found = _product_exact(a.scale, chosen, dtype) if a.grid.highest <= top else flip
+    if a.grid.highest <= top and not bool(found.all()):
+        flip = ~found & _product_exact(a.scale, top - zero, dtype)
+        chosen, found = torch.where(flip, top - zero, chosen), found | flip
+    chosen, flip, found = (a.plane(p, width).contiguous() for p in (chosen, flip, found))
+    if bool(found.all()):
+        return chosen, flip, found
     low, high = a.ranges(width)
-    picked, picked_flip, hit = search_offset(scale[todo], (low - zero)[todo], (high - zero)[todo], chosen[todo], top, dtype)
-    chosen, flip, left = chosen.clone(), flip.clone(), todo.clone()
-    chosen[todo], flip[todo], left[todo] = picked, picked_flip, ~hit
-    return flip, chosen, ~left
+    wide = a.plane(zero, width)
+    return search_offset(a.plane(a.scale, width), low - wide, high - wide, chosen, flip, found, top, dtype)
 
 
-def search_offset(scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, top: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """For each block the first shift or flip whose offset is representable: (integer, is it a flip, was one found)."""
+def search_offset(
+    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, flip: Tensor, found: Tensor, top: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For each block not ``found`` yet the first shift or flip whose offset is representable: (integer, is it a flip, was one found).
+
+    ``smallest`` and ``largest``: range of code minus zero point, int16 like ``chosen``, which stays where nothing is found.
+    """
     loops = rewrite.block_loops()
     if loops is None or scale.dtype != torch.float16 or dtype != torch.float16 or scale.device.type != "cpu":
-        return search_offset_definition(scale, smallest, largest, chosen, top, dtype)
-    picked = chosen.to(torch.int16).contiguous()
-    flip, found = torch.zeros(len(scale), dtype=torch.bool), torch.zeros(len(scale), dtype=torch.bool)
-    planes = (scale.to(torch.float32), smallest.to(torch.int16), largest.to(torch.int16))
-    loops.search_offset(*(p.contiguous().numpy() for p in planes), top, picked.numpy(), flip.numpy(), found.numpy())
-    return picked, flip, found
+        return search_offset_definition(scale, smallest, largest, chosen, flip, found, top, dtype)
+    chosen, flip, found = (p.clone(memory_format=torch.contiguous_format) for p in (chosen, flip, found))
+    planes = (scale.to(torch.float32), smallest, largest)
+    loops.search_offset(*(p.reshape(-1).numpy() for p in planes), top, *(p.view(-1).numpy() for p in (chosen, flip, found)))
+    return chosen, flip, found
 
 
 def search_offset_definition(
-    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, top: int, dtype: torch.dtype
-) -> tuple[Tensor, ...]:
+    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, flip: Tensor, found: Tensor, top: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """``search_offset`` in torch: what the compiled loop must equal."""
-    picked, flip = chosen.clone(), torch.zeros_like(chosen, dtype=torch.bool)
-    found = torch.zeros_like(flip)
     for step in range(top + 1):
         for mirror in (False, True):
             code = largest + step if mirror else smallest - step
             legal = code <= smallest + top if mirror else code >= largest - top
             hit = ~found & legal & _product_exact(scale, code, dtype)
-            picked, flip = torch.where(hit, code, picked), torch.where(hit, torch.tensor(mirror), flip)
-            found |= hit
-    return picked, flip, found
+            chosen, flip = torch.where(hit, code, chosen), torch.where(hit, torch.tensor(mirror), flip)
+            found = found | hit
+    return chosen, flip, found
 
 
 def _to_zero_range(a: _Affine, storage: Storage, hint: Hint | None) -> Fit:

@@ -6,7 +6,7 @@ or, out of a GGUF, a ggml type name (``F32 F16 BF16 F64 I8 I16 I32 I64 Q4_0 …`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.source import ByteSource, MemorySource
@@ -15,7 +15,7 @@ from qformats.errors import BadFile
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["NUMPY_DTYPES", "RawTensor"]
+__all__ = ["NUMPY_DTYPES", "RawTensor", "ReadAhead"]
 
 # storage view of each plain dtype as little-endian numpy; bfloat16 and 8-bit floats travel as integers of their width
 NUMPY_DTYPES = {
@@ -103,3 +103,31 @@ class RawTensor:
             raise BadFile("dtype", f"array of {array.dtype} is not {dtype}", tensor=name)
         data = np.ascontiguousarray(array)
         return cls(name, dtype, tuple(int(n) for n in array.shape), MemorySource(data.reshape(-1).view("u1").data, name), 0, data.nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadAhead(RawTensor):
+    """A tensor whose column ranges come out of wide reads: all of it if it has up to ``limit`` bytes, else as many columns as that holds.
+
+    For one thread that asks for ranges in order. ``column_range`` gives views of what is held, which must not be written to.
+    """
+
+    limit: int = 32 << 20
+    held: list[tuple[int, int, np.ndarray[Any, Any]]] = field(default_factory=list, compare=False, repr=False)
+
+    @classmethod
+    def of(cls, raw: RawTensor, limit: int) -> ReadAhead:
+        """``raw`` with nothing held yet."""
+        return cls(raw.name, raw.dtype, raw.shape, raw.source, raw.offset, raw.nbytes, raw.big_endian, limit)
+
+    def column_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
+        """Columns ``start:stop`` of every row as a view (rows, stop - start)."""
+        if not self.held or start < self.held[0][0] or stop > self.held[0][1]:
+            width = self.row_nbytes // self._numpy_dtype().itemsize
+            count = width if self.nbytes <= self.limit else self.limit * width // self.nbytes
+            first = 0 if count == width else start
+            last = min(width, max(stop, first + count))
+            self.held.clear()  # before the next piece is allocated
+            self.held.append((first, last, RawTensor.column_range(self, first, last)))
+        first, _, columns = self.held[0]
+        return columns[:, start - first : stop - first]

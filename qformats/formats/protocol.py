@@ -44,11 +44,15 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """One module of a checkpoint: its raw parts by leaf name (``qweight``, ``weight``, ``bias`` …)."""
+    """One module of a checkpoint: its raw parts by leaf name (``qweight``, ``weight``, ``bias`` …).
+
+    ``memo`` is the format's own: small facts about these very parts that every row range would find out again.
+    """
 
     name: str
     parts: Mapping[str, RawTensor]
     match: Match
+    memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

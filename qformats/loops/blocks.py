@@ -15,9 +15,10 @@ from numba import njit
 __all__ = ["relabel", "run_range", "search_offset"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-u8, i16, i32, u32, f32 = np.uint8, np.int16, np.int32, np.uint32, np.float32
-_MAX_HALF = f32(65504.0)
-_STEPS_PER_ONE = f32(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
+u8, i16, i32, u64, f64 = np.uint8, np.int16, np.int32, np.uint64, np.float64
+_BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
+_MAX_HALF = f64(65504.0)
+_STEPS_PER_ONE = f64(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
 
 
 def _compiled(function: F) -> F:
@@ -62,10 +63,9 @@ def relabel(codes: Any, width: int, add: Any, mask: Any, out: Any) -> None:
 
 @_compiled
 def _fits_half(value: Any) -> Any:
-    """Whether a float32 is a finite fp16 number: at most 11 significant bits, a multiple of 2^-24, no larger than 65504."""
-    bits = f32(value).view(u32)
-    steps = f32(value * _STEPS_PER_ONE)
-    return (bits & u32(0x1FFF)) == u32(0) and np.floor(steps) == steps and abs(value) <= _MAX_HALF
+    """Whether a float64 is a finite fp16 number: at most 11 significant bits, a multiple of 2^-24, no larger than 65504."""
+    steps = value * _STEPS_PER_ONE
+    return (f64(value).view(u64) & _BELOW_HALF) == u64(0) and np.floor(steps) == steps and abs(value) <= _MAX_HALF
 
 
 @_compiled
@@ -79,17 +79,15 @@ def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any
     for b in range(scale.shape[0]):
         if found[b]:
             continue
-        s, low, high = scale[b], i32(smallest[b]), i32(largest[b])
-        for step in range(top + 1):
-            code = low - step
-            if code >= high - top and _fits_half(f32(s * f32(code))):
-                chosen[b] = i16(code)
+        s, low, high = f64(scale[b]), i32(smallest[b]), i32(largest[b])
+        for step in range(top - (high - low) + 1):  # beyond, both directions leave the grid
+            if _fits_half(s * f64(low - step)):
+                chosen[b] = i16(low - step)
                 flip[b] = False
                 found[b] = True
                 break
-            code = high + step
-            if code <= low + top and _fits_half(f32(s * f32(code))):
-                chosen[b] = i16(code)
+            if _fits_half(s * f64(high + step)):
+                chosen[b] = i16(high + step)
                 flip[b] = True
                 found[b] = True
                 break

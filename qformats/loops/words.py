@@ -134,10 +134,9 @@ def pack_rows(codes: Array, bits: int, out: Array) -> None:
 
 
 @_compile
-def unpack_columns(words: Array, bits: int, out: Array) -> None:
-    """uint32 words (W, n) -> uint64 (n, C), eight codes each: ``unpack_stream(words.T, bits, 8 * C)``."""
-    height, width = words.shape
-    chunks = out.shape[1]
+def unpack_columns(words: Array, step: int, height: int, bits: int, out: Array) -> None:
+    """uint32 words (W, n), row r at ``words[r * step]`` -> uint64 (n, C), eight codes each: ``unpack_stream(words.T, bits, 8 * C)``."""
+    width, chunks = out.shape
     span = _DEPTH * 4 // bits // 4 * 4  # chunks a tile: whole blocks of 32 codes
     buffer = np.zeros((_COLUMNS, _DEPTH + 2), np.uint32)
     for column in range(0, width, _COLUMNS):
@@ -146,8 +145,9 @@ def unpack_columns(words: Array, bits: int, out: Array) -> None:
             count = min(span, chunks - chunk)
             first = chunk * bits // 4
             for row in range(min((count * bits + 3) // 4, height - first)):
+                at = (first + row) * step + column
                 for j in range(columns):
-                    buffer[j, row] = words[first + row, column + j]
+                    buffer[j, row] = words[at + j]
             for j in range(columns):
                 _spread_line(buffer[j], bits, out[column + j, chunk : chunk + count])
 
@@ -171,17 +171,18 @@ def pack_columns(codes: Array, bits: int, out: Array) -> None:
 
 
 @_compile
-def unpack_interleaved(words: Array, out: Array) -> None:
-    """uint32 AWQ words (K, W) -> uint8 (8 W, K): ``reorder(unpack_stream(words, 4, 8 * W), AWQ_REVERSE).T``."""
-    height, width = words.shape
+def unpack_interleaved(words: Array, step: int, height: int, out: Array) -> None:
+    """uint32 AWQ words (K, W), row r at ``words[r * step]`` -> uint8 (8 W, K): ``reorder(unpack_stream(…), AWQ_REVERSE).T``."""
+    width = out.shape[0] // 8
     buffer = np.empty((_COLUMNS, _DEPTH), np.uint32)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         for first in range(0, height, _DEPTH):
             depth = min(_DEPTH, height - first)
             for row in range(depth):
+                at = (first + row) * step + column
                 for j in range(columns):
-                    buffer[j, row] = words[first + row, column + j]
+                    buffer[j, row] = words[at + j]
             for j in range(columns):
                 line = buffer[j]
                 for field in range(8):

@@ -64,6 +64,13 @@ class _Geometry:
 
 
 def _geometry(module: Module) -> _Geometry:
+    if "geometry" not in module.memo:
+        module.memo["geometry"] = _checked(module)
+    g: _Geometry = module.memo["geometry"]
+    return g
+
+
+def _checked(module: Module) -> _Geometry:
     parts, said = module.parts, module_settings(module.match.config, module.name)
     _check_parts(module, said)
     g = _gemv_geometry(module, said) if said.version == "gemv" else _gemm_geometry(module, said)
@@ -225,10 +232,17 @@ def _read_plane(module: Module, leaf: str, g: _Geometry, count: int, start: int,
 
 def _constant_zero(module: Module, g: _Geometry) -> int | None:
     """The one zero point of the whole module, or None if they differ."""
-    import numpy as np
-
     if not g.has_zeros:
         return 1 << (g.bits - 1)
+    if "zero" not in module.memo:
+        module.memo["zero"] = _find_constant(module, g)
+    zero: int | None = module.memo["zero"]
+    return zero
+
+
+def _find_constant(module: Module, g: _Geometry) -> int | None:
+    import numpy as np
+
     words = module.parts["qzeros"].array().view(np.int32)
     count = g.groups if g.order == "gemv" else g.n
     first = int(unpack_rows(words[:1], g.bits, count)[0, 0])

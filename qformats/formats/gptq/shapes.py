@@ -49,6 +49,13 @@ class Geometry:
 
 def geometry(module: Module) -> Geometry:
     """Check every part of ``module`` against the others and the config; ``BadFile`` or ``Unsupported`` names what is wrong."""
+    if "geometry" not in module.memo:
+        module.memo["geometry"] = _checked(module)
+    g: Geometry = module.memo["geometry"]
+    return g
+
+
+def _checked(module: Module) -> Geometry:
     _check_parts(module)
     parts, settings = module.parts, module_settings(module.match.config, module.name)
     if settings.skipped:

@@ -57,12 +57,12 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     else:
         plane = blank_codes(shape)
     scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
-    words, zeros = _zeros(module, g, zero_policy)
+    zeros = _zeros(module, g, zero_policy)
     if zeros.constant is not None:
         zero = constant(zeros.constant, shape)
     else:
-        zero = Param(torch.from_numpy(_zero_rows(words, g, zeros.policy, start, stop)), tile)
-    index = _group_index(module, g)
+        zero = Param(torch.from_numpy(_zero_rows(module, g, zeros.policy, start, stop)), tile)
+    index = _stored_index(module, g)[1]
     return QuantizedTensor(
         shape,
         plane,
@@ -73,32 +73,42 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     )
 
 
-def _zero_rows(words: Array, g: Geometry, policy: str, start: int, stop: int) -> Array:
-    """True zero points of rows ``start:stop`` (n, G) out of all words (G, W); carries never leave a word."""
+def _zero_rows(module: Module, g: Geometry, policy: str, start: int, stop: int) -> Array:
+    """True zero points of rows ``start:stop`` (n, G); carries never leave a word."""
     import numpy as np
 
     from qformats.formats.gptq.zeros import decode
 
+    words = module.parts["qzeros"]  # (G, W)
     if g.word_bits % g.bits:  # fields straddle words: decode from the first
-        return np.ascontiguousarray(decode(words, g.bits, g.n, policy)[start:stop])
+        return np.ascontiguousarray(decode(words.array(), g.bits, g.n, policy)[start:stop])
     first = start * g.bits // g.word_bits
     skip = start - first * g.word_bits // g.bits
-    window = words[:, first : words_for(stop, g.bits, g.word_bits)]
+    window = words.column_range(first, words_for(stop, g.bits, g.word_bits))
     return np.ascontiguousarray(decode(window, g.bits, skip + stop - start, policy)[skip:])
 
 
-def _zeros(module: Module, g: Geometry, forced: str | None) -> tuple[Array, Zeros]:
-    """All words of qzeros (G, W), and how they are meant."""
+def _zeros(module: Module, g: Geometry, forced: str | None) -> Zeros:
+    """How the words of qzeros are meant."""
     from qformats.formats.gptq.zeros import decide
 
-    config = module.match.config
-    words = module.parts["qzeros"].array()
-    gptqmodel = made_by(config, "gptqmodel")
-    return words, decide(words, g.bits, g.n, g.settings.label, g.settings.sym, gptqmodel, forced)
+    key = f"zeros {forced}"
+    if key not in module.memo:
+        words, gptqmodel = module.parts["qzeros"].array(), made_by(module.match.config, "gptqmodel")
+        module.memo[key] = decide(words, g.bits, g.n, g.settings.label, g.settings.sym, gptqmodel, forced)
+    zeros: Zeros = module.memo[key]
+    return zeros
 
 
 def _stored_index(module: Module, g: Geometry) -> tuple[str, Array | None]:
     """``absent``, ``empty``, ``zeros``, ``trivial`` or ``act-order``, and the index (K,) int32 if it is the last."""
+    if "index" not in module.memo:
+        module.memo["index"] = _find_index(module, g)
+    found: tuple[str, Array | None] = module.memo["index"]
+    return found
+
+
+def _find_index(module: Module, g: Geometry) -> tuple[str, Array | None]:
     import numpy as np
 
     if g.index != "stored":
@@ -115,10 +125,6 @@ def _stored_index(module: Module, g: Geometry) -> tuple[str, Array | None]:
     return "act-order", stored.astype(np.int32)
 
 
-def _group_index(module: Module, g: Geometry) -> Array | None:
-    return _stored_index(module, g)[1]
-
-
 def module_warnings(module: Module, *, zero_policy: str | None = None) -> tuple[str, ...]:
     """What a user should know of how ``module`` was understood; reads its small parts, not its weights."""
     import numpy as np
@@ -126,9 +132,9 @@ def module_warnings(module: Module, *, zero_policy: str | None = None) -> tuple[
     from qformats.formats.gptq.zeros import decode
 
     g = geometry(module)
-    words, zeros = _zeros(module, g, zero_policy)
+    zeros = _zeros(module, g, zero_policy)
     said = list(zeros.warnings)
-    if zeros.policy == "v1" and zero_policy is None and (decode(words, g.bits, g.n, "v1") == 1 << g.bits).any():
+    if zeros.policy == "v1" and zero_policy is None and (decode(module.parts["qzeros"].array(), g.bits, g.n, "v1") == 1 << g.bits).any():
         said.append(f"zero-point fields of {(1 << g.bits) - 1} under v1 are read as {1 << g.bits}, as the common kernels do")
     kind, index = _stored_index(module, g)
     if kind == "zeros" and g.groups > 1:
@@ -145,7 +151,7 @@ def storage_of(module: Module, *, zero_policy: str | None = None) -> Storage:
     from qformats.formats.gptq.zeros import zero_range
 
     g = geometry(module)
-    _, zeros = _zeros(module, g, zero_policy)
+    zeros = _zeros(module, g, zero_policy)
     kind, _ = _stored_index(module, g)
     options: dict[str, object] = {
         "checkpoint_format": g.settings.label,

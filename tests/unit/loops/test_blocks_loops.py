@@ -1,0 +1,130 @@
+"""The compiled loops over runs of codes equal their torch definitions, and everything works without numba."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from qformats import reencode, rewrite
+from qformats.scheme import Integer, Tile
+from qformats.tensor import Param, QuantizedTensor
+
+pytest.importorskip("numba")
+from qformats.loops import blocks
+
+RUNS = settings(max_examples=60, deadline=None)
+shapes = st.tuples(st.integers(1, 5), st.integers(1, 130), st.sampled_from((1, 7, 16, 32, 64, 200)))
+seeds = st.integers(0, 2**32 - 1)
+
+
+def _codes(seed: int, rows: int, columns: int, signed: bool) -> Tensor:
+    low, high = (-128, 128) if signed else (0, 256)
+    codes = np.random.default_rng(seed).integers(low, high, (rows, columns))
+    return torch.from_numpy(codes.astype(np.int8 if signed else np.uint8))
+
+
+@RUNS
+@given(shapes, seeds, st.booleans())
+def test_ranges_equal_the_definition(shape: tuple[int, int, int], seed: int, signed: bool) -> None:
+    rows, columns, width = shape
+    codes = _codes(seed, rows, columns, signed)
+    low, high = (np.empty((rows, -(-columns // width)), np.int16) for _ in range(2))
+
+    blocks.run_range(codes.numpy(), width, low, high)
+
+    wanted = rewrite.block_range_definition(codes, width)
+    assert torch.equal(torch.from_numpy(low), wanted[0])
+    assert torch.equal(torch.from_numpy(high), wanted[1])
+
+
+@RUNS
+@given(shapes, seeds)
+def test_relabelling_equals_the_definition(shape: tuple[int, int, int], seed: int) -> None:
+    rows, columns, width = shape
+    codes = _codes(seed, rows, columns, signed=False)
+    add = _codes(seed + 1, rows, -(-columns // width), signed=False)
+    mask = _codes(seed + 2, rows, -(-columns // width), signed=False)
+    out = torch.empty_like(codes)
+
+    blocks.relabel(codes.numpy(), width, add.numpy(), mask.numpy(), out.numpy())
+
+    assert torch.equal(out, rewrite.relabel_definition(codes, width, add, mask))
+
+
+@RUNS
+@given(seeds, st.integers(1, 200), st.sampled_from((15, 31)), st.sampled_from((1.0, 2.0**-20, 2.0**-24, 60000.0, -0.01)))
+def test_the_search_equals_the_definition(seed: int, count: int, top: int, size: float) -> None:
+    rng = np.random.default_rng(seed)
+    scale = torch.from_numpy((rng.random(count) * size).astype(np.float16))
+    low = torch.from_numpy(rng.integers(-20, 8, count).astype(np.int16))
+    high = low + torch.from_numpy(rng.integers(0, top + 3, count).astype(np.int16))  # some blocks do not fit at all
+    chosen = torch.from_numpy(rng.integers(-15, 1, count).astype(np.int16))
+    flip, found = (torch.from_numpy(rng.random(count) < 0.3) for _ in range(2))
+
+    ours = reencode.search_offset(scale, low, high, chosen, flip, found, top, torch.float16)
+    wanted = reencode.search_offset_definition(scale, low, high, chosen, flip, found, top, torch.float16)
+
+    for mine, theirs in zip(ours, wanted, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 65504.0, 65536.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 2049.0, 2050.0, 1 + 2.0**-11, -6.5])
+def test_what_fits_half_precision(value: float) -> None:
+    with np.errstate(over="ignore"):
+        assert bool(blocks._fits_half(value)) == (float(np.float16(value)) == value)
+
+
+def test_the_search_sees_products_beyond_float32() -> None:
+    scale = torch.tensor([1.9990234375], dtype=torch.float16)  # 11 significant bits
+    low = high = torch.tensor([16385], dtype=torch.int16)  # 15 bits: the product's last bits are lost in float32
+    state = (torch.zeros(1, dtype=torch.int16), torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
+
+    ours = reencode.search_offset(scale, low, high, *state, 15, torch.float16)
+
+    wanted = reencode.search_offset_definition(scale, low, high, *state, 15, torch.float16)
+    assert [p.tolist() for p in ours] == [p.tolist() for p in wanted]
+
+
+def _tensor() -> QuantizedTensor:
+    rng = np.random.default_rng(5)
+    tile = Tile((1, 64))
+    scale = Param(torch.from_numpy((rng.random((8, 2)) * 0.01).astype(np.float16)), tile)
+    zero = Param(torch.from_numpy(rng.integers(0, 16, (8, 2)).astype(np.uint8)), tile)
+    return QuantizedTensor((8, 128), torch.from_numpy(rng.integers(0, 16, (8, 128)).astype(np.uint8)), Integer(4), (scale,), zero)
+
+
+def test_a_fit_is_the_same_without_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qformats.formats.ggml.legacy import LEGACY
+
+    storage, tensor = LEGACY["Q4_1"].storage, _tensor()
+    with_loops = reencode.finish(tensor, reencode.fit(tensor, storage, rounding=True))
+    monkeypatch.setattr("qformats.rewrite.block_loops", lambda: None)
+    monkeypatch.setattr("qformats.rewrite.codes.block_loops", lambda: None)
+
+    without = reencode.finish(tensor, reencode.fit(tensor, storage, rounding=True))
+
+    assert torch.equal(with_loops.codes, without.codes)
+    assert with_loops.offset is not None and without.offset is not None
+    for one, other in ((with_loops.scales[0], without.scales[0]), (with_loops.offset, without.offset)):
+        assert isinstance(one.values, Tensor) and isinstance(other.values, Tensor)
+        assert torch.equal(one.values.view(torch.int16), other.values.view(torch.int16))
+
+
+def test_rewrites_work_where_numba_cannot_be_imported() -> None:
+    code = (
+        "import sys; sys.modules['numba'] = None\n"
+        "import torch\n"
+        "from qformats import rewrite\n"
+        "assert rewrite.block_loops() is None\n"
+        "codes = torch.arange(16, dtype=torch.uint8).reshape(2, 8)\n"
+        "moved = rewrite.flip_and_shift(codes, 4, torch.full((2, 2), 3, dtype=torch.int16), None, False)\n"
+        "assert torch.equal(moved, codes + 3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr == ""
