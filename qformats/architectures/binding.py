@@ -26,7 +26,9 @@ class Architecture:
     given values because llama.cpp has no key for them; ``ignored`` ones are reported as dropped where they differ from the value
     llama.cpp assumes. ``before`` and ``after`` are the GGUF keys around the rotary ones, in llama.cpp's order; ``first_own_key`` is
     the first one that the family adds behind the common ones. ``writes_head_dim``: transformers always has a head size for this
-    family. ``spm_from_json``: a byte-fallback tokenizer.json stands for a SentencePiece model.
+    family. ``spm_from_json``: a byte-fallback tokenizer.json stands for a SentencePiece model. ``own_keys``: (key, type, value) that a
+    config needs only where it departs from what llama.cpp assumes, value None to leave a key out; raises
+    ``Unsupported('config-value')`` where no key can say it.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Architecture:
     writes_head_dim: bool = True
     spm_from_json: bool = False
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
+    own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""

@@ -12,21 +12,57 @@ from typing import Any
 from qformats.architectures.binding import Architecture
 from qformats.architectures.fields import ATTENTION, HEAD_SIZES, NORM, Field
 from qformats.architectures.mapping import Rule
+from qformats.errors import BadFile, Unsupported
 
 __all__ = ["GEMMA3"]
 
 LAYER = "model.layers.{i}."
-PATTERN = 6  # every sixth layer attends to everything (llama.cpp, src/models/gemma3.cpp; the key is not in the file)
+PATTERN = 6  # every sixth layer attends to everything (llama.cpp, src/models/gemma3.cpp) unless a key says otherwise
+PATTERN_KEY = "attention.sliding_window_pattern"  # one bool a layer, or a period (llama.cpp, src/llama-model.cpp load_swa_pattern)
+
+
+def _sliding(period: int, layers: int) -> list[bool]:
+    return [bool(period == 0 or (layer + 1) % period) for layer in range(layers)]
+
+
+def _score_width(full: Mapping[str, Any]) -> int:
+    """What llama.cpp divides scores by the root of: the width of a head, with 62 layers (27B) hidden size over heads."""
+    if full["num_hidden_layers"] == 62:
+        return int(full["hidden_size"]) // int(full["num_attention_heads"])
+    return int(full["head_dim"])
+
+
+def _own_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """The sliding layers where they are not five of six; refuse a score scale that llama.cpp would not use."""
+    wanted, width = full.get("query_pre_attn_scalar", 256), _score_width(full)
+    if wanted != width:
+        raise Unsupported(
+            "config-value", f"config field 'query_pre_attn_scalar' is {wanted!r}; llama.cpp's 'gemma3' always computes with {width}"
+        )
+    layers, types = int(full["num_hidden_layers"]), full.get("layer_types")
+    if types is None:
+        period = full.get("sliding_window_pattern", full.get("_sliding_window_pattern", PATTERN))
+        sliding = _sliding(period if isinstance(period, int) else PATTERN, layers)
+    elif isinstance(types, list) and len(types) == layers and all(kind in ("sliding_attention", "full_attention") for kind in types):
+        sliding = [kind == "sliding_attention" for kind in types]
+    else:
+        raise BadFile("config-field", f"config field 'layer_types' does not name sliding or full attention for {layers} layers")
+    if not any(sliding):  # llama.cpp aborts on a window that no layer uses
+        return [("attention.sliding_window", "u32", None)]
+    return [] if sliding == _sliding(PATTERN, layers) else [(PATTERN_KEY, "[bool]", sliding)]
 
 
 def _layer_types(config: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Fill in what the file leaves implicit: which layers slide, and the score scale (27B: by width, else by head)."""
-    layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-    sliding = "attention.sliding_window" in values
-    config["layer_types"] = [
-        "sliding_attention" if sliding and (layer + 1) % PATTERN else "full_attention" for layer in range(layers)
-    ]
-    config["query_pre_attn_scalar"] = int(config["hidden_size"]) // heads if layers == 62 else int(config["head_dim"])
+    layers = int(config["num_hidden_layers"])
+    pattern = values.get(PATTERN_KEY, PATTERN)
+    sliding = _sliding(pattern, layers) if isinstance(pattern, int) else [bool(flag) for flag in pattern]
+    if len(sliding) < layers:
+        raise BadFile("metadata-value", f"gemma3.{PATTERN_KEY} has {len(sliding)} values for {layers} layers")
+    if "attention.sliding_window" not in values:
+        sliding = [False] * layers
+    config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in sliding[:layers]]
+    config["query_pre_attn_scalar"] = _score_width(config)
     rope = config["rope_parameters"]
     if "full_attention" not in rope:
         config["rope_parameters"] = {"full_attention": rope, "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"}}
@@ -74,7 +110,8 @@ GEMMA3 = Architecture(
         "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False, "attn_logit_softcapping": None, "final_logit_softcapping": None,
     },
-    fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,)},
+    fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "use_bidirectional_attention": (False,)},
     spm_from_json=True,
     adjust=_layer_types,
+    own_keys=_own_keys,
 )  # fmt: skip

@@ -114,11 +114,14 @@ def _architecture_keys(binding: Binding) -> list[tuple[str, str, Any]]:
     for key, kind, value in rope_keys(rope_parameters(binding.full), theta):
         _add_field(keys, key, kind, value)
     family = False
+    own = [] if binding.architecture.own_keys is None else binding.architecture.own_keys(binding.full)
+    left_out = {key for key, _, value in own if value is None}
     for entry in binding.architecture.after:
         if entry.key == binding.architecture.first_own_key:
             keys.append(("file_type", "u32", None))
             family = True
-        _add_field(keys, entry.key, entry.type, _value(binding, entry.config))
+        _add_field(keys, entry.key, entry.type, None if entry.key in left_out else _value(binding, entry.config))
+    keys.extend(key for key in own if key[2] is not None)
     if not family:
         keys.append(("file_type", "u32", None))
     return keys

@@ -49,7 +49,10 @@ QWEN3_MOE = Architecture(
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True,
         "decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False,
     },
-    fixed={"hidden_act": ("silu", "swish"), "mlp_only_layers": ([],), "decoder_sparse_step": (1,)},
+    fixed={
+        "hidden_act": ("silu", "swish"), "mlp_only_layers": ([],), "decoder_sparse_step": (1,),
+        "attention_bias": (False,),  # the output projection's bias has no place in llama.cpp's qwen3moe
+    },
     ignored={"norm_topk_prob": (True,), "use_sliding_window": (False,)},
     biases={"attention_bias": "attn_q"},
 )  # fmt: skip
