@@ -12,6 +12,8 @@ from conftest import Workshop
 from running import assert_same_logits, ids_of, transformers_logits
 from text import evaluation_text
 
+from qformats.errors import Unsupported
+
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "dense"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "special_tokens_map.json")
 TYPES = {"f16": 0.005, "bf16": 0.015, "q8_0": 0.015}  # how far the mean NLL may lie from float32's
@@ -19,6 +21,7 @@ LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-tied", {"tie_word_embeddings": True}),
     "llama-untied-wide-heads": ("llama", {"tie_word_embeddings": False, "head_dim": 32}),
@@ -29,6 +32,18 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {}),
     "gemma3": ("gemma3", {"num_hidden_layers": 7, "layer_types": [*["sliding_attention"] * 5, "full_attention", "sliding_attention"]}),
     "gemma3-all-sliding": ("gemma3", {"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}),
+    "gemma3-last-full": ("gemma3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}),
+    "gemma3-all-full": ("gemma3", {"layer_types": ["full_attention"] * 2}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear-rope": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "qwen2-yarn": ("qwen2", {"rope_parameters": YARN}),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3-score-scale": ("gemma3", {"query_pre_attn_scalar": 64}),
+    "qwen3_moe-biases": ("qwen3_moe", {"attention_bias": True}),
+    "qwen3_moe-dense-layer": ("qwen3_moe", {"mlp_only_layers": [0]}),
+    "llama-gelu": ("llama", {"hidden_act": "gelu"}),
+    "llama-dynamic-rope": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}),
 }
 pytestmark = pytest.mark.real
 
@@ -75,7 +90,7 @@ def tiny_model(name: str, out: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    fixture, changes = TINY[name]
+    fixture, changes = {**TINY, **REFUSED}[name]
     config = {**json.loads((FIXTURES / fixture / "config.json").read_text()), "dtype": "float32", **changes}
     kind = config.pop("model_type")
     torch.manual_seed(len(name))
@@ -95,5 +110,15 @@ def tiny_model(name: str, out: Path) -> Path:
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_architecture(name: str, tmp_path: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
-    """Random weights leave no slip in a permutation, a norm, a bias, an expert or a rotary factor unseen."""
-    assert_runs_alike(tiny_model(name, tmp_path / name), workshop, llama, figure, 128)
+    """Random weights leave no slip in a permutation, a norm, a bias, an expert or a rotary factor unseen; there and back again."""
+    folder = tiny_model(name, tmp_path / name)
+    file = assert_runs_alike(folder, workshop, llama, figure, 128)
+    back, _ = workshop.convert(file, "hf:f32")
+    ids = ids_of(file, evaluation_text(), 128)
+    assert_same_logits(transformers_logits(back, ids), transformers_logits(folder, ids))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, tmp_path: Path, workshop: Workshop) -> None:
+    with pytest.raises(Unsupported):
+        workshop.convert(tiny_model(name, tmp_path / name), "gguf:f32")
