@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qformats import registry
 from qformats.architectures.mapping import SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
+from qformats.errors import BadFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -112,6 +113,9 @@ def invert_rows(tensor: TensorMap, rows: Mapping[str, Array]) -> TensorMap:
     if order is None or len(tensor.sources) != 1:
         return tensor
     source = tensor.sources[0]
+    if len(order) != source.stop - source.start:
+        message = f"the record orders {len(order)} rows, the tensor has {source.stop - source.start}"
+        raise BadFile("provenance", message, tensor=tensor.name)
     inverse = np.empty(len(order), np.int64)
     inverse[order] = np.arange(len(order))
     local = np.arange(source.stop - source.start) if source.index is None else source.index

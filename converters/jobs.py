@@ -83,11 +83,37 @@ def storage_to_json(storage: Storage) -> dict[str, Any]:
 
 
 def storage_from_json(data: Mapping[str, Any]) -> Storage:
-    """Inverse of ``storage_to_json``."""
+    """Inverse of ``storage_to_json``; ``ValueError``, ``TypeError`` or ``KeyError`` for data that is no storage."""
     zero, sub = data["zero_point"], data["sub_scale"]
-    return Storage(
+    storage = Storage(
         data["type"], Integer(data["bits"], data["signed"]), data["group"], data["bpw"], tuple(data["scale_dtypes"]),
         data["negative_scale"],
         (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], None if sub is None else (sub[0], sub[1], sub[2]),
         data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
+    )  # fmt: skip
+    if not _is_storage(storage):
+        raise ValueError("not a storage")
+    return storage
+
+
+_FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _is_storage(s: Storage) -> bool:
+    """Whether every field is of its type and range: a record may come from anywhere."""
+
+    def whole(value: object, lowest: int, highest: int) -> bool:
+        return type(value) is int and lowest <= value <= highest
+
+    zero = s.zero_point if isinstance(s.zero_point, tuple) else (0 if s.zero_point is None else s.zero_point,) * 2
+    planes = s.offset is None or s.offset in _FLOATS
+    flags = all(type(flag) is bool for flag in (s.grid.signed, s.negative_scale, s.group_index))
+    sizes = [s.k_multiple, s.n_multiple, *(() if s.group is None else (s.group,)), *(s.sub_scale or ())]
+    return (
+        isinstance(s.type, str) and whole(s.grid.bits, 1, 8) and flags and planes
+        and isinstance(s.bits_per_weight, int | float)
+        and all(whole(size, 1, 1 << 31) for size in sizes)
+        and all(whole(z, -256, 256) for z in zero)
+        and bool(s.scale_dtypes) and all(word in _FLOATS for word in s.scale_dtypes)
+        and all(isinstance(key, str) and isinstance(value, str | int | float | None) for key, value in s.options.items())
     )  # fmt: skip

@@ -64,7 +64,7 @@ def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
     import numpy as np
     import torch
 
-    count = int(np.prod(shape))
+    count = _element_count(shape)
     bits, _, packed = str(text).partition(":")
     if bits == "16":
         flat = np.frombuffer(_unpack(packed, 2 * count), "<i2")
@@ -74,6 +74,24 @@ def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
         pairs = np.frombuffer(_unpack(packed, (count + 1) // 2), "u1")
         flat = np.stack((pairs & 15, pairs >> 4), 1).reshape(-1)[:count]
     return torch.from_numpy(flat.reshape(shape).astype("i2"))
+
+
+def _element_count(shape: Sequence[int]) -> int:
+    """Rows times groups; ``ValueError`` for what is no shape of a plane."""
+    rows, groups = shape
+    if not (type(rows) is int and type(groups) is int and 0 < rows <= _MAX_PLANE_NBYTES and 0 < groups <= _MAX_PLANE_NBYTES):
+        raise ValueError("no shape of a plane")
+    return rows * groups
+
+
+def _unpack_order(text: Any, count: Any) -> np.ndarray[Any, Any]:
+    """A permutation of ``count`` indices; ``ValueError`` if it is none."""
+    import numpy as np
+
+    order = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+    if not np.array_equal(np.sort(order), np.arange(count)):
+        raise ValueError("no permutation")
+    return order
 
 
 def _unpack(text: Any, nbytes: int) -> bytes:
@@ -212,8 +230,8 @@ def read_restore(checkpoint: Checkpoint) -> Restore | None:
         raise BadFile("provenance", "the provenance record was changed after it was written", path=checkpoint.path, hint=hint)
     try:
         return _parse(record)
-    except (KeyError, TypeError, IndexError, AttributeError):
-        raise BadFile("provenance", "the provenance record is incomplete", path=checkpoint.path) from None
+    except (KeyError, TypeError, IndexError, AttributeError, ValueError, OverflowError, RecursionError):
+        raise BadFile("provenance", "the provenance record is incomplete or contradicts itself", path=checkpoint.path) from None
 
 
 def _parse(record: Mapping[str, Any]) -> Restore:
@@ -236,7 +254,13 @@ def _parse(record: Mapping[str, Any]) -> Restore:
             zero = _unpack_zeros(text, shape)
         hints[name] = Hint(zero, bool(entry.get("positive")))
     for name, (text, count) in restore["orders"].items():
-        orders[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+        orders[name] = _unpack_order(text, count)
+    if any(len(orders[name]) != len(index) or int(index.min()) < 0 for name, index in groups.items() if name in orders):
+        raise ValueError("orders and groups disagree")
     files = {name: str(text) for name, text in source["files"].items()}
+    if any(name not in _KEPT_FILES or not isinstance(json.loads(text), dict) for name, text in files.items()):
+        raise ValueError("no configuration file")
+    if any(word not in ("F32", "F16", "BF16", "F64") for word in restore["dtypes"].values()):
+        raise ValueError("no float dtype")
     dtypes, options, quantized = dict(restore["dtypes"]), dict(record["options"]), int(restore["quantized"])
     return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized)
