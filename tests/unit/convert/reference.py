@@ -81,7 +81,8 @@ class Packed:
         k, words = self.inputs(module), self._words(f"{module}.qweight")
         scales, stored = floats(*self.tensors[f"{module}.scales"]), f"{module}.qzeros" in self.tensors
         if "gemv" in self.entry["path"]:
-            n, groups = len(words), k // self.entry["group_size"]
+            size = self.entry["group_size"]
+            n, groups = len(words), 1 if size == -1 else k // size
             codes, scales = stream(words, 4, k), scales[:, :groups]
             zeros = stream(self._words(f"{module}.qzeros"), 4, groups)
         else:
