@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Workshop, made
+from conftest import Workshop, made, new_codes
 from running import assert_same_logits, ids_of, transformers_logits
 from text import evaluation_text
 
@@ -27,7 +27,7 @@ def test_logits_of_the_same_weights(source: Path, workshop: Workshop, llama: Any
 @pytest.mark.parametrize("source", made(without=""), indirect=True)
 def test_likelihood_of_the_packed_file(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
     """Mean negative log likelihood of the packed file beside that of the F32 file; greedy text is shown, not judged."""
-    packed, _ = workshop.convert(source, "gguf", allow_requantize="-act-" in source.name)
+    packed, _ = workshop.convert(source, "gguf", allow_requantize=new_codes(source.name))
     plain, _ = workshop.convert(source, "gguf:f32")
     ids = ids_of(plain, evaluation_text(), TOKENS)
     figures = []

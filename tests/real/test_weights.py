@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from conftest import Workshop, made
+from conftest import Workshop, made, new_codes
 from reference import Reference, permute_heads
 
 NAMES = {
@@ -70,11 +70,9 @@ def assert_every_weight(llama: Any, figure: Any, source: Path, out: Path, report
     assert not different
     assert all(lines[name].lossless for name in compared)
     assert all(lines[name].reason for name in requantized)
-    if "-act-" not in source.name:
-        assert not requantized
-    else:  # new codes only where act-order stood in the way, and never in a layer whose producers could be reordered
-        assert all("act-order" in lines[name].reason or "group" in lines[name].reason for name in requantized)
-        assert not any("ffn_down" in name for name in requantized)
+    assert bool(requantized) == new_codes(source.name)
+    if requantized:  # never in a layer whose producers could be reordered
+        assert "-8-asym-" in source.name or not any("ffn_down" in name for name in requantized)
         for name in requantized:
             error = np.linalg.norm(found[name] - wanted[name]) / np.linalg.norm(wanted[name])
             assert error < 0.01, f"{name}: relative error {error}"
@@ -82,7 +80,7 @@ def assert_every_weight(llama: Any, figure: Any, source: Path, out: Path, report
 
 @pytest.mark.parametrize("source", made(without=""), indirect=True)
 def test_llama_cpp_sees_the_checkpoints_weights(source: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
-    out, report = workshop.convert(source, "gguf", allow_requantize="-act-" in source.name)
+    out, report = workshop.convert(source, "gguf", allow_requantize=new_codes(source.name))
     assert_every_weight(llama, figure, source, out, report)
 
 
