@@ -94,7 +94,7 @@ class Llama:
         return values
 
     def config(self, vocabulary: int) -> dict[str, Any]:
-        config = json.loads((TOKENIZER / "config.json").read_text())
+        config: dict[str, Any] = json.loads((TOKENIZER / "config.json").read_text())
         quantization = {
             "quant_method": "gptq", "bits": self.bits, "group_size": self.group, "sym": False, "checkpoint_format": "gptq_v2",
             "desc_act": any((np.diff(i) < 0).any() for i in self.indices.values()),

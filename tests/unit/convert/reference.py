@@ -144,7 +144,8 @@ def _q5_0(b: Array) -> Array:
 
 
 def _q5_1(b: Array) -> Array:
-    return _f16(b[:, :2]) * (_half_split(b[:, 8:]) + _fifth(b[:, 4:8])) + _f16(b[:, 2:4])
+    values: Array = _f16(b[:, :2]) * (_half_split(b[:, 8:]) + _fifth(b[:, 4:8])) + _f16(b[:, 2:4])
+    return values
 
 
 def _q8_0(b: Array) -> Array:

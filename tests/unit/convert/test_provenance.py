@@ -92,7 +92,7 @@ def test_orders_and_zero_points_are_kept_compressed(work: Path) -> None:
 
 def damaged(record: dict[str, Any], change: Any) -> dict[str, Any]:
     """A changed record with a digest that fits again: an attacker's, not an accident's."""
-    copy = json.loads(json.dumps(record))
+    copy: dict[str, Any] = json.loads(json.dumps(record))
     change(copy)
     copy["digest"] = provenance._digest(copy)
     return copy
