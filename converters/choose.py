@@ -111,7 +111,7 @@ class Chooser:
             return None
         if not dense or kind in FLOAT_WORDS:
             return kind
-        if self.checkpoint.format not in ("hf", "gguf") or (self.checkpoint.gguf is not None and not self._gguf):
+        if self._has_codes and (self.checkpoint.gguf is None or not self._gguf):
             return None  # the dense rest of a quantized checkpoint stays dense
         if tensor.kind in ("embedding", "output"):
             return _SAFE_TYPE if self._gguf else None
@@ -133,7 +133,8 @@ class Chooser:
             return self._quantize(tensor, named, "new codes from floats, as named")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
             job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
-            return job if self.options.allow_requantize else replace(job, notes=(NEEDS_CONSENT,))
+            ask = not self.options.allow_requantize and job.kind == "requantized"
+            return replace(job, notes=(NEEDS_CONSENT,)) if ask else job
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
             plain = all(s.index is None for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
@@ -176,6 +177,8 @@ class Chooser:
             return "F32"
         for dtype in order:
             if self._is_exact(tensor, dtype):
+                if len(tensor.shape) > 1:
+                    self.float_default = dtype  # the rest of the model follows its first matrix where it can
                 return dtype
         return "F32"
 
@@ -184,7 +187,7 @@ class Chooser:
 
         target = getattr(torch, _TORCH_WORDS[dtype])
         probe = self._job(tensor, "float", "exact", "", dtype)
-        slab = Slab(self.checkpoint, probe)
+        slab = Slab(self.checkpoint)
         for start, stop in slabs(probe, self.checkpoint):
             values = read_rows(probe, slab, self.checkpoint, start, stop)
             assert isinstance(values, torch.Tensor)
@@ -242,7 +245,7 @@ class Chooser:
         if named is not None or self.options.allow_requantize:
             return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
         job = self._quantize(tensor, _SAFE_TYPE if self._gguf else "int4", reason)
-        return replace(job, notes=(NEEDS_CONSENT,))
+        return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
 
     def _same_bytes(self, tensor: TensorMap, named: str | None) -> Job | None:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
@@ -274,12 +277,15 @@ class Chooser:
 
     def _best(self, tensor: TensorMap, storages: Sequence[Storage], format_name: str) -> tuple[Job | None, dict[str, str]]:
         refusals: dict[str, str] = {}
-        probe = None if self.options.header_only else self._probe(tensor)
+        try:
+            probe = None if self.options.header_only else self._probe(tensor)
+        except Refused as refusal:
+            return None, {"stacked": str(refusal)}
         for rounding in (False, True):
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
                     if probe is not None:
-                        fit(probe, storage, hint=self._hint(tensor, probe.shape[0]), rounding=rounding)
+                        fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding)
                     found = self._claim(tensor, storage, rounding) if probe is None else self._scan(tensor, storage, rounding)
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
@@ -290,11 +296,12 @@ class Chooser:
                 return self._codes_job(tensor, storage, format_name, found, rounding), refusals
         return None, refusals
 
-    def _probe(self, tensor: TensorMap) -> QuantizedTensor:
-        """A few rows to refuse on before whole ranges are read."""
+    def _probe(self, tensor: TensorMap) -> tuple[QuantizedTensor, _Ranges]:
+        """The parameters of a few rows, to refuse on before whole ranges are read; their codes only if a rule asks."""
         job = Job(tensor, "codes", "", "", "", {}, False, orders=self._orders(tensor))
-        slab = Slab(self.checkpoint, job, load=False)
-        return read_rows(job, slab, self.checkpoint, 0, first_rows(job))  # type: ignore[return-value]
+        slab, rows = Slab(self.checkpoint), first_rows(job)
+        blank = read_rows(job, slab, self.checkpoint, 0, rows, codes=False)
+        return blank, _Ranges(job, slab, self.checkpoint, 0, rows)  # type: ignore[return-value]
 
     def _hint(self, tensor: TensorMap, rows: int) -> Hint | None:
         return hint_rows(self.hints.get(tensor.target), 0, rows)
@@ -310,7 +317,7 @@ class Chooser:
     def _scan(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
-        hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint, probe, load=False), None
+        hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint), None
         for start, stop in slabs(probe, self.checkpoint):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
@@ -360,9 +367,11 @@ class Chooser:
         if self._misfit(tensor, storage) and self._gguf and kind != _SAFE_TYPE:
             return self._quantize(tensor, _FALLBACKS.get(kind, _SAFE_TYPE), f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
         if self._misfit(tensor, storage):
-            dtype = "F32" if self._is_code_source(tensor) else self._float_dtype(tensor, {"F16"}, None)
+            codes = self._is_code_source(tensor)
+            dtype = "F32" if codes else self._float_dtype(tensor, {"F16"}, None)
+            lossless = codes and _float32_exact(self._scheme(tensor))
             why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
-            return self._float(tensor, dtype, "dequantized", why)
+            return self._float(tensor, dtype, "dequantized", why, lossless)
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self._gguf else storage.type
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format, ("round to nearest",),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from converters.jobs import Job
 from converters.outputs import OutputPart
 from converters.plan import Plan
-from converters.sources import Slab, read_rows, slabs
+from converters.sources import Slab, in_source_order, read_rows, tasks
 from qformats import registry
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
 from qformats.errors import QFormatError, UsageError, WouldLose
@@ -118,13 +118,13 @@ def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progr
 
 
 def _drive(pool: ThreadPoolExecutor, count: int, plan: Plan, sink: Sink, errors: _Errors, progress: Progress | None, total: int) -> None:
-    """Keep at most twice as many tensors in flight as there are workers; stop at the first error."""
+    """Keep at most twice as many tasks in flight as there are workers; stop at the first error."""
     pending: dict[Future[int], None] = {}
     done = 0
-    queue = iter(sorted(plan.jobs, key=lambda j: -j.weights) if count > 1 else plan.jobs)
+    queue = sorted(plan.jobs, key=lambda j: -j.weights) if count > 1 else plan.jobs
     try:
-        for job in queue:
-            pending[pool.submit(_run_job, plan, job, sink, errors)] = None
+        for task in (task for job in queue for task in _tasks(plan, job)):
+            pending[pool.submit(_run_task, plan, task, sink, errors)] = None
             if len(pending) >= 2 * count:
                 done += _collect(pending, progress, done, total)
         while pending:
@@ -147,14 +147,34 @@ def _collect(pending: dict[Future[int], None], progress: Progress | None, done: 
     return nbytes
 
 
-def _run_job(plan: Plan, job: Job, sink: Sink, errors: _Errors) -> int:
-    """All row ranges of one tensor; returns the bytes produced."""
+@dataclass(frozen=True)
+class _Task:
+    """Row ranges of one tensor for one worker. ``rows``: the target row of each row where they do not follow one another."""
+
+    job: Job
+    ranges: list[tuple[int, int]]
+    rows: np.ndarray[Any, Any] | None = None
+
+
+def _tasks(plan: Plan, job: Job) -> list[_Task]:
+    if job.action == "parts" or job.map.constant is not None:
+        return [_Task(job, [])]
+    rows = None
+    if job.action in ("copy", "float") or registry.row(plan.options.target.format).container == "gguf":
+        job, rows = in_source_order(job)
+    return [_Task(job, ranges, rows) for ranges in tasks(job, plan.checkpoint)]
+
+
+def _run_task(plan: Plan, task: _Task, sink: Sink, errors: _Errors) -> int:
+    """Some row ranges of one tensor; returns the bytes produced."""
+    job = task.job
     try:
         if job.action == "parts":
             return _copy_parts(plan, job, sink)
         nbytes = 0
-        for piece in _pieces(plan, job, errors):
-            nbytes += _put(plan.output.parts[job.part_name(piece.leaf)], piece, sink)
+        for piece in _pieces(plan, task, errors):
+            part = plan.output.parts[job.part_name(piece.leaf)]
+            nbytes += _put(part, piece, sink) if task.rows is None else _put_rows(part, piece, task.rows, sink)
         return nbytes
     except Refused as refusal:
         raise WouldLose("plan-changed", f"no longer fits the plan: {refusal}", tensor=job.name, hint="plan again") from None
@@ -176,12 +196,13 @@ def _copy_parts(plan: Plan, job: Job, sink: Sink) -> int:
     return total
 
 
-def _pieces(plan: Plan, job: Job, errors: _Errors) -> Iterator[Piece]:
+def _pieces(plan: Plan, task: _Task, errors: _Errors) -> Iterator[Piece]:
+    job = task.job
     if job.map.constant is not None:
         yield Piece(job.map.leaf, _float_bytes(_constant(job), job))
         return
-    slab = Slab(plan.checkpoint, job)
-    for start, stop in slabs(job, plan.checkpoint):
+    slab = Slab(plan.checkpoint)
+    for start, stop in task.ranges:
         value = read_rows(job, slab, plan.checkpoint, start, stop)
         if job.action in ("copy", "float"):
             yield _float_piece(job, value, start, errors)
@@ -212,14 +233,31 @@ def _put(part: OutputPart, piece: Piece, sink: Sink) -> int:
     return len(flat)
 
 
+def _put_rows(part: OutputPart, piece: Piece, rows: np.ndarray[Any, Any], sink: Sink) -> int:
+    """Hand whole rows over, each to its place: rows that become neighbours as one run."""
+    import numpy as np
+
+    wanted = rows[piece.row : piece.row + len(piece.array)]
+    order = np.argsort(wanted)
+    array = np.ascontiguousarray(piece.array[order])
+    flat, width = array.reshape(-1).view("u1").data, part.row_nbytes
+    ends = [*(np.flatnonzero(np.diff(wanted[order]) != 1) + 1).tolist(), len(wanted)]
+    for first, last in zip([0, *ends], ends, strict=False):
+        sink.put(part, int(wanted[order[first]]) * width, flat[first * width : last * width])
+    return len(flat)
+
+
 # ---------------------------------------------------------------- floats
 
 
 def _float_piece(job: Job, value: Any, start: int, errors: _Errors) -> Piece:
     import torch
 
-    measured = errors if isinstance(value, torch.Tensor) else None
-    return Piece(job.map.leaf, _float_bytes(_as_float(job, value), job, measured), start)
+    values = _as_float(job, value)
+    array = _float_bytes(values, job)
+    if isinstance(value, torch.Tensor) and not job.lossless and job.action == "float":
+        errors.add(job, start, values, array)
+    return Piece(job.map.leaf, array, start)
 
 
 def _as_float(job: Job, value: Any) -> Tensor:
@@ -232,12 +270,10 @@ def _as_float(job: Job, value: Any) -> Tensor:
     return value.to(torch.float32) + job.map.shift if job.map.shift else value
 
 
-def _float_bytes(values: Tensor, job: Job, errors: _Errors | None = None) -> np.ndarray[Any, Any]:
+def _float_bytes(values: Tensor, job: Job) -> np.ndarray[Any, Any]:
     from qformats.formats.dense import write_float
 
     array = write_float(values, job.dtype or "F32", name=job.name)
-    if errors is not None and not job.lossless and job.action == "float":
-        errors.add(job, values, array)
     return array.reshape(len(array), -1)
 
 
@@ -254,7 +290,7 @@ def _code_pieces(plan: Plan, job: Job, value: Any, start: int, stop: int, errors
 
         weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
         tensor: QuantizedTensor = rtn(weights.to(torch.float32) + job.map.shift, job.storage)
-        errors.add_tensor(job, weights, tensor)
+        errors.add_tensor(job, start, weights, tensor)
     else:
         decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
         tensor = finish(value, decision)
@@ -293,31 +329,33 @@ def _unsort(t: QuantizedTensor, order: np.ndarray[Any, Any], index: np.ndarray[A
 
 
 class _Errors:
-    """Sums of squares of what rounding cost, by tensor."""
+    """Sums of squares of what rounding cost, by tensor and row range: added up in one order, whoever came first."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[tuple[str, int], tuple[float, float]] = {}
 
-    def add(self, job: Job, before: Tensor, array: np.ndarray[Any, Any]) -> None:
+    def add(self, job: Job, start: int, before: Tensor, array: np.ndarray[Any, Any]) -> None:
         import torch
 
         from qformats.formats.dense import FLOAT_DTYPES
 
         bits = torch.from_numpy(array.view("<i2") if job.dtype == "BF16" else array)
         stored = bits.view(getattr(torch, FLOAT_DTYPES[job.dtype or "F32"]))
-        self._add(job.name, before.to(torch.float64).reshape(-1), stored.to(torch.float64).reshape(-1))
+        self._add(job.name, start, before.to(torch.float64).reshape(-1), stored.to(torch.float64).reshape(-1))
 
-    def add_tensor(self, job: Job, before: Tensor, after: QuantizedTensor) -> None:
+    def add_tensor(self, job: Job, start: int, before: Tensor, after: QuantizedTensor) -> None:
         import torch
 
-        self._add(job.name, before.to(torch.float64).reshape(-1), after.dequantize(torch.float64).reshape(-1))
+        self._add(job.name, start, before.to(torch.float64).reshape(-1), after.dequantize(torch.float64).reshape(-1))
 
-    def _add(self, name: str, before: Tensor, after: Tensor) -> None:
-        sums = self._sums.setdefault(name, [0.0, 0.0])
-        sums[0] += float(((before - after) ** 2).sum())
-        sums[1] += float((before**2).sum())
+    def _add(self, name: str, start: int, before: Tensor, after: Tensor) -> None:
+        self._sums[name, start] = float(((before - after) ** 2).sum()), float((before**2).sum())
 
     def relative(self) -> dict[str, float]:
-        return {name: (e / w) ** 0.5 if w else 0.0 for name, (e, w) in sorted(self._sums.items())}
+        totals: dict[str, tuple[float, float]] = {}
+        for (name, _), (error, size) in sorted(self._sums.items()):
+            before = totals.get(name, (0.0, 0.0))
+            totals[name] = before[0] + error, before[1] + size
+        return {name: (error / size) ** 0.5 if size else 0.0 for name, (error, size) in totals.items()}
 
 

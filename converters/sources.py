@@ -10,8 +10,7 @@ from converters.jobs import Job
 from qformats import rewrite
 from qformats.architectures.mapping import SourceRows
 from qformats.checkpoint import Checkpoint
-from qformats.containers.raw import RawTensor
-from qformats.containers.source import MemorySource
+from qformats.containers.raw import ReadAhead
 from qformats.formats.protocol import Module
 
 if TYPE_CHECKING:
@@ -20,38 +19,34 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Slab", "first_rows", "overlaps", "read_rows", "slabs"]
+__all__ = ["Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
 
-_SLAB_NBYTES = 32 << 20  # parts of a module up to this size are read in one go
+_SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
 _CHUNK_WEIGHTS = 2 << 20  # one step's codes: cache-sized
 _PROBE_ROWS = 32
 _BIG_CHUNK_WEIGHTS = 8 << 20  # one step of a module too big for one slab
 
 
 class Slab:
-    """Source modules of one job, each either in memory (read once, with ``load``) or streamed from its file."""
+    """Source modules for one thread, the last one read held in memory as far as ``read_ahead`` allows; streamed without ``ahead``."""
 
-    def __init__(self, checkpoint: Checkpoint, job: Job, *, load: bool = True) -> None:
-        self._checkpoint = checkpoint
-        self._loaded: dict[str, Module] = {}
-        for source in job.map.sources:
-            if source.module and source.module not in self._loaded:
-                module = checkpoint.modules[source.module]
-                nbytes = sum(raw.nbytes for raw in module.parts.values())
-                self._loaded[source.module] = _in_memory(module) if load and nbytes <= _SLAB_NBYTES else module
+    def __init__(self, checkpoint: Checkpoint, *, ahead: bool = True) -> None:
+        self._checkpoint, self._ahead = checkpoint, ahead
+        self._held: Module | None = None
 
     def module(self, name: str) -> Module:
-        """The module, in memory where it was small enough."""
-        return self._loaded[name]
+        """The module with parts that read ahead."""
+        if self._held is None or self._held.name != name:
+            module = self._checkpoint.modules[name]
+            self._held = read_ahead(module) if self._ahead else module
+        return self._held
 
 
-def _in_memory(module: Module) -> Module:
-    parts = {}
-    for leaf, raw in module.parts.items():
-        buffer = bytearray(raw.nbytes)
-        raw.source.pread_into(raw.offset, memoryview(buffer))
-        parts[leaf] = RawTensor(raw.name, raw.dtype, raw.shape, MemorySource(buffer, raw.source.name), 0, raw.nbytes, raw.big_endian)
-    return replace(module, parts=parts)
+def read_ahead(module: Module) -> Module:
+    """The module with its column ranges read in wide pieces, ``_SLAB_NBYTES`` at a time in all its planes together."""
+    share = min(1.0, _SLAB_NBYTES / max(1, sum(raw.nbytes for raw in module.parts.values())))
+    parts = {leaf: ReadAhead.of(raw, int(raw.nbytes * share)) for leaf, raw in module.parts.items()}
+    return Module(module.name, parts, module.match)  # nothing remembered: the file may have changed since the plan was made
 
 
 def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int, int]]:
@@ -90,6 +85,38 @@ def slabs(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
         yield start, min(total, start + step)
 
 
+def tasks(job: Job, checkpoint: Checkpoint) -> list[list[tuple[int, int]]]:
+    """The ranges of ``slabs`` in runs for one worker each: what one filling of a ``Slab`` serves, so that big tensors are shared out."""
+    ranges = list(slabs(job, checkpoint))
+    nbytes = max((_module_nbytes(checkpoint, s.module) for s in job.map.sources if s.module), default=0)
+    fills = -(-nbytes // _SLAB_NBYTES)
+    count = max(1, len(ranges) // max(1, fills))
+    return [ranges[at : at + count] for at in range(0, len(ranges), count)]
+
+
+def in_source_order(job: Job) -> tuple[Job, np.ndarray[Any, Any] | None]:
+    """The job with its reordered rows left as the sources have them, and the target row of each; None where no row moves.
+
+    Rows then need no neighbours, however far the order throws them: whoever writes them puts each where it belongs.
+    """
+    import numpy as np
+
+    if len(job.map.shape) < 2 or all(s.index is None for s in job.map.sources):
+        return job, None
+    placed, sources, at = [], [], 0
+    for source in job.map.sources:
+        length = source.stop - source.start
+        place = np.arange(length)
+        if source.index is not None:
+            place[source.index] = np.arange(length)
+            if not np.array_equal(place[source.index], np.arange(length)):
+                return job, None  # rows taken twice
+        placed.append(at + place)
+        sources.append(replace(source, index=None, period=1))
+        at += length
+    return replace(job, map=replace(job.map, sources=tuple(sources))), np.concatenate(placed)
+
+
 def first_rows(job: Job) -> int:
     """How many of the target's first rows make a cheap probe: whole periods of the row order."""
     total = sum(s.stop - s.start for s in job.map.sources)
@@ -107,7 +134,7 @@ def read_rows(
     import torch
 
     pieces = [_read_piece(job, slab, checkpoint, source, low, high, codes) for source, low, high in overlaps(job, start, stop)]
-    if all(not isinstance(p, torch.Tensor) for p in pieces):
+    if all(not isinstance(p, torch.Tensor) for p in pieces) and (job.action == "codes" or len(pieces) == 1):
         return rewrite.concatenate_rows(pieces)
     floats = [p if isinstance(p, torch.Tensor) else p.dequantize(torch.float32) for p in pieces]
     return floats[0] if len(floats) == 1 else torch.cat(floats)

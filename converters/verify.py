@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["VerifyResult", "verify"]
 
 _MAX_LISTED = 100
+_RUN_NBYTES = 1 << 20
 
 
 @dataclass
@@ -103,6 +104,7 @@ class _Comparer:
         self._files = files
         self._names = {(p.file, p.offset): name for name, p in plan.output.parts.items()}
         self._lock = threading.Lock()
+        self._buffers = threading.local()
         self.mismatches: list[dict[str, Any]] = []
         self.nbytes = 0
 
@@ -112,18 +114,30 @@ class _Comparer:
 
     def compare(self, file: str, at: int, data: memoryview, name: str, offset: int) -> None:
         """Compare ``data`` with the file's bytes at ``at``; the first difference of a run is listed."""
-        source = self._files[file]
-        there = bytearray(min(len(data), max(0, source.size - at)))
-        source.pread_into(at, memoryview(there))
+        place = self._first_difference(self._files[file], at, data)
         with self._lock:
             self.nbytes += len(data)
-        if there == data:
+        if place is None:
             return
-        place = next((i for i, (a, b) in enumerate(zip(there, data, strict=False)) if a != b), len(there))
         with self._lock:
             if len(self.mismatches) < _MAX_LISTED:
                 entry = {"tensor": name, "file": file or None, "offset_bytes": at + place, "detail": f"byte {offset + place}"}
                 self.mismatches.append(entry)
+
+    def _first_difference(self, source: FileSource, at: int, data: memoryview) -> int | None:
+        """Where ``data`` first differs from the bytes at ``at``, read a cache-sized run at a time into one buffer a thread."""
+        import numpy as np
+
+        if not hasattr(self._buffers, "run"):
+            self._buffers.run = np.empty(_RUN_NBYTES, np.uint8)
+        mine = np.frombuffer(data, np.uint8)
+        there = min(len(mine), max(0, source.size - at))
+        for done in range(0, there, _RUN_NBYTES):
+            run = self._buffers.run[: min(_RUN_NBYTES, there - done)]
+            source.pread_into(at + done, run.data)
+            if not np.array_equal(run, mine[done : done + len(run)]):
+                return done + int(np.argmax(run != mine[done : done + len(run)]))
+        return None if there == len(mine) else there
 
 
 def _compare_bytes(
@@ -200,7 +214,7 @@ def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
             result.mismatches.append({"tensor": tensor.name, "file": None, "offset_bytes": None, "detail": "is missing"})
             continue
         job = Job(tensor, "float", "", "", "", {}, False)
-        slab = Slab(checkpoint, job)
+        slab = Slab(checkpoint)
         for start, stop in slabs(job, checkpoint):
             ours = _float64(read_rows(job, slab, checkpoint, start, stop), tensor.shift)
             theirs = _float64(_read_rows_of(found, tensor.target, tensor.leaf, start, stop), 0.0)
