@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
-from converters.sources import Slab, first_rows, read_rows, slabs
+from converters.sources import Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
@@ -299,7 +299,7 @@ class Chooser:
     def _probe(self, tensor: TensorMap) -> tuple[QuantizedTensor, _Ranges]:
         """The parameters of a few rows, to refuse on before whole ranges are read; their codes only if a rule asks."""
         job = Job(tensor, "codes", "", "", "", {}, False, orders=self._orders(tensor))
-        slab, rows = Slab(self.checkpoint), first_rows(job)
+        slab, rows = Slab(self.checkpoint, ahead=False), first_rows(job)
         blank = read_rows(job, slab, self.checkpoint, 0, rows, codes=False)
         return blank, _Ranges(job, slab, self.checkpoint, 0, rows)  # type: ignore[return-value]
 
@@ -318,6 +318,8 @@ class Chooser:
         """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint), None
+        if hint is None or hint.zero_point is None:
+            probe, _ = in_source_order(probe)  # no rule looks beyond a row
         for start, stop in slabs(probe, self.checkpoint):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
