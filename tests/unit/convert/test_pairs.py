@@ -1,7 +1,7 @@
 """Every ordered pair of formats on every fixture: the kinds as in the committed table, exact pairs proven on values, and back again.
 
-``pairs.json`` holds, for every source and target, what becomes of the linear weights and the head. It was read line by line against
-the rules of re-encoding; a change of it is a change of what users get.
+``pairs.json`` holds, for every source and target, what becomes of the linear weights and the head. It records what the rules of
+re-encoding give; a change of it is a change of what users get, to be read before it is committed.
 """
 
 from __future__ import annotations

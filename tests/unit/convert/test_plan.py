@@ -88,7 +88,6 @@ def wide_model(directory: Path, zero: int | str) -> Path:
     return Llama(hidden=64, inner=8192, heads=4, kv=2, head_dim=32, zero=zero).write(directory / "wide")
 
 
-@pytest.mark.xfail(strict=False, reason="the probe of the first rows reads small modules as a whole")
 @pytest.mark.parametrize(("zero", "to"), [(8, "gguf"), ("mixed", "gguf:q8_0")])
 def test_a_scan_reads_parameters_and_few_codes(zero: int | str, to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with watching(monkeypatch) as seen:
