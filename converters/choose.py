@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
-from converters.sources import Slab, first_rows, in_source_order, read_rows, slabs
+from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
@@ -320,7 +320,7 @@ class Chooser:
         hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint), None
         if hint is None or hint.zero_point is None:
             probe, _ = in_source_order(probe)  # no rule looks beyond a row
-        for start, stop in slabs(probe, self.checkpoint):
+        for start, stop in slabs(probe, self.checkpoint, SCAN_WEIGHTS):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
             found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,7 +215,7 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     row = registry.row(target.format)
     free = "group" in row.options and "group" not in target.options and not chooser.storages_of
     if not free or chooser.checkpoint.gguf is None:
-        return [chooser.decide(t) for t in tensors]
+        return _decide_together(chooser, tensors)
     jobs: list[Job] = []
     for group in _GROUPS:
         chooser.options = _with_option(chooser.options, "group", group)
@@ -229,6 +231,21 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
             if group == _GROUPS[-1]:
                 raise
     return jobs
+
+
+def _decide_together(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
+    """Decide tensors of codes side by side, which do not depend on each other; floats in order, which may follow the first matrix."""
+    import torch
+
+    coded = [t for t in tensors if t.leaf == "weight" and any(s.module and chooser.checkpoint.is_quantized(s.module) for s in t.sources)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            started = {t.name: pool.submit(chooser.decide, t) for t in coded}
+            return [started[t.name].result() if t.name in started else chooser.decide(t) for t in tensors]
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _with_option(options: PlanOptions, key: str, value: str) -> PlanOptions:

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
+__all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
 _CHUNK_WEIGHTS = 2 << 20  # one step's codes: cache-sized
 _PROBE_ROWS = 32
+SCAN_WEIGHTS = 16 << 20  # one step of a scan, which reads codes only where a rule asks
 _BIG_CHUNK_WEIGHTS = 8 << 20  # one step of a module too big for one slab
 
 
@@ -60,11 +61,11 @@ def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int,
         at += length
 
 
-def row_step(job: Job, checkpoint: Checkpoint) -> int:
-    """How many rows one step takes: cache-sized, whole periods of the row order, whole words of every packing."""
+def row_step(job: Job, checkpoint: Checkpoint, weights: int = 0) -> int:
+    """How many rows one step takes: cache-sized (or ``weights``), whole periods of the row order, whole words of every packing."""
     columns = job.map.shape[-1] if len(job.map.shape) > 1 else 1
     nbytes = max((_module_nbytes(checkpoint, s.module) for s in job.map.sources if s.module), default=0)
-    weights = _CHUNK_WEIGHTS if nbytes <= _SLAB_NBYTES else _BIG_CHUNK_WEIGHTS
+    weights = weights or (_CHUNK_WEIGHTS if nbytes <= _SLAB_NBYTES else _BIG_CHUNK_WEIGHTS)
     unit = 32
     for source in job.map.sources:
         if source.period == 0:
@@ -77,10 +78,10 @@ def _module_nbytes(checkpoint: Checkpoint, name: str) -> int:
     return sum(raw.nbytes for raw in checkpoint.modules[name].parts.values())
 
 
-def slabs(job: Job, checkpoint: Checkpoint) -> Iterator[tuple[int, int]]:
-    """Row ranges of the job's flattened target, in order."""
+def slabs(job: Job, checkpoint: Checkpoint, weights: int = 0) -> Iterator[tuple[int, int]]:
+    """Row ranges of the job's flattened target, in order; ``weights`` overrides how many weights one holds."""
     total = sum(s.stop - s.start for s in job.map.sources)
-    step = row_step(job, checkpoint)
+    step = row_step(job, checkpoint, weights)
     for start in range(0, total, step):
         yield start, min(total, start + step)
 

@@ -24,6 +24,10 @@ NUMPY_DTYPES = {
 }  # fmt: skip
 
 
+_NARROW_ROW_NBYTES = 8 << 10
+_PIECE_NBYTES = 4 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class RawTensor:
     """``nbytes`` bytes at ``offset`` of ``source``; for block types (GGUF) a row's bytes are ``nbytes // rows``."""
@@ -68,7 +72,10 @@ class RawTensor:
         return self._native(out)
 
     def column_range(self, start: int, stop: int) -> np.ndarray[Any, Any]:
-        """Columns ``start:stop`` (elements of a plain dtype) of every row, ``(rows, stop - start)``; one read for each row of a file."""
+        """Columns ``start:stop`` (elements of a plain dtype) of every row, ``(rows, stop - start)``.
+
+        Long rows are read one by one, short ones in whole pieces: a read call costs as much as copying several kilobytes.
+        """
         import numpy as np
 
         dtype = self._numpy_dtype()
@@ -79,10 +86,15 @@ class RawTensor:
             whole = np.frombuffer(self.source.view(self.offset, self.nbytes), dtype).reshape(self.rows, width)
             return self._native(whole[:, start:stop].copy())
         out = np.empty((self.rows, stop - start), dtype)
+        if self.row_nbytes <= _NARROW_ROW_NBYTES:
+            step = max(1, _PIECE_NBYTES // max(1, self.row_nbytes))
+            for row in range(0, self.rows, step):
+                out[row : row + step] = self.row_range(row, min(self.rows, row + step))[:, start:stop]
+            return out
         flat, step = out.reshape(-1).view("u1").data, (stop - start) * dtype.itemsize
-        at = self.offset + start * dtype.itemsize
+        at, row_nbytes = self.offset + start * dtype.itemsize, self.row_nbytes
         for row in range(self.rows):
-            self.source.pread_into(at + row * self.row_nbytes, flat[row * step : (row + 1) * step])
+            self.source.pread_into(at + row * row_nbytes, flat[row * step : (row + 1) * step])
         return self._native(out)
 
     def _numpy_dtype(self) -> np.dtype[Any]:
