@@ -284,9 +284,11 @@ class Chooser:
         for rounding in (False, True):
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
-                    if probe is not None:
-                        fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding)
-                    found = self._claim(tensor, storage, rounding) if probe is None else self._scan(tensor, storage, rounding)
+                    if probe is None:
+                        found = self._claim(tensor, storage, rounding)
+                    else:
+                        seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding)
+                        found = self._scan(tensor, storage, seen, rounding)
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
                     continue
@@ -314,19 +316,23 @@ class Chooser:
         return Job(tensor, "codes", found.kind, found.reason, storage.type.upper() if self._gguf else storage.type, parts,
                    found.kind == "exact", None, storage, format_name, notes, rounding, (), orders, hints)  # fmt: skip
 
-    def _scan(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
-        """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit."""
+    def _scan(self, tensor: TensorMap, storage: Storage, worst: Fit, rounding: bool) -> Fit:
+        """Fit every row range; the worst kind stands for the tensor. ``Refused`` at the first range that does not fit.
+
+        Once rounding is known to be needed (``worst``, from the probe), codes have no say any more and are not read.
+        """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
-        hint, slab, worst = self.hints.get(tensor.target), Slab(self.checkpoint), None
+        hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
         if hint is None or hint.zero_point is None:
             probe, _ = in_source_order(probe)  # no rule looks beyond a row
         for start, stop in slabs(probe, self.checkpoint, SCAN_WEIGHTS):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
+            if storage.offset is not None and worst.kind == "codes-exact" and _cannot_overflow(blank):  # type: ignore[arg-type]
+                continue
             ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
             found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]
-            if worst is None or KINDS.index(found.kind) > KINDS.index(worst.kind):
+            if KINDS.index(found.kind) > KINDS.index(worst.kind):
                 worst = found
-        assert worst is not None
         return worst
 
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
@@ -399,6 +405,18 @@ class _Ranges:
             assert self._tensor is not None
             self._known[width] = block_range(self._tensor, width)
         return self._known[width]
+
+
+def _cannot_overflow(t: QuantizedTensor) -> bool:
+    """Whether scale x (any integer a relabelling may use) stays below the largest fp16, and the form is plain."""
+    import torch
+
+    if len(t.scales) != 1 or not isinstance(t.scales[0].values, torch.Tensor) or t.scales[0].values.dtype != torch.float16:
+        return False
+    zero = t.zero_point
+    if t.offset is not None or (zero is not None and (not isinstance(zero.values, torch.Tensor) or zero.values.dtype.is_floating_point)):
+        return False
+    return bool((t.scales[0].values.to(torch.float32).abs() <= 65504 / 512).all())
 
 
 def hint_rows(hint: Hint | None, start: int, stop: int) -> Hint | None:

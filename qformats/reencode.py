@@ -516,12 +516,12 @@ def _two_level(a: _Affine, storage: Storage) -> Fit:
 
 
 def _keep_offset(a: _Affine, offset: Tensor, storage: Storage) -> Fit:
-    """A source that has an offset already, for a storage that has one: codes stay, planes are split."""
+    """A source that has an offset already, for a storage that has one: codes stay, or move in blocks where a narrower grid asks."""
     if storage.sub_scale is not None:
         raise Refused("sub-scales would need a search")
+    if a.zero.numel() > 1 or int(a.zero.reshape(-1)[0]):
+        raise Refused("both a zero point and an offset")
     group = min(storage.group or a.k, a.k)
-    if a.grid.highest > storage.grid.highest or a.grid.lowest < storage.grid.lowest:
-        raise Refused(f"{a.grid.bits}-bit codes do not fit {storage.grid.bits} bits")
     dtype = getattr(torch, storage.offset or "float16")
     stored = offset.to(torch.float32).to(dtype)
     if bool((stored.to(torch.float64) != offset.to(torch.float64)).any()):
@@ -529,7 +529,36 @@ def _keep_offset(a: _Affine, offset: Tensor, storage: Storage) -> Fit:
     width = _working_width(a, group)
     if group > width:
         raise Refused(f"groups of {width} are finer than the target's {group}")
-    if a.zero.numel() > 1 or int(a.zero.reshape(-1)[0]):
-        raise Refused("both a zero point and an offset")
-    return _done(a, storage, a.width, torch.zeros(1, dtype=torch.int16), None, a.scale, "codes, scales and offsets are kept",
-                 offset=_param(a.plane(stored, group), a.shape, group))  # fmt: skip
+    scale, stored = a.plane(a.scale, width), a.plane(stored, width)
+    if a.grid.lowest >= storage.grid.lowest and a.grid.highest <= storage.grid.highest:
+        reason, shift = "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
+        return _done(a, storage, width, shift, None, scale, reason, offset=_param(stored, a.shape, group))
+    shift_plane, flip, moved = _narrow_offset(a, scale, stored, width, storage.grid, dtype)
+    a.notes.append("move codes into the narrower grid")
+    any_flip = flip if bool(flip.any()) else None
+    scale = torch.where(flip, -scale, scale)
+    plane = _param(moved, a.shape, group)
+    return _done(a, storage, width, shift_plane, any_flip, scale, "every block fits the narrower grid", offset=plane)
+
+
+def _narrow_offset(
+    a: _Affine, scale: Tensor, offset: Tensor, width: int, grid: Integer, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shift or flip each block into ``grid``: w = s·q' + (m + s·k) or −s·q' + (m + s·j), the new offset representable."""
+    low, high = a.ranges(width)
+    top = grid.highest
+    shift, flip, moved = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.bool), offset.expand(low.shape).clone()
+    found = (low >= 0) & (high <= top)
+    for step in range(top + 1):
+        for mirror in (False, True):
+            code = high + step if mirror else low - step
+            legal = code <= low + top if mirror else code >= high - top
+            exact = offset.to(torch.float64) + scale.to(torch.float64) * code
+            rounded = exact.to(torch.float32).to(dtype)
+            hit = ~found & legal & (rounded.to(torch.float64) == exact) & torch.isfinite(rounded)
+            shift = torch.where(hit, code if mirror else -code, shift)
+            flip, moved, found = torch.where(hit, torch.tensor(mirror), flip), torch.where(hit, rounded, moved), found | hit
+    left = int((~found).sum())
+    if left:
+        raise Refused(f"{left} of {found.numel()} blocks span more than {grid.bits} bits or have no representable offset")
+    return shift, flip, moved
