@@ -15,12 +15,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from synthetic import make
+
 from converters.choose import PlanOptions
 from converters.execute import execute
 from converters.plan import make_plan
 from converters.verify import verify
 from qformats import registry
-from synthetic import make
 
 CASES = (("awq", "gguf"), ("awq", "gguf:q4_1"), ("gptq", "gguf"))
 

@@ -100,6 +100,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     mapped = map_tensors(checkpoint, target.container)
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
+    warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))
     orders, row_orders = _absorb(checkpoint, options, warnings)
     tensors = [absorb.apply_row_orders(t, row_orders) for t in mapped.tensors]
     unsorted: dict[str, Any] = {}

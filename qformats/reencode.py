@@ -371,7 +371,7 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
     left = exact.numel() - int(exact.sum())
     if left and (not rounding or not fits):
         raise Refused(f"scale x zero point is not {storage.offset} in {left} of {exact.numel()} blocks, in any flip or shift")
-    offset = (scale.to(torch.float64) * offset_code.to(torch.float64)).to(torch.float32).to(dtype)
+    offset = _product(scale, offset_code).to(torch.float32).to(dtype)
     if not bool(torch.isfinite(offset).all()):
         raise Refused(f"scale x zero point overflows {storage.offset}")
     shift = torch.where(flip, offset_code + zero, -offset_code - zero)
@@ -387,10 +387,16 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
 
 
 def _product_exact(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where scale x integer (exact in float64) is a finite ``dtype`` number."""
-    product = scale.to(torch.float64) * factor.to(torch.float64)
+    """Where scale x integer is a finite ``dtype`` number."""
+    product = _product(scale, factor)
     stored = product.to(torch.float32).to(dtype)
-    return (stored.to(torch.float64) == product) & torch.isfinite(stored)
+    return (stored.to(product.dtype) == product) & torch.isfinite(stored)
+
+
+def _product(scale: Tensor, factor: Tensor) -> Tensor:
+    """Scale x integer of up to 9 bits, exact: in float32 for half-precision scales, else in float64."""
+    wide = torch.float32 if scale.dtype in (torch.float16, torch.bfloat16) else torch.float64
+    return scale.to(wide) * factor.to(wide)
 
 
 def _choose_offset(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

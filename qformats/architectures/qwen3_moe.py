@@ -44,6 +44,7 @@ QWEN3_MOE = Architecture(
     after=(*NORM, *EXPERTS, *HEAD_SIZES, Field("expert_feed_forward_length", "u32", "moe_intermediate_size")),
     defaults={
         "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "max_position_embeddings": 32768, "hidden_act": "silu",
+        "norm_topk_prob": False,  # transformers leaves defaults out of config.json
     },
     rebuilt={
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_act": "silu", "norm_topk_prob": True,
@@ -51,8 +52,9 @@ QWEN3_MOE = Architecture(
     },
     fixed={
         "hidden_act": ("silu", "swish"), "mlp_only_layers": ([],), "decoder_sparse_step": (1,),
+        "norm_topk_prob": (True,),  # llama.cpp always rescales the chosen experts' weights to one
         "attention_bias": (False,),  # the output projection's bias has no place in llama.cpp's qwen3moe
     },
-    ignored={"norm_topk_prob": (True,), "use_sliding_window": (False,)},
+    ignored={"use_sliding_window": (False,)},
     biases={"attention_bias": "attn_q"},
 )  # fmt: skip

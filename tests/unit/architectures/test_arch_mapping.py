@@ -189,8 +189,16 @@ def test_buffers_and_a_tied_head_are_dropped_with_a_reason() -> None:
 
 
 def test_config_fields_llama_cpp_ignores_are_reported() -> None:
-    config = config_of("qwen3_moe", norm_topk_prob=False)
-    assert "config:norm_topk_prob" in find(config).bind(config).to_gguf(hf_parts("qwen3_moe", config)).dropped
+    config = config_of("qwen3_moe", use_sliding_window=True)
+    assert "config:use_sliding_window" in find(config).bind(config).to_gguf(hf_parts("qwen3_moe", config)).dropped
+
+
+@pytest.mark.parametrize("change", [{"norm_topk_prob": False}, {"norm_topk_prob": None}])
+def test_experts_that_llama_cpp_would_weigh_otherwise_are_refused(change: dict[str, Any]) -> None:
+    config = {k: v for k, v in config_of("qwen3_moe", **change).items() if v is not None}
+    with pytest.raises(Unsupported) as caught:
+        find(config).bind(config)
+    assert caught.value.code == "config-value"
 
 
 def test_producers_of_act_order() -> None:
