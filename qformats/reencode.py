@@ -366,24 +366,50 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
     if group > width:
         raise Refused(f"groups of {width} are finer than the target's {group}")
     fits = a.grid.highest <= top
-    offset_code, flip, exact = _choose_offset(a, width, top, dtype)
-    scale, zero = a.plane(a.scale, width), a.plane(a.zero, width)
-    left = exact.numel() - int(exact.sum())
+    blocks = _offset_blocks(a, width, top, dtype)
+    scale, offset, shift, flip, left = blocks
     if left and (not rounding or not fits):
-        raise Refused(f"scale x zero point is not {storage.offset} in {left} of {exact.numel()} blocks, in any flip or shift")
-    offset = _product(scale, offset_code).to(torch.float32).to(dtype)
+        raise Refused(f"scale x zero point is not {storage.offset} in {left} of {flip.numel()} blocks, in any flip or shift")
     if not bool(torch.isfinite(offset).all()):
         raise Refused(f"scale x zero point overflows {storage.offset}")
-    shift = torch.where(flip, offset_code + zero, -offset_code - zero)
     if left:
-        a.rounded.append(f"the offset of {left} of {exact.numel()} blocks rounds to {storage.offset} ({_F16_BOUND})")
+        a.rounded.append(f"the offset of {left} of {flip.numel()} blocks rounds to {storage.offset} ({_F16_BOUND})")
     moved = int((flip | (shift != 0)).sum())
     a.notes.append(f"zero point to offset, {moved} blocks flipped or shifted" if moved else "zero point to offset")
     any_flip = flip if bool(flip.any()) else None
-    if any_flip is not None:
-        scale = torch.where(flip, -scale, scale)
     return _done(a, storage, width, shift, any_flip, scale, "" if left else "scale x zero point is representable in every block",
                  offset=_param(offset, a.shape, group))  # fmt: skip
+
+
+def _offset_blocks(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Scale (with the sign of a flip), offset in ``dtype``, shift and flip of each run of ``width``, and how many offsets round."""
+    loops = rewrite.block_loops()
+    whole_groups = a.width % width == 0 or a.width >= a.k
+    if loops is None or a.scale.dtype != torch.float16 or dtype != torch.float16 or len(a.shape) != 2 or not whole_groups:
+        return offset_blocks_definition(a, width, top, dtype)
+    count = (a.shape[0], -(-a.k // width))
+    ratio = count[1] if a.width >= a.k else a.width // width
+    planes = (a.scale.to(torch.float32).contiguous().numpy(), a.zero.to(torch.int16).expand(a.scale.shape).contiguous().numpy())
+    shift, flip = torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.bool)
+    offset, signed = torch.empty(count), torch.empty(count)
+    out = [p.numpy() for p in (shift, flip, offset, signed)]
+    fits, unknown = a.grid.highest <= top, shift[:, :0].contiguous().numpy()
+    left = loops.offset_blocks(*planes, unknown, unknown, ratio, top, fits, *out)
+    if left:
+        low, high = (p.contiguous().numpy() for p in a.ranges(width))
+        left = loops.offset_blocks(*planes, low, high, ratio, top, fits, *out)
+    return signed.to(torch.float16), offset.to(dtype), shift, flip, int(left)
+
+
+def offset_blocks_definition(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """``_offset_blocks`` in torch: what the compiled loop must equal."""
+    chosen, flip, exact = _choose_offset(a, width, top, dtype)
+    scale, zero = a.plane(a.scale, width).expand(chosen.shape), a.plane(a.zero, width)
+    flip = flip & exact
+    chosen = torch.where(exact, chosen, -zero.expand(chosen.shape))
+    offset = _product(scale, chosen).to(torch.float32).to(dtype)
+    shift = torch.where(flip, chosen + zero, -chosen - zero)
+    return torch.where(flip, -scale, scale), offset, shift, flip, exact.numel() - int(exact.sum())
 
 
 def _product_exact(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

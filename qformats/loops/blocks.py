@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numba import njit
 
-__all__ = ["relabel", "run_range", "search_offset"]
+__all__ = ["offset_blocks", "relabel", "run_range", "search_offset"]
 
 F = TypeVar("F", bound=Callable[..., Any])
-u8, i16, i32, u64, f64 = np.uint8, np.int16, np.int32, np.uint64, np.float64
+u8, i16, i32, f32, u64, f64 = np.uint8, np.int16, np.int32, np.float32, np.uint64, np.float64
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
 _MAX_HALF = f64(65504.0)
 _STEPS_PER_ONE = f64(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
@@ -91,3 +91,43 @@ def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any
                 flip[b] = True
                 found[b] = True
                 break
+
+
+@_compiled
+def offset_blocks(
+    scale: Any, zero: Any, low: Any, high: Any, ratio: int, top: int, fits: bool, shift: Any, flip: Any, offset: Any, signed: Any
+) -> Any:
+    """Relabelling and offset of every block, ``ratio`` blocks a group; returns how many blocks round.
+
+    ``scale`` float32 (n, G) holding fp16 values, ``zero`` int16 (n, G), ``low``/``high`` int16 (n, B) or (n, 0) where code ranges are
+    not known. Per group the plain offset, else the mirrored one (both only if all codes ``fits``); per block the search of
+    ``search_offset``; else the plain one, which rounds. Writes ``shift`` int16, ``flip`` bool, ``offset`` and ``signed`` (the scale
+    with the flip's sign) float32, all (n, B).
+    """
+    n, blocks = shift.shape
+    left = 0
+    for r in range(n):
+        for g in range(scale.shape[1]):
+            s, z = f64(scale[r, g]), i32(zero[r, g])
+            k, mirrored, good = -z, False, fits and _fits_half(s * f64(-z))
+            if fits and not good and _fits_half(s * f64(top - z)):
+                k, mirrored, good = top - z, True, True
+            for b in range(g * ratio, min(blocks, g * ratio + ratio)):
+                code, turned, found = k, mirrored, good
+                if not found and low.shape[1] > 0:
+                    smallest, largest = i32(low[r, b]) - z, i32(high[r, b]) - z
+                    for step in range(top - (largest - smallest) + 1):
+                        if _fits_half(s * f64(smallest - step)):
+                            code, turned, found = smallest - step, False, True
+                            break
+                        if _fits_half(s * f64(largest + step)):
+                            code, turned, found = largest + step, True, True
+                            break
+                if not found:
+                    left += 1
+                    code, turned = -z, False
+                shift[r, b] = i16(code + z) if turned else i16(-code - z)
+                flip[r, b] = turned
+                offset[r, b] = f32(s * f64(code))
+                signed[r, b] = f32(-s) if turned else f32(s)
+    return left
