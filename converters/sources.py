@@ -22,10 +22,9 @@ if TYPE_CHECKING:
 __all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
-_CHUNK_WEIGHTS = 2 << 20  # one step's codes: cache-sized
+_CHUNK_WEIGHTS = 8 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
 _PROBE_ROWS = 32
 SCAN_WEIGHTS = 16 << 20  # one step of a scan, which reads codes only where a rule asks
-_BIG_CHUNK_WEIGHTS = 8 << 20  # one step of a module too big for one slab
 
 
 class Slab:
@@ -61,11 +60,10 @@ def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int,
         at += length
 
 
-def row_step(job: Job, checkpoint: Checkpoint, weights: int = 0) -> int:
-    """How many rows one step takes: cache-sized (or ``weights``), whole periods of the row order, whole words of every packing."""
+def row_step(job: Job, weights: int = 0) -> int:
+    """How many rows one step of ``weights`` takes: whole periods of the row order, whole words of every packing."""
     columns = job.map.shape[-1] if len(job.map.shape) > 1 else 1
-    nbytes = max((_module_nbytes(checkpoint, s.module) for s in job.map.sources if s.module), default=0)
-    weights = weights or (_CHUNK_WEIGHTS if nbytes <= _SLAB_NBYTES else _BIG_CHUNK_WEIGHTS)
+    weights = weights or _CHUNK_WEIGHTS
     unit = 32
     for source in job.map.sources:
         if source.period == 0:
@@ -81,7 +79,7 @@ def _module_nbytes(checkpoint: Checkpoint, name: str) -> int:
 def slabs(job: Job, checkpoint: Checkpoint, weights: int = 0) -> Iterator[tuple[int, int]]:
     """Row ranges of the job's flattened target, in order; ``weights`` overrides how many weights one holds."""
     total = sum(s.stop - s.start for s in job.map.sources)
-    step = row_step(job, checkpoint, weights)
+    step = row_step(job, weights)
     for start in range(0, total, step):
         yield start, min(total, start + step)
 

@@ -41,7 +41,6 @@ def test_bytes_do_not_depend_on_workers_or_row_ranges(
         digests.add(digest(tmp_path / f"out-{workers}"))
     monkeypatch.setattr("converters.sources._CHUNK_WEIGHTS", 32 * 64)  # many row ranges a tensor
     monkeypatch.setattr("converters.sources._SLAB_NBYTES", 1000)  # read from the file range by range
-    monkeypatch.setattr("converters.sources._BIG_CHUNK_WEIGHTS", 32 * 64)
     converted(origin, tmp_path / "out-ranges", to, workers=3)
     digests.add(digest(tmp_path / "out-ranges"))
     assert len(digests) == 1
@@ -54,7 +53,6 @@ def test_way_back_does_not_depend_on_row_ranges(path: str, work: Path, tmp_path:
     converted(tmp_path / "there.gguf", tmp_path / "whole", to, workers=1)
     monkeypatch.setattr("converters.sources._CHUNK_WEIGHTS", 32 * 64)
     monkeypatch.setattr("converters.sources._SLAB_NBYTES", 1000)
-    monkeypatch.setattr("converters.sources._BIG_CHUNK_WEIGHTS", 32 * 64)
     converted(tmp_path / "there.gguf", tmp_path / "ranges", to, workers=5)
     assert digest(tmp_path / "whole") == digest(tmp_path / "ranges")
 
