@@ -10,8 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
@@ -162,24 +164,17 @@ def plan_digest(jobs: Sequence[Job]) -> str:
 
 def collect(checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
     """The ``restore`` part: storages of quantized source modules, zero points that the target drops, act-orders, dtypes."""
-    from qformats.formats.protocol import Module
-
+    used = {s.module: job for job in jobs for s in job.map.sources if s.module and s.leaf == "weight"}
+    kept = {name: job for name, job in used.items() if job.action == "codes" and checkpoint.is_quantized(name)}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression releases the interpreter
+        found = dict(zip(kept, pool.map(lambda item: _module_entry(checkpoint, *item), kept.items())))
     storages: list[str] = []
     modules: dict[str, Any] = {}
-    used = {s.module: job for job in jobs for s in job.map.sources if s.module and s.leaf == "weight"}
-    for name, job in used.items():
-        module = checkpoint.modules[name]
-        if not checkpoint.is_quantized(name) or job.action != "codes":
-            continue
-        assert isinstance(module, Module)
-        entry: dict[str, Any] = {}
-        form = registry.format_module(checkpoint.format)
-        if hasattr(form, "storage_of"):
-            text = json.dumps(storage_to_json(form.storage_of(module)), sort_keys=True)
-            if text not in storages:
-                storages.append(text)
-            entry["storage"] = storages.index(text)
-        entry.update(_planes(checkpoint, name, job))
+    for name, (storage, entry) in found.items():
+        if storage is not None:
+            if storage not in storages:
+                storages.append(storage)
+            entry = {"storage": storages.index(storage), **entry}
         modules[name] = entry
     return {
         "quantized": sum(checkpoint.is_quantized(name) for name in checkpoint.modules),
@@ -188,6 +183,15 @@ def collect(checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np
         "orders": {name: [_pack(order.astype("<i4").tobytes()), len(order)] for name, order in orders.items()},
         "dtypes": {name: raw.dtype for name, raw in checkpoint.raw.items() if raw.dtype in ("F32", "F16", "BF16", "F64")},
     }
+
+
+def _module_entry(checkpoint: Checkpoint, name: str, job: Job) -> tuple[str | None, dict[str, Any]]:
+    """A source module's storage as JSON text, where its format can tell, and its planes."""
+    form = registry.format_module(checkpoint.format)
+    storage = None
+    if hasattr(form, "storage_of"):
+        storage = json.dumps(storage_to_json(form.storage_of(checkpoint.modules[name])), sort_keys=True)
+    return storage, _planes(checkpoint, name, job)
 
 
 def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
