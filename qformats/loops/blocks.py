@@ -6,32 +6,21 @@ The definitions each must equal are in ``qformats.rewrite`` (``block_range``, ``
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from qformats.loops.compiled import compiled
 
 __all__ = ["offset_blocks", "relabel", "run_range", "search_offset"]
 
-F = TypeVar("F", bound=Callable[..., Any])
 u8, i16, i32, f32, u64, f64 = np.uint8, np.int16, np.int32, np.float32, np.uint64, np.float64
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
 _MAX_HALF = f64(65504.0)
 _STEPS_PER_ONE = f64(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
 
 
-def _compiled(function: F) -> F:
-    """``njit``, cached on disk where a directory can be written and quietly uncached where not."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: F = njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
-        compiled = njit(**options)(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def run_range(codes: Any, width: int, low: Any, high: Any) -> None:
     """Smallest and largest of each run of ``width`` columns of ``codes`` (n, K) into int16 (n, ceil(K / width))."""
     n, k = codes.shape
@@ -48,7 +37,7 @@ def run_range(codes: Any, width: int, low: Any, high: Any) -> None:
             high[r, b] = i16(largest)
 
 
-@_compiled
+@compiled
 def relabel(codes: Any, width: int, add: Any, mask: Any, out: Any) -> None:
     """``out = (codes ^ mask) + add`` in bytes, for each run of ``width`` columns; ``add`` and ``mask`` uint8 (n, runs)."""
     n, k = codes.shape
@@ -61,14 +50,14 @@ def relabel(codes: Any, width: int, add: Any, mask: Any, out: Any) -> None:
                 made[i] = u8(u8(run[i] ^ m) + a)
 
 
-@_compiled
+@compiled
 def _fits_half(value: Any) -> Any:
     """Whether a float64 is a finite fp16 number: at most 11 significant bits, a multiple of 2^-24, no larger than 65504."""
     steps = value * _STEPS_PER_ONE
     return (f64(value).view(u64) & _BELOW_HALF) == u64(0) and np.floor(steps) == steps and abs(value) <= _MAX_HALF
 
 
-@_compiled
+@compiled
 def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any, flip: Any, found: Any) -> None:
     """For each block with ``found`` unset, the first step and direction whose ``scale x integer`` fp16 holds.
 
@@ -93,7 +82,7 @@ def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any
                 break
 
 
-@_compiled
+@compiled
 def offset_blocks(
     scale: Any, zero: Any, low: Any, high: Any, ratio: int, top: int, fits: bool, shift: Any, flip: Any, offset: Any, signed: Any
 ) -> Any:

@@ -13,15 +13,15 @@ No fastmath: bit equality needs each product and sum rounded where ggml rounds i
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from qformats.loops.compiled import compiled
 
 __all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
 Array = np.ndarray[Any, Any]
-F = TypeVar("F", bound=Callable[..., Any])
 u8, u16, u32, u64, i8, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.float32
 
 _ONES = u64(0x0101010101010101)
@@ -32,22 +32,12 @@ _FIFTH = u64(0x1010101010101010)
 _SUBNORMAL = f32(2.0**-24)
 
 
-def _compiled(function: F) -> F:
-    """``njit``, cached on disk where a directory can be written and quietly uncached where not."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: F = njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
-        compiled = njit(**options)(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def _word(low: int, high: int) -> Any:
     return u16(u16(low) | u16(u16(high) << u16(8)))
 
 
-@_compiled
+@compiled
 def _half(low: int, high: int) -> Any:
     """The fp16 of two bytes as float32, exact; needs no subnormal float32 and no hardware conversion."""
     h = u32(_word(low, high))
@@ -62,7 +52,7 @@ def _half(low: int, high: int) -> Any:
 def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """unpack and pack for Q4_0 (``head`` = 2 bytes before ``qs``) and Q4_1 (4), called with ``half`` = 16."""
 
-    @_compiled
+    @compiled
     def unpack(blocks: Array, codes: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
             d[b] = _word(blocks[b, 0], blocks[b, 1])
@@ -73,7 +63,7 @@ def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
                 codes[b, j] = u8(c & u8(15))
                 codes[b, half + j] = u8(c >> u8(4))
 
-    @_compiled
+    @compiled
     def pack(blocks: Array, codes: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
             blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
@@ -88,7 +78,7 @@ def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
 def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
     """unpack and pack for Q5_0 (``head`` = 2 bytes before ``qh``) and Q5_1 (4); ``words`` is ``codes`` seen as uint64 (B, 4)."""
 
-    @_compiled
+    @compiled
     def unpack(blocks: Array, codes: Array, words: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
             d[b] = _word(blocks[b, 0], blocks[b, 1])
@@ -101,7 +91,7 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
                 codes[b, j] |= u8(c & u8(15))
                 codes[b, half + j] |= u8(c >> u8(4))
 
-    @_compiled
+    @compiled
     def pack(blocks: Array, codes: Array, words: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
             blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
@@ -115,7 +105,7 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
     return unpack, pack
 
 
-@_compiled
+@compiled
 def unpack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
     """Q8_0; ``codes`` are the int8 bytes seen as uint8, ``width`` = 32."""
     for b in range(blocks.shape[0]):
@@ -124,7 +114,7 @@ def unpack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
             codes[b, j] = blocks[b, 2 + j]
 
 
-@_compiled
+@compiled
 def pack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
     """The inverse of ``unpack8``."""
     for b in range(blocks.shape[0]):
@@ -133,7 +123,7 @@ def pack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
             blocks[b, 2 + j] = codes[b, j]
 
 
-@_compiled
+@compiled
 def _scale_min(blocks: Array, b: int, j: int) -> Any:
     """sc[j] and m[j] of a Q4_K or Q5_K super-block."""
     if j < 4:
@@ -143,7 +133,7 @@ def _scale_min(blocks: Array, b: int, j: int) -> Any:
     return sc, u8(u8(high >> u8(4)) | u8(u8(blocks[b, 4 + j] >> u8(6)) << u8(4)))
 
 
-@_compiled
+@compiled
 def _unpack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int) -> None:
     """The first 16 bytes of a Q4_K or Q5_K super-block."""
     d[b], dmin[b] = _word(blocks[b, 0], blocks[b, 1]), _word(blocks[b, 2], blocks[b, 3])
@@ -151,7 +141,7 @@ def _unpack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: i
         sc[b, j], m[b, j] = _scale_min(blocks, b, j)
 
 
-@_compiled
+@compiled
 def _pack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int) -> None:
     blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
     blocks[b, 2], blocks[b, 3] = u8(dmin[b]), u8(dmin[b] >> u16(8))
@@ -162,7 +152,7 @@ def _pack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int
         blocks[b, 12 + j] = u8(u8(s & u8(15)) | u8(u8(o & u8(15)) << u8(4)))
 
 
-@_compiled
+@compiled
 def unpack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """Q4_K: codes (S, 256), ``sc`` and ``m`` (S, 8), ``d`` and ``dmin`` (S,); ``width`` = 32."""
     for b in range(blocks.shape[0]):
@@ -175,7 +165,7 @@ def unpack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: A
                 codes[b, to + width + j] = u8(c >> u8(4))
 
 
-@_compiled
+@compiled
 def pack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """The inverse of ``unpack4k``."""
     for b in range(blocks.shape[0]):
@@ -186,7 +176,7 @@ def pack4k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Arr
                 blocks[b, at + j] = u8(u8(codes[b, to + j] & u8(15)) | u8(codes[b, to + width + j] << u8(4)))
 
 
-@_compiled
+@compiled
 def unpack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """Q5_K, planes as in ``unpack4k``."""
     for b in range(blocks.shape[0]):
@@ -199,7 +189,7 @@ def unpack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: A
                 codes[b, to + width + j] = u8(u8(c >> u8(4)) | u8(u8(h & u8(2)) << u8(3)))
 
 
-@_compiled
+@compiled
 def pack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, width: int) -> None:
     """The inverse of ``unpack5k``."""
     for b in range(blocks.shape[0]):
@@ -214,7 +204,7 @@ def pack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Arr
                 blocks[b, 16 + j] |= u8(u8(u8(c0 >> u8(4)) | u8(u8(c1 >> u8(4)) << u8(1))) << low)
 
 
-@_compiled
+@compiled
 def unpack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None:
     """Q6_K: codes (S, 256), ``sc`` the int8 bytes as uint8 (S, 16), ``d`` (S,); ``width`` = 32."""
     for b in range(blocks.shape[0]):
@@ -231,7 +221,7 @@ def unpack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> No
                 codes[b, to + 96 + j] = u8(u8(c1 >> u8(4)) | u8(u8(h & u8(192)) >> u8(2)))
 
 
-@_compiled
+@compiled
 def pack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None:
     """The inverse of ``unpack6k``."""
     for b in range(blocks.shape[0]):
@@ -249,7 +239,7 @@ def pack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None
                 blocks[b, high + j] = u8(near | far)
 
 
-@_compiled
+@compiled
 def dequantize4(blocks: Array, out: Array, half: int) -> None:
     """Q4_0 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
@@ -260,7 +250,7 @@ def dequantize4(blocks: Array, out: Array, half: int) -> None:
             out[b, half + j] = (f32(u8(c >> u8(4))) - f32(8)) * d
 
 
-@_compiled
+@compiled
 def dequantize4m(blocks: Array, out: Array, half: int) -> None:
     """Q4_1 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
@@ -271,7 +261,7 @@ def dequantize4m(blocks: Array, out: Array, half: int) -> None:
             out[b, half + j] = f32(u8(c >> u8(4))) * d + m
 
 
-@_compiled
+@compiled
 def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
     """Q5_0 -> float32 (B, 32); ``fifth`` is 32 bytes of workspace and ``words`` the same bytes as uint64 (4,)."""
     for b in range(blocks.shape[0]):
@@ -284,7 +274,7 @@ def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int
             out[b, half + j] = (f32(u8(u8(c >> u8(4)) | fifth[half + j])) - f32(16)) * d
 
 
-@_compiled
+@compiled
 def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
     """Q5_1 -> float32 (B, 32); workspace as in ``dequantize5``."""
     for b in range(blocks.shape[0]):
@@ -297,7 +287,7 @@ def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: in
             out[b, half + j] = f32(u8(u8(c >> u8(4)) | fifth[half + j])) * d + m
 
 
-@_compiled
+@compiled
 def dequantize8(blocks: Array, out: Array, width: int) -> None:
     """Q8_0 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
@@ -306,7 +296,7 @@ def dequantize8(blocks: Array, out: Array, width: int) -> None:
             out[b, j] = f32(i8(blocks[b, 2 + j])) * d
 
 
-@_compiled
+@compiled
 def dequantize4k(blocks: Array, out: Array, width: int) -> None:
     """Q4_K -> float32 (S, 256): ``(d * sc) * q - (dmin * m)``."""
     for b in range(blocks.shape[0]):
@@ -321,7 +311,7 @@ def dequantize4k(blocks: Array, out: Array, width: int) -> None:
                 out[b, to + width + j] = d1 * f32(u8(c >> u8(4))) - o1
 
 
-@_compiled
+@compiled
 def dequantize5k(blocks: Array, out: Array, width: int) -> None:
     """Q5_K -> float32 (S, 256)."""
     for b in range(blocks.shape[0]):
@@ -336,7 +326,7 @@ def dequantize5k(blocks: Array, out: Array, width: int) -> None:
                 out[b, to + width + j] = d1 * f32(u8(u8(c >> u8(4)) | u8(u8(h & u8(2)) << u8(3)))) - o1
 
 
-@_compiled
+@compiled
 def dequantize6k(blocks: Array, out: Array, half: int) -> None:
     """Q6_K -> float32 (S, 256): ``(d * sc) * (q - 32)``, scales on 16 weights; ``half`` = 16."""
     for b in range(blocks.shape[0]):

@@ -8,31 +8,21 @@ be reordered; trip counts are arguments for the reason given in ``qformats.loops
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from numba import njit
+
+from qformats.loops.compiled import compiled
 
 __all__ = ["QUANTIZE"]
 
 Array = np.ndarray[Any, Any]
-F = TypeVar("F", bound=Callable[..., Any])
 u8, u32, i32, f32 = np.uint8, np.uint32, np.int32, np.float32
 
 _MAGNITUDE = u32(0x7FFFFFFF)
 
 
-def _compiled(function: F) -> F:
-    """``njit``, cached on disk where a directory can be written and quietly uncached where not."""
-    options = {"nogil": True, "error_model": "numpy"}
-    try:
-        compiled: F = njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
-        compiled = njit(**options)(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def _largest(bits: Array, b: int, width: int) -> Any:
     """The largest magnitude of block ``b`` as a bit pattern."""
     top = u32(0)
@@ -42,12 +32,12 @@ def _largest(bits: Array, b: int, width: int) -> Any:
     return top
 
 
-@_compiled
+@compiled
 def _finite(value: Any) -> Any:
     return u32(f32(value).view(u32) & _MAGNITUDE) < u32(0x7F800000)
 
 
-@_compiled
+@compiled
 def centred(x: Array, bits: Array, codes: Array, d: Array, zero: Any, limit: Any, width: int) -> None:
     """Q4_0 (``zero`` 8, ``limit`` 15) and Q5_0 (16, 31); ``bits`` is ``x`` seen as uint32, ``d`` float32 (B,)."""
     for b in range(x.shape[0]):
@@ -71,7 +61,7 @@ def centred(x: Array, bits: Array, codes: Array, d: Array, zero: Any, limit: Any
                 codes[b, j] = u8(0)
 
 
-@_compiled
+@compiled
 def minimum(x: Array, bits: Array, codes: Array, d: Array, m: Array, limit: Any, width: int) -> None:
     """Q4_1 (``limit`` 15) and Q5_1 (31); ``bits`` is ``x`` seen as int32, ``d`` and ``m`` float32 (B,)."""
     for b in range(x.shape[0]):
@@ -100,7 +90,7 @@ def minimum(x: Array, bits: Array, codes: Array, d: Array, m: Array, limit: Any,
                 codes[b, j] = u8(0)
 
 
-@_compiled
+@compiled
 def eight(x: Array, bits: Array, codes: Array, d: Array, width: int) -> None:
     """Q8_0; ``codes`` int8 (B, 32), ``bits`` is ``x`` seen as uint32."""
     for b in range(x.shape[0]):
