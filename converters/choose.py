@@ -155,8 +155,7 @@ class Chooser:
     def _float_dtype(self, tensor: TensorMap, found: set[str], named: str | None) -> str:
         if named is not None:
             return FLOAT_WORDS[named]
-        source = found.pop() if len(found) == 1 else "F32"
-        found.add(source)
+        source = next(iter(found)) if len(found) == 1 else "F32"
         if self._gguf:
             matrix = len(tensor.shape) >= 2 and tensor.kind in _MATRIX_KINDS
             return (source if source in ("F16", "BF16") else "F32") if matrix else "F32"

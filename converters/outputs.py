@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from math import prod
 
 from converters.jobs import Job
-from qformats.containers.gguf import GGML_TYPES, Metadata, TensorInfo, layout_gguf
+from qformats.containers.gguf import Metadata, TensorInfo, layout_gguf
 from qformats.containers.index import index_json, shard_names, shard_plan
 from qformats.containers.layout import Layout
 from qformats.containers.safetensors import layout_safetensors
@@ -85,9 +85,3 @@ def safetensors_output(
     if len(shards) > 1:
         extra["model.safetensors.index.json"] = index_json(shards)
     return Output(True, layouts, parts, extra)
-
-
-def gguf_bits_per_weight(type_name: str) -> float:
-    """Bits per weight of a ggml type."""
-    _, block, nbytes = GGML_TYPES[type_name]
-    return nbytes * 8 / block

@@ -21,17 +21,12 @@ from qformats.rewrite import Refused
 from qformats.scheme import Integer, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
-__all__ = ["KINDS", "Fit", "Hint", "finish", "fit", "worst_kind"]
+__all__ = ["KINDS", "Fit", "Hint", "finish", "fit"]
 
 KINDS = ("copied", "exact", "codes-exact", "dequantized", "requantized")
 _F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
 
 Ranges = Callable[[int], tuple[Tensor, Tensor]]
-
-
-def worst_kind(kinds: list[str]) -> str:
-    """The least exact of ``kinds`` (``copied`` if there are none)."""
-    return max(kinds, key=KINDS.index, default="copied")
 
 
 @dataclass(frozen=True, slots=True)
