@@ -10,7 +10,7 @@ magnitudes stay between 2^-900 and 2^990, which three float32 factors do. Infini
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qformats.errors import Unsupported
 
-__all__ = ["Real", "round_once"]
+__all__ = ["Real", "product", "round_once"]
 
 _SPLIT = 134217729.0  # 2^27 + 1
 
@@ -113,6 +113,21 @@ class Real:
     def map(self, function: Callable[..., Tensor]) -> Real:
         """Apply a shape operation (indexing, expansion) to both parts."""
         return Real(function(self.high), None if self.low is None else function(self.low))
+
+
+def product(start: Real, factors: Iterable[tuple[Real, bool]]) -> Real:
+    """``start`` times each factor, or divided by it where its flag is set.
+
+    All products come first and there is one division: a quotient that was cut to 106 bits could be multiplied back to a number that
+    lies on a tie, on the wrong side of it.
+    """
+    divisor: Real | None = None
+    for factor, inverse in factors:
+        if inverse:
+            divisor = factor if divisor is None else divisor * factor
+        else:
+            start = start * factor
+    return start if divisor is None else start.divide(divisor)
 
 
 def round_once(value: Real, dtype: torch.dtype) -> Tensor:

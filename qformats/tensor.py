@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qformats import grids
 from qformats.errors import BadFile, Unsupported
-from qformats.real import Real, round_once
+from qformats.real import Real, product, round_once
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Learned, ParamSpec, Scheme, Table, Tile, whole
 
 __all__ = ["ActivationScheme", "Param", "QuantizedTensor", "constant"]
@@ -224,10 +224,7 @@ class QuantizedTensor:
 
     def real(self) -> Real:
         """Every weight as an exact double-double value, shape ``shape``."""
-        w = self._centred()
-        for scale in self.scales:
-            spread = self._spread(scale)
-            w = w.divide(spread) if scale.inverse else w * spread
+        w = product(self._centred(), ((self._spread(scale), scale.inverse) for scale in self.scales))
         return w if self.offset is None else w + self._spread(self.offset)
 
     def dequantize(self, dtype: torch.dtype = torch.float32, *, like: str | None = None) -> Tensor:
@@ -271,10 +268,8 @@ class QuantizedTensor:
 
     def evaluate_in(self, dtype: torch.dtype) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded."""
-        scale = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
-        for factor in self.scales:
-            spread = self._spread(factor)
-            scale = scale.divide(spread) if factor.inverse else scale * spread
+        one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
+        scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)
         return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qformats.real import Real, round_once
+from qformats.real import Real, product, round_once
 from qformats.rewrite.codes import zero_values
 from qformats.rewrite.forms import Refused, inexact, map_params, plain, single_row
 from qformats.rewrite.groups import split_param
@@ -29,10 +29,8 @@ def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     counts = fine.counts(t.shape)
     if t.group_index is not None and any(s.values.shape[-1] not in (1, counts[-1]) or sizes[-1] == 1 for s in t.scales):
         raise Refused("act-order: the scale factors follow different columns")
-    total = Real.of(torch.ones(counts, dtype=torch.float64))
-    for scale in t.scales:
-        spread = scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape))
-        total = total.divide(spread) if scale.inverse else total * spread
+    spread = ((scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape)), scale.inverse) for scale in t.scales)
+    total = product(Real.of(torch.ones(counts, dtype=torch.float64)), spread)
     folded = round_once(total, dtype)
     wrong = inexact(total, folded)
     if wrong:

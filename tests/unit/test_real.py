@@ -7,12 +7,15 @@ from math import copysign, inf, isnan, ldexp, nan
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rationals import DTYPES, LIMITS, assert_rounded_once, round_fraction
 
 from qformats.errors import Unsupported
-from qformats.real import Real, round_once
+from qformats.real import Real, product, round_once
+from qformats.rewrite import fold_scales
+from qformats.scheme import Integer, whole
+from qformats.tensor import Param, QuantizedTensor
 
 torch.set_num_threads(1)
 FLOAT32 = st.floats(width=32, allow_nan=False, allow_infinity=False)  # includes subnormals and signed zeros
@@ -56,9 +59,10 @@ def test_float_zero_point_of_any_size_rounds_once(rows: list[tuple[int, float, f
 
 
 @given(st.lists(st.tuples(FLOAT32, CODES, NORMAL32, NORMAL32), min_size=1, max_size=8))
+@example([(25.0, 11, 0.46875, 0.46875)])  # 275 = 586.66… x 0.46875 is a tie in bfloat16
 def test_quotients_round_once(rows: list[tuple[float, int, float, float]]) -> None:
     a, code, divisor, factor = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
-    found = (Real.of(code) * Real.of(a)).divide(Real.of(divisor)) * Real.of(factor)
+    found = product(Real.of(code), [(Real.of(a), False), (Real.of(divisor), True), (Real.of(factor), False)])
     quotient = (Real.of(code) * Real.of(a)).divide(Real.of(divisor))
     for dtype in DTYPES:
         assert_rounded_once(round_once(quotient, dtype), [Fraction(x) * c / Fraction(d) for x, c, d, _ in rows], dtype)
@@ -142,3 +146,14 @@ def test_the_evaluator_itself_rounds_as_python_does(numerator: int, exponent: in
     x = numerator * Fraction(2) ** exponent
     assert round_fraction(x, torch.float64) == float(x)
     assert round_fraction(Fraction(float(x)), torch.float32) == torch.tensor(float(x), dtype=torch.float64).float().item()
+
+
+def test_a_weight_divides_once_and_last() -> None:
+    """An inverse factor stored before a plain one: 275 / d x d is 275, not a quotient of 106 bits multiplied back."""
+    shape, tie = (1, 1), torch.tensor([[0.46875]])
+    for order in ((True, False), (False, True)):
+        scales = (Param(torch.tensor([[25.0]]), whole(shape)), *(Param(tie, whole(shape), inverse=inverse) for inverse in order))
+        t = QuantizedTensor(shape, torch.tensor([[11]], dtype=torch.uint8), Integer(4), scales)
+        assert t.dequantize(torch.bfloat16).item() == 276.0 and t.dequantize(torch.float64).item() == 275.0
+        folded = fold_scales(t, torch.float32)
+        assert folded.scales[0].values.item() == 25.0
