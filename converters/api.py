@@ -67,6 +67,8 @@ def convert(
         return Report.build(planned, outcome)
 
 
-def verify(source: str | Path, destination: str | Path, *, workers: int | None = None, progress: Progress | None = None) -> VerifyResult:
-    """Compare ``destination`` with ``source``: by replaying its provenance record, else by values. See ``VerifyResult``."""
-    return _verify(source, destination, workers=workers, progress=progress)
+def verify(
+    source: str | Path, destination: str | Path, *, replay: bool = False, workers: int | None = None, progress: Progress | None = None
+) -> VerifyResult:
+    """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``."""
+    return _verify(source, destination, replay=replay, workers=workers, progress=progress)

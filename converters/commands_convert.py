@@ -117,15 +117,16 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.command(short_help="Check an output against its source.", epilog="Example: qconvert verify llama-awq/ llama.gguf")
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
+@click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
 @output_flags
-def verify(src: Path, dst: Path, workers: int | None, as_json: bool, quiet: bool) -> None:
-    """Check that DST is what SRC converts to: replay its record and compare every byte."""
+def verify(src: Path, dst: Path, replay: bool, workers: int | None, as_json: bool, quiet: bool) -> None:
+    """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record."""
     from converters.verify import verify as compare
 
     output = output_of(as_json, quiet)
     with output.progress("verify") as progress:
-        found = compare(src, dst, workers=workers, progress=progress)
+        found = compare(src, dst, replay=replay, workers=workers, progress=progress)
     data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
     output.result(data, lambda: _verify_lines(dst, found))
     if not found.ok:
@@ -245,9 +246,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
 
 
 def _verify_lines(dst: Path, found: VerifyResult) -> list[str]:
-    how = "every byte as replayed from its record" if found.method == "replay" else "every value"
+    how = {"digests": "source and output have the digests of the conversion", "replay": "every byte as replayed from its record"}
     lines = (
-        [f"{dst}: ok, {how} ({size(found.compared_nbytes)} compared)"]
+        [f"{dst}: ok, {how.get(found.method, 'every value')} ({size(found.compared_nbytes)} compared)"]
         if found.ok
         else [f"{dst}: {count(len(found.mismatches), 'difference')}"]
     )

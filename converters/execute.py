@@ -7,6 +7,7 @@ of workers or the order in which they finish.
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,13 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from converters import digests
 from converters.jobs import Job
 from converters.outputs import OutputPart
 from converters.plan import Plan
 from converters.sources import Slab, in_source_order, read_rows, tasks
 from qformats import registry
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
-from qformats.errors import QFormatError, UsageError, WouldLose
+from qformats.containers.source import FileSource
+from qformats.errors import BadFile, QFormatError, UsageError, WouldLose
 from qformats.formats.protocol import Piece
 from qformats.reencode import Hint, finish, fit
 from qformats.rewrite import Refused
@@ -31,9 +34,10 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Outcome", "Progress", "Sink", "execute", "run_jobs"]
+__all__ = ["Outcome", "Progress", "Sink", "execute", "run_jobs", "worker_count"]
 
 _COPY_NBYTES = 8 << 20
+_FLUSH_NBYTES = 128 << 20
 Progress = Callable[[int, int], None]
 
 
@@ -82,17 +86,63 @@ def execute(
 
 
 class _Writer:
+    """Writes runs of bytes, and sends what is written to the disk meanwhile, so that little is left to wait for at the end."""
+
     def __init__(self, files: dict[str, OutputFile]) -> None:
         self._files = files
+        self._lock, self._flusher = threading.Lock(), ThreadPoolExecutor(1, thread_name_prefix="qconvert-flush")
+        self._unsent = 0
+        self._sending: Future[None] | None = None
 
     def put(self, part: OutputPart, offset: int, data: memoryview) -> None:
-        self._files[part.file].pwrite(part.offset + offset, data)
+        """Write one run of bytes."""
+        file = self._files[part.file]
+        file.pwrite(part.offset + offset, data)
+        with self._lock:
+            self._unsent += len(data)
+            if self._unsent < _FLUSH_NBYTES or not (self._sending is None or self._sending.done()):
+                return
+            if self._sending is not None:
+                self._sending.result()  # raises what the last flush met
+            self._unsent, self._sending = 0, self._flusher.submit(file.flush)
+
+    def finish(self, plan: Plan, workers: int) -> None:
+        """Hash both sides while the rest goes to the disk, and write the headers, which hold the digests."""
+        sent = [self._flusher.submit(file.flush) for file in self._files.values()]
+        source = digests.of_source(plan.checkpoint, workers)
+        for read in plan.checkpoint.sources():
+            if read.changed():
+                raise BadFile("changed", "was written to while it was converted", path=read.name, hint="convert again")
+        output = digests.with_digests(plan.output, digests.Digests(source))
+        partials = {name: FileSource(file.partial) for name, file in self._files.items()}
+        try:
+            found = digests.Digests(source, digests.of_written(output, partials, workers))
+        finally:
+            for partial in partials.values():
+                partial.close()
+        for name, layout in digests.with_digests(plan.output, found).layouts.items():
+            self._files[name].pwrite(0, layout.header)
+        for future in sent:
+            future.result()
+
+    def close(self) -> None:
+        """Wait for the flushes under way; files may then be closed."""
+        self._flusher.shutdown(cancel_futures=True)
 
 
 def _write(plan: Plan, files: dict[str, OutputFile], workers: int | None, progress: Progress | None) -> Outcome:
-    for name, layout in plan.output.layouts.items():
-        files[name].pwrite(0, layout.header)
-    return run_jobs(plan, _Writer(files), workers, progress)
+    count, writer = worker_count(workers), _Writer(files)
+    try:
+        outcome = run_jobs(plan, writer, count, progress)
+        writer.finish(plan, count)
+    finally:
+        writer.close()
+    return outcome
+
+
+def worker_count(workers: int | None) -> int:
+    """The number asked for, else one a core, up to eight."""
+    return workers or min(8, os.cpu_count() or 1)
 
 
 # ---------------------------------------------------------------- the work
@@ -102,7 +152,7 @@ def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progr
     """Produce every part of every job into ``sink``."""
     import torch
 
-    count = workers or min(8, os.cpu_count() or 1)
+    count = worker_count(workers)
     total = sum(p.nbytes for p in plan.output.parts.values())
     outcome, errors = Outcome(), _Errors()
     threads = torch.get_num_threads()
@@ -293,7 +343,7 @@ def _code_pieces(plan: Plan, job: Job, value: Any, start: int, stop: int, errors
         errors.add_tensor(job, start, weights, tensor)
     else:
         decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
-        tensor = finish(value, decision)
+        tensor = finish(value, decision, reuse=True)
         if job.map.target in plan.unsorted:
             tensor = _unsort(tensor, *plan.unsorted[job.map.target])
     pieces: list[Piece] = form.write(job.storage, tensor, start, job.map.shape)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from converters.choose import PlanOptions
+from converters.digests import DIGESTS_KEY, placeholder
 from converters.jobs import Job
 from converters.mapping import linear_modules
 from converters.outputs import Output, gguf_output, safetensors_output
@@ -36,10 +37,11 @@ def build_output(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Jo
     if registry.row(options.target.format).container == "gguf":
         metadata = _gguf_metadata(checkpoint, options, jobs)
         metadata[PROVENANCE_KEY] = Value("str", record)
+        metadata[DIGESTS_KEY] = Value("str", placeholder([""]))
         alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
         return gguf_output(metadata, jobs, alignment)
     small = _hf_files(checkpoint, options, jobs, restore)
-    return safetensors_output(jobs, small, {"format": "pt", PROVENANCE_KEY: record})
+    return safetensors_output(jobs, small, lambda names: {"format": "pt", PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
 
 
 # ---------------------------------------------------------------- GGUF
@@ -65,7 +67,7 @@ def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[
                 pre=options.pre_tokenizer,
             )
         )
-    kept = {k: v for k, v in checkpoint.gguf.metadata.items() if not k.startswith("split.") and k != PROVENANCE_KEY}
+    kept = {k: v for k, v in checkpoint.gguf.metadata.items() if not k.startswith("split.") and k not in (PROVENANCE_KEY, DIGESTS_KEY)}
     if "general.file_type" in kept and any(job.kind != "copied" for job in jobs):
         kept["general.file_type"] = Value("u32", _file_type(jobs))
     return kept

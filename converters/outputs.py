@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -69,19 +69,25 @@ def gguf_output(metadata: Metadata, jobs: Sequence[Job], alignment: int) -> Outp
 
 
 def safetensors_output(
-    jobs: Sequence[Job], small: Mapping[str, bytes], metadata: Mapping[str, str], max_shard_nbytes: int = MAX_SHARD_NBYTES
+    jobs: Sequence[Job],
+    small: Mapping[str, bytes],
+    metadata: Callable[[Sequence[str]], dict[str, str]],
+    max_shard_nbytes: int = MAX_SHARD_NBYTES,
 ) -> Output:
-    """A directory: safetensors shards with an index where there are several, and the small files."""
+    """A directory: safetensors shards with an index where there are several, and the small files.
+
+    ``metadata`` of every shard is made from the names of all files.
+    """
     stored = dict(_stored(jobs))
     shards = shard_plan([(name, info.dtype, info.shape) for name, info in stored.items()], max_shard_nbytes)
     files = shard_names(len(shards))
-    layouts: dict[str, Layout] = {}
-    parts: dict[str, OutputPart] = {}
-    for file, shard in zip(files, shards, strict=True):
-        layout = layout_safetensors(shard, dict(metadata))
-        layouts[file] = layout
-        parts.update(_parts(layout, file, [(name, stored[name]) for name, _, _ in shard]))
     extra = dict(small)
     if len(shards) > 1:
         extra["model.safetensors.index.json"] = index_json(shards)
+    layouts: dict[str, Layout] = {}
+    parts: dict[str, OutputPart] = {}
+    for file, shard in zip(files, shards, strict=True):
+        layout = layout_safetensors(shard, metadata((*files, *extra)))
+        layouts[file] = layout
+        parts.update(_parts(layout, file, [(name, stored[name]) for name, _, _ in shard]))
     return Output(True, layouts, parts, extra)

@@ -198,6 +198,13 @@ class OutputFile:
             except OSError as error:
                 _fail(error, self.final)
 
+    def flush(self) -> None:
+        """Bring to disk what is written so far, while others go on writing; ``OutputError`` if the disk cannot take it."""
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            _fail(error, self.final)
+
     def commit(self) -> None:
         """Flush to disk and take the final name; a second call does nothing."""
         if self._fd < 0:

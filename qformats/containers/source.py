@@ -17,7 +17,8 @@ class ByteSource(Protocol):
     """Random access to an immutable run of bytes.
 
     ``name`` is for messages, ``size`` in bytes, ``identity`` a string that two sources share only if they are the same bytes
-    in the same place. ``pread`` returns exactly ``nbytes`` or raises ``BadFile('truncated')``.
+    in the same place. ``pread`` returns exactly ``nbytes`` or raises ``BadFile('truncated')``. ``changed`` tells whether the bytes
+    were written to since the source was opened, as far as that can be known.
     """
 
     name: str
@@ -28,6 +29,8 @@ class ByteSource(Protocol):
     def pread_into(self, offset: int, buffer: memoryview) -> None: ...
 
     def identity(self) -> str: ...
+
+    def changed(self) -> bool: ...
 
     def close(self) -> None: ...
 
@@ -64,7 +67,7 @@ class FileSource:
             raise BadFile("not-a-file", kind, path=path)
         self._fd = fd
         self.size = found.st_size
-        self._identity = f"{found.st_dev}:{found.st_ino}"
+        self._identity, self._written = f"{found.st_dev}:{found.st_ino}", (found.st_size, found.st_mtime_ns)
 
     def pread(self, offset: int, nbytes: int) -> bytes:
         if offset < 0 or nbytes < 0 or offset + nbytes > self.size:
@@ -88,6 +91,10 @@ class FileSource:
 
     def identity(self) -> str:
         return self._identity
+
+    def changed(self) -> bool:
+        found = os.fstat(self._fd)
+        return (found.st_size, found.st_mtime_ns) != self._written
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -138,6 +145,9 @@ class MemorySource:
 
     def identity(self) -> str:
         return f"memory:{id(self._view)}"
+
+    def changed(self) -> bool:
+        return False
 
     def close(self) -> None:
         """Nothing to release."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -133,6 +134,27 @@ def test_a_full_disk_is_noticed_first(source: Path, tmp_path: Path, to: str, mon
     assert caught.value.code == "no-space" and names_in(tmp_path) == ["source"]
 
 
+@pytest.mark.parametrize("to", TARGETS)
+@pytest.mark.parametrize("calls", [0, 1, 3])
+def test_a_disk_that_fails_while_the_rest_is_written(
+    source: Path, tmp_path: Path, to: str, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written goes to the disk meanwhile; the failure of any such flush is the one error, and nothing is left."""
+    done: list[int] = []
+
+    def fails(fd: int) -> None:
+        done.append(fd)
+        if len(done) > calls:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("converters.execute._FLUSH_NBYTES", 1)
+    monkeypatch.setattr("qformats.containers.atomic.os.fsync", fails)
+    with pytest.raises(OutputError) as caught:
+        converted(source, tmp_path / "out", to)
+    assert caught.value.code == "write-failed" and caught.value.exit_code == 4
+    assert names_in(tmp_path) == ["source"]
+
+
 def test_a_header_plan_is_not_carried_out(source: Path, tmp_path: Path) -> None:
     plan = planned(source, "gguf", header_only=True)
     with plan.checkpoint, pytest.raises(UsageError) as caught:
@@ -195,6 +217,23 @@ def test_a_source_truncated_while_it_is_read(source: Path, tmp_path: Path, to: s
     with pytest.raises(QFormatError) as caught:
         run(plan, tmp_path / "out", workers=1, progress=progress)
     assert caught.value.code == "truncated" and seen
+    assert names_in(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("to", TARGETS)
+def test_a_source_written_to_while_it_is_read(source: Path, tmp_path: Path, to: str) -> None:
+    """The digests would speak of bytes that were never converted."""
+    plan, file = planned(source, to), source / "model.safetensors"
+
+    def progress(done: int, total: int) -> None:
+        with file.open("r+b") as handle:
+            last = file.read_bytes()[-1:]
+            handle.seek(-1, os.SEEK_END)
+            handle.write(last)
+
+    with pytest.raises(BadFile) as caught:
+        run(plan, tmp_path / "out", workers=1, progress=progress)
+    assert caught.value.code == "changed" and caught.value.exit_code == 5
     assert names_in(tmp_path) == ["source"]
 
 

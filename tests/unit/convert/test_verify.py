@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from checkpoints import converted, header, load, planned, ready, store
 
+from converters.digests import DIGESTS_KEY
 from converters.verify import VerifyResult, verify
 from qformats.checkpoint import PROVENANCE_KEY, open_checkpoint
 from qformats.containers.gguf import TensorInfo, layout_gguf
@@ -65,12 +66,44 @@ def missed(source: Path, output: Path, file: Path, positions: range) -> list[tup
     return [where for where in flips(file, positions) if not is_found(source, output)]
 
 
-def test_an_untouched_output_is_good(work: Path, source: Path) -> None:
+@pytest.mark.parametrize("replay", [False, True])
+def test_an_untouched_output_is_good(work: Path, source: Path, replay: bool) -> None:
     for output in (work / "model.gguf", work / "awq"):
-        result = verify(source, output)
-        assert result.ok and result.method == "replay" and not result.mismatches and not result.unseen
+        result = verify(source, output, replay=replay)
+        assert result.ok and result.method == ("replay" if replay else "digests") and not result.mismatches and not result.unseen
         assert result.compared_nbytes >= (output / "model.safetensors" if output.is_dir() else output).stat().st_size
         result.raise_if_different(output)
+
+
+def test_a_renamed_output_is_good(work: Path, source: Path, tmp_path: Path) -> None:
+    assert verify(source, Path(shutil.copy(work / "model.gguf", tmp_path / "other.gguf"))).method == "digests"
+    assert verify(source, Path(shutil.copytree(work / "awq", tmp_path / "other"))).method == "digests"
+
+
+def test_a_source_stored_otherwise_is_replayed(work: Path, source: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(source, tmp_path / "source"))
+    tensors = load(copy / "model.safetensors")
+    store(copy / "model.safetensors", dict(reversed(tensors.items())), {"format": "pt", "note": "another writer"})
+    result = verify(copy, work / "model.gguf")
+    assert result.ok and result.method == "replay"
+
+
+def test_every_bit_of_the_digests(work: Path, source: Path, tmp_path: Path) -> None:
+    for output in (Path(shutil.copy(work / "model.gguf", tmp_path)), Path(shutil.copytree(work / "awq", tmp_path / "awq"))):
+        file = output / "model.safetensors" if output.is_dir() else output
+        at = file.read_bytes().index(DIGESTS_KEY.encode())
+        assert missed(source, output, file, range(at, at + len(DIGESTS_KEY) + 110)) == []
+
+
+def test_damage_that_the_digests_saw_has_a_place(work: Path, source: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(work / "awq", tmp_path / "awq"))
+    for _ in flips(output / "tokenizer.json", iter([20])):
+        result = verify(source, output)
+        assert not result.ok and [m["file"] for m in result.mismatches] == ["tokenizer.json"]
+    at = (output / "model.safetensors").read_bytes().index(b"source=") + 10
+    for _ in flips(output / "model.safetensors", iter([at])):
+        result = verify(source, output)
+        assert not result.ok and "digests" in result.mismatches[0]["detail"]
 
 
 def test_every_bit_of_the_first_bytes_of_a_gguf(work: Path, source: Path, tmp_path: Path) -> None:
