@@ -57,6 +57,7 @@ def run(source: Path, target: str, repeat: int, scratch: Path) -> dict[str, floa
     subprocess.run(["sync"], check=True)
     for _ in range(repeat):
         cat_both(weights, output)
+        output.unlink()  # neither side replaces a file
         times["convert"].append(timed(lambda: convert(source, output, target)))
         for name in ("a", "b"):
             (scratch / name).unlink(missing_ok=True)

@@ -310,7 +310,7 @@ class Chooser:
     def _codes_job(self, tensor: TensorMap, storage: Storage, format_name: str, found: Fit, rounding: bool) -> Job:
         parts = registry.format_module(format_name).layout(storage, tensor.shape)
         orders = self._orders(tensor)
-        notes = (*(["absorb act-order into the producing rows"] if orders else []), *found.rewrites)
+        notes = (*(["absorb act-order into the producing rows"] if orders else []), *found.rewrites, *self._whole(tensor))
         hints = {tensor.target: self.hints[tensor.target]} if tensor.target in self.hints else {}
         return Job(tensor, "codes", found.kind, found.reason, storage.type.upper() if self._gguf else storage.type, parts,
                    found.kind == "exact", None, storage, format_name, notes, rounding, (), orders, hints)  # fmt: skip
@@ -322,6 +322,8 @@ class Chooser:
         """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
+        if hint is None and worst.kind == "exact" and self._fits_whatever_it_holds(tensor, storage):
+            return worst
         if hint is None or hint.zero_point is None:
             probe, _ = in_source_order(probe)  # no rule looks beyond a row
         for start, stop in slabs(probe, self.checkpoint, SCAN_WEIGHTS):
@@ -333,6 +335,22 @@ class Chooser:
             if KINDS.index(found.kind) > KINDS.index(worst.kind):
                 worst = found
         return worst
+
+    def _fits_whatever_it_holds(self, tensor: TensorMap, storage: Storage) -> bool:
+        """Whether the schemes alone prove ``exact``: every code around every zero point the source can store fits, and no scale rounds."""
+        if storage.offset is not None or storage.sub_scale is not None or self._orders(tensor):
+            return False
+        for source in tensor.sources:
+            scheme = self.checkpoint.scheme(source.module)
+            claimed = scheme.zero_point is not None and scheme.zero_point.constant is not None
+            if claimed or scheme.group_index or any(scale.dtype not in storage.scale_dtypes for scale in scheme.scales):
+                return False
+            try:
+                if fit(_pessimist(scheme, ordered=False), storage).kind != "exact":
+                    return False
+            except Refused:
+                return False
+        return True
 
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
@@ -381,8 +399,13 @@ class Chooser:
             return self._float(tensor, dtype, "dequantized", why, lossless)
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self._gguf else storage.type
-        return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format, ("round to nearest",),
-                   orders=self._orders(tensor))  # fmt: skip
+        return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
+                   ("round to nearest", *self._whole(tensor)), orders=self._orders(tensor))  # fmt: skip
+
+    def _whole(self, tensor: TensorMap) -> tuple[str, ...]:
+        """What a plan says of the one step that holds a whole tensor: rows that move anywhere, into planes that are written by columns."""
+        scattered = not self._gguf and any(s.period == 0 for s in tensor.sources)
+        return ("the whole tensor is held in memory: its rows move throughout",) if scattered else ()
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
         return any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"

@@ -46,7 +46,8 @@ def tool_version() -> str:
 
 
 def _pack(data: bytes) -> str:
-    return base64.b64encode(zlib.compress(data, 1)).decode("ascii")
+    squeeze = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)  # runs and entropy: no longer matches in zero points
+    return base64.b64encode(squeeze.compress(data) + squeeze.flush()).decode("ascii")
 
 
 def _pack_zeros(plane: Tensor) -> str:
@@ -140,7 +141,8 @@ def build(checkpoint: Checkpoint, jobs: Sequence[Job], options: Mapping[str, Any
         "plan": plan_digest(jobs),
         "restore": restore,
     }
-    return _canonical({**record, "digest": _digest(record)})
+    text = _canonical(record)  # "digest" sorts before every other key, so the record with it is this text with it in front
+    return '{"digest":"' + hashlib.sha256(text.encode()).hexdigest() + '",' + text[1:]
 
 
 def _canonical(value: Any) -> str:

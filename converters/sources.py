@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
-_CHUNK_WEIGHTS = 8 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
+_CHUNK_WEIGHTS = 4 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
 _PROBE_ROWS = 32
 SCAN_WEIGHTS = 16 << 20  # one step of a scan, which reads codes only where a rule asks
 

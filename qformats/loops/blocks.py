@@ -1,7 +1,7 @@
 """Compiled loops over runs of codes in a row: their range, their relabelling, and the search for offsets that fp16 can hold.
 
 The definitions each must equal are in ``qformats.rewrite`` (``block_range``, ``flip_and_shift``) and ``qformats.reencode``
-(``search_offset``). Arrays are contiguous; codes uint8 (n, K), or int8 viewed as uint8 where only wrap-around matters.
+(``search_offset``). Arrays are contiguous; codes uint8, one run of columns a row, or int8 viewed as uint8 where only wrap-around matters.
 """
 
 from __future__ import annotations
@@ -16,45 +16,47 @@ __all__ = ["offset_blocks", "relabel", "run_range", "search_offset"]
 
 u8, i16, i32, f32, u64, f64 = np.uint8, np.int16, np.int32, np.float32, np.uint64, np.float64
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
-_MAX_HALF = f64(65504.0)
-_STEPS_PER_ONE = f64(16777216.0)  # 2^24: the smallest fp16 subnormal is 2^-24
+_MAX_HALF, _OVER_HALF = f64(65504.0), f64(65520.0)  # the largest fp16, and where rounding to it gives infinity
 
 
 @compiled
-def run_range(codes: Any, width: int, low: Any, high: Any) -> None:
-    """Smallest and largest of each run of ``width`` columns of ``codes`` (n, K) into int16 (n, ceil(K / width))."""
-    n, k = codes.shape
-    for r in range(n):
-        for b in range(low.shape[1]):
-            run = codes[r, b * width : min(b * width + width, k)]
-            smallest = run[0]
-            largest = run[0]
-            for i in range(run.shape[0]):
-                c = run[i]
-                smallest = c if c < smallest else smallest
-                largest = c if c > largest else largest
-            low[r, b] = i16(smallest)
-            high[r, b] = i16(largest)
+def run_range(codes: Any, low: Any, high: Any) -> None:
+    """Smallest and largest of each row of ``codes`` (runs, width) into int16 (runs,)."""
+    runs, width = codes.shape
+    for b in range(runs):
+        smallest = codes[b, 0]
+        largest = codes[b, 0]
+        for i in range(width):
+            c = codes[b, i]
+            smallest = min(smallest, c)
+            largest = max(largest, c)
+        low[b] = i16(smallest)
+        high[b] = i16(largest)
 
 
 @compiled
-def relabel(codes: Any, width: int, add: Any, mask: Any, out: Any) -> None:
-    """``out = (codes ^ mask) + add`` in bytes, for each run of ``width`` columns; ``add`` and ``mask`` uint8 (n, runs)."""
-    n, k = codes.shape
-    for r in range(n):
-        for b in range(add.shape[1]):
-            run = codes[r, b * width : min(b * width + width, k)]
-            made = out[r, b * width : min(b * width + width, k)]
-            a, m = add[r, b], mask[r, b]
-            for i in range(run.shape[0]):
-                made[i] = u8(u8(run[i] ^ m) + a)
+def relabel(codes: Any, shift: Any, flip: Any) -> None:
+    """In place, in bytes, for each row of ``codes`` (runs, width): shift + code, or shift - code where ``flip``.
+
+    ``shift`` int16 (runs,), ``flip`` bool (runs,) or empty. One array only: with a second one for the results the compiler would have
+    to expect them to overlap.
+    """
+    runs, width = codes.shape
+    for b in range(runs):
+        add, mask = u8(shift[b]), u8(0)
+        if flip.shape[0] and flip[b]:
+            add, mask = u8(add + u8(1)), u8(255)  # s - c = (s + 1) + ~c
+        for i in range(width):
+            codes[b, i] = u8(u8(codes[b, i] ^ mask) + add)
 
 
 @compiled
 def _fits_half(value: Any) -> Any:
-    """Whether a float64 is a finite fp16 number: at most 11 significant bits, a multiple of 2^-24, no larger than 65504."""
-    steps = value * _STEPS_PER_ONE
-    return (f64(value).view(u64) & _BELOW_HALF) == u64(0) and np.floor(steps) == steps and abs(value) <= _MAX_HALF
+    """Whether an fp16 number x an integer, exact in float64, is a finite fp16 number.
+
+    It is a multiple of 2^-24, so at most 11 significant bits and the largest fp16 are all there is to check.
+    """
+    return (f64(value).view(u64) & _BELOW_HALF) == u64(0) and abs(value) <= _MAX_HALF
 
 
 @compiled
@@ -86,7 +88,7 @@ def search_offset(scale: Any, smallest: Any, largest: Any, top: int, chosen: Any
 def offset_blocks(
     scale: Any, zero: Any, low: Any, high: Any, ratio: int, top: int, fits: bool, shift: Any, flip: Any, offset: Any, signed: Any
 ) -> Any:
-    """Relabelling and offset of every block, ``ratio`` blocks a group; returns how many blocks round.
+    """Relabelling and offset of every block, ``ratio`` blocks a group; returns how many blocks round, overflow, move and flip.
 
     ``scale`` float32 (n, G) holding fp16 values, ``zero`` int16 (n, G), ``low``/``high`` int16 (n, B) or (n, 0) where code ranges are
     not known. Per group the plain offset, else the mirrored one (both only if all codes ``fits``); per block the search of
@@ -94,29 +96,31 @@ def offset_blocks(
     with the flip's sign) float32, all (n, B).
     """
     n, blocks = shift.shape
-    left = 0
+    rounded, wrong, moved, flipped = 0, 0, 0, 0
     for r in range(n):
         for g in range(scale.shape[1]):
             s, z = f64(scale[r, g]), i32(zero[r, g])
-            k, mirrored, good = -z, False, fits and _fits_half(s * f64(-z))
-            if fits and not good and _fits_half(s * f64(top - z)):
-                k, mirrored, good = top - z, True, True
+            plain = fits and _fits_half(s * f64(-z))
+            mirror = fits and not plain and _fits_half(s * f64(top - z))
             for b in range(g * ratio, min(blocks, g * ratio + ratio)):
-                code, turned, found = k, mirrored, good
+                down, turned, found = -z, mirror, plain or mirror
+                code = top - z if mirror else -z
                 if not found and low.shape[1] > 0:
-                    smallest, largest = i32(low[r, b]) - z, i32(high[r, b]) - z
-                    for step in range(top - (largest - smallest) + 1):
-                        if _fits_half(s * f64(smallest - step)):
-                            code, turned, found = smallest - step, False, True
-                            break
-                        if _fits_half(s * f64(largest + step)):
-                            code, turned, found = largest + step, True, True
-                            break
-                if not found:
-                    left += 1
-                    code, turned = -z, False
-                shift[r, b] = i16(code + z) if turned else i16(-code - z)
-                flip[r, b] = turned
-                offset[r, b] = f32(s * f64(code))
-                signed[r, b] = f32(-s) if turned else f32(s)
-    return left
+                    down, up = i32(low[r, b]) - z, i32(high[r, b]) - z
+                    room = top - (up - down)
+                    lower, upper = _fits_half(s * f64(down)), _fits_half(s * f64(up))
+                    while not (lower or upper) and room > 0:
+                        room, down, up = room - 1, down - 1, up + 1
+                        lower, upper = _fits_half(s * f64(down)), _fits_half(s * f64(up))
+                    found = room >= 0 and (lower or upper)
+                    turned = found and not lower
+                    code = (down if lower else up) if found else -z
+                add = code + z if turned else -code - z
+                made = s * f64(code)
+                shift[r, b], flip[r, b] = i16(add), turned
+                offset[r, b], signed[r, b] = f32(made), f32(-s) if turned else f32(s)
+                rounded += not found
+                wrong += not abs(made) < _OVER_HALF
+                moved += turned or add != 0
+                flipped += turned
+    return rounded, wrong, moved, flipped

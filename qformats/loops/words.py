@@ -2,8 +2,8 @@
 
 Each loop equals a torch definition in ``qformats.bits`` (named in its docstring) and is tested equal to it. Eight codes travel as one
 uint64, byte i = code i (little-endian), because eight codes are exactly ``bits`` bytes of the stream: spreading b-bit fields to bytes takes
-three shift-and-mask steps, and so does the way back. Matrices are transposed through a small buffer of 16 columns (a cache line of
-words), so that the strided side and the contiguous side stay in the first-level cache and the arithmetic runs over contiguous memory.
+three shift-and-mask steps, and so does the way back. Matrices are transposed through a buffer of 32 columns (two cache lines of
+words), so that the strided side and the contiguous side stay in cache and the arithmetic runs over long contiguous runs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ __all__ = ["pack_columns", "pack_interleaved", "pack_rows", "unpack_columns", "u
 
 Array = np.ndarray[Any, Any]
 
-_COLUMNS = 16  # uint32 words in one cache line
-_DEPTH = 128  # words of one column in the transposing buffer
+_COLUMNS = 32  # uint32 words in two cache lines
+_DEPTH = 1024  # words of one column in the transposing buffer: long runs, since each run costs as much to start as 64 bytes to move
+_PITCH = _DEPTH + 16  # a cache line more, so that the columns of the buffer do not share cache sets
 
 
 def _compile(function: Any, inline: bool = False) -> Any:
@@ -138,7 +139,7 @@ def unpack_columns(words: Array, step: int, height: int, bits: int, out: Array) 
     """uint32 words (W, n), row r at ``words[r * step]`` -> uint64 (n, C), eight codes each: ``unpack_stream(words.T, bits, 8 * C)``."""
     width, chunks = out.shape
     span = _DEPTH * 4 // bits // 4 * 4  # chunks a tile: whole blocks of 32 codes
-    buffer = np.zeros((_COLUMNS, _DEPTH + 2), np.uint32)
+    buffer = np.zeros((_COLUMNS, _PITCH), np.uint32)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         for chunk in range(0, chunks, span):
@@ -157,7 +158,7 @@ def pack_columns(codes: Array, bits: int, out: Array) -> None:
     """uint64 (n, C), eight codes each -> uint32 words (C * bits / 4, n): ``pack_stream(codes, bits).T``."""
     width, chunks = codes.shape
     span = _DEPTH * 4 // bits // 4 * 4
-    buffer = np.zeros((_COLUMNS, _DEPTH + 2), np.uint32)
+    buffer = np.zeros((_COLUMNS, _PITCH), np.uint32)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         for chunk in range(0, chunks, span):
@@ -174,7 +175,7 @@ def pack_columns(codes: Array, bits: int, out: Array) -> None:
 def unpack_interleaved(words: Array, step: int, height: int, out: Array) -> None:
     """uint32 AWQ words (K, W), row r at ``words[r * step]`` -> uint8 (8 W, K): ``reorder(unpack_stream(…), AWQ_REVERSE).T``."""
     width = out.shape[0] // 8
-    buffer = np.empty((_COLUMNS, _DEPTH), np.uint32)
+    buffer = np.empty((_COLUMNS, _PITCH), np.uint32)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         for first in range(0, height, _DEPTH):
@@ -197,7 +198,7 @@ def unpack_interleaved(words: Array, step: int, height: int, out: Array) -> None
 def pack_interleaved(codes: Array, out: Array) -> None:
     """uint8 (8 W, K) -> uint32 AWQ words (K, W): ``pack_stream(reorder(codes.T, AWQ_ORDER), 4)``."""
     height, width = out.shape
-    buffer = np.empty((_COLUMNS, _DEPTH), np.uint32)
+    buffer = np.empty((_COLUMNS, _PITCH), np.uint32)
     for column in range(0, width, _COLUMNS):
         columns = min(_COLUMNS, width - column)
         for first in range(0, height, _DEPTH):

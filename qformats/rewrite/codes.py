@@ -86,12 +86,12 @@ def zero_values(t: QuantizedTensor) -> Tensor:
 def block_range(t: QuantizedTensor, width: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest code of each run of ``width`` columns, int16 (…, ceil(K / width))."""
     integer_grid(t)
-    loops = block_loops()
-    if loops is None or t.codes.device.type != "cpu" or t.codes.ndim != 2 or t.codes.dtype not in (torch.uint8, torch.int8):
+    loops, k = block_loops(), t.codes.shape[-1]
+    if loops is None or t.codes.device.type != "cpu" or k % width or t.codes.dtype not in (torch.uint8, torch.int8):
         return block_range_definition(t.codes, width)
-    codes = t.codes.contiguous().numpy()
-    low, high = (torch.empty((codes.shape[0], -(-codes.shape[1] // width)), dtype=torch.int16) for _ in range(2))
-    loops.run_range(codes, width, low.numpy(), high.numpy())
+    counts = (*t.codes.shape[:-1], k // width)
+    low, high = (torch.empty(counts, dtype=torch.int16) for _ in range(2))
+    loops.run_range(t.codes.contiguous().view(-1, width).numpy(), low.view(-1).numpy(), high.view(-1).numpy())
     return low, high
 
 
@@ -116,30 +116,31 @@ def block_loops() -> Any:
         return None
 
 
-def flip_and_shift(codes: Tensor, width: int, shift: Tensor, flip: Tensor | None, signed: bool) -> Tensor:
+def flip_and_shift(codes: Tensor, width: int, shift: Tensor, flip: Tensor | None, signed: bool, *, reuse: bool = False) -> Tensor:
     """``shift + codes`` (or ``shift - codes`` where ``flip``) for each run of ``width`` columns; all results must fit 8 bits.
 
-    ``codes`` (…, K) uint8 or int8, ``shift`` int16 and ``flip`` bool (…, ceil(K / width)) or broadcastable to it.
+    ``codes`` (…, K) uint8 or int8, ``shift`` int16 and ``flip`` bool (…, ceil(K / width)) or broadcastable to it. ``reuse`` lets the
+    result take the place of contiguous ``codes``.
     """
-    # wrap-around arithmetic on the bytes: the results fit, so what happens above bit 7 does not matter; s - c = (s + 1) + ~c
+    # wrap-around arithmetic on the bytes: the results fit, so what happens above bit 7 does not matter
+    source, k, loops = codes.contiguous().view(torch.uint8), codes.shape[-1], block_loops()
+    made = torch.int8 if signed else torch.uint8
+    if loops is None or codes.device.type != "cpu" or k % width:
+        return relabel_definition(source, width, shift, flip).view(made)
+    out = source if reuse or source.data_ptr() != codes.data_ptr() else source.clone()
+    counts = (*codes.shape[:-1], k // width)
+    turns = torch.empty(0, dtype=torch.bool) if flip is None else flip.expand(counts).contiguous().view(-1)
+    loops.relabel(out.view(-1, width).numpy(), shift.to(torch.int16).expand(counts).contiguous().view(-1).numpy(), turns.numpy())
+    return out.view(made)
+
+
+def relabel_definition(codes: Tensor, width: int, shift: Tensor, flip: Tensor | None) -> Tensor:
+    """``shift ± codes`` in bytes, in torch: what the compiled loop must equal. Codes uint8 (…, K), planes as in ``flip_and_shift``."""
     add = (shift.to(torch.int32) & 0xFF).to(torch.uint8)
     mask = torch.zeros_like(add)
-    if flip is not None:
+    if flip is not None:  # s - c = (s + 1) + ~c
         mask = torch.where(flip, 0xFF, 0).to(torch.uint8)
         add = add + flip.to(torch.uint8)
-    source = codes.contiguous().view(torch.uint8)
-    runs = -(-codes.shape[-1] // width)
-    loops = block_loops()
-    if loops is None or codes.device.type != "cpu" or codes.ndim != 2:
-        return relabel_definition(source, width, add, mask).view(torch.int8 if signed else torch.uint8)
-    out = torch.empty_like(source)
-    planes = (p.expand(codes.shape[0], runs).contiguous().numpy() for p in (add, mask))
-    loops.relabel(source.numpy(), width, *planes, out.numpy())
-    return out.view(torch.int8 if signed else torch.uint8)
-
-
-def relabel_definition(codes: Tensor, width: int, add: Tensor, mask: Tensor) -> Tensor:
-    """``(codes ^ mask) + add`` in bytes, in torch: what the compiled loop must equal."""
     k = codes.shape[-1]
     wide = codes if k % width == 0 else torch.nn.functional.pad(codes, (0, -k % width))
     runs = wide.unflatten(-1, (-1, width))

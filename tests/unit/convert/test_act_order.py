@@ -63,7 +63,7 @@ def test_down_proj_is_absorbed_into_gate_and_up(to: str, zero: int | str, tmp_pa
     theirs = mlp(model.weight("gate_proj"), model.weight("up_proj"), model.weight("down_proj"), x)
     assert np.array_equal(ours, theirs)
     assert not np.array_equal(found["blk.0.ffn_down.weight"], model.weight("down_proj"))
-    assert verify(source, tmp_path / "out.gguf").ok
+    assert verify(source, tmp_path / "out.gguf", replay=True).ok
 
 
 @pytest.mark.parametrize("kv", [1, 2, 4])
@@ -134,7 +134,7 @@ def test_all_at_once_and_back(tmp_path: Path) -> None:
     converted(tmp_path / "out.gguf", tmp_path / "back", "gptq", exact=True)
     assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")
     assert (tmp_path / "back" / "config.json").read_bytes() == (source / "config.json").read_bytes()
-    assert verify(tmp_path / "out.gguf", tmp_path / "back").ok
+    assert verify(tmp_path / "out.gguf", tmp_path / "back", replay=True).ok
 
 
 def test_an_index_of_sorted_groups_is_no_act_order(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_awq_has_no_place_for_an_index(tmp_path: Path) -> None:
         assert any("share" in w for w in plan.warnings)
         assert any(job.kind == "requantized" for job in plan.jobs)
         execute(plan, tmp_path / "out")
-    assert verify(ready("gptq/4b-g32-act", tmp_path), tmp_path / "out").ok
+    assert verify(ready("gptq/4b-g32-act", tmp_path), tmp_path / "out", replay=True).ok
 
 
 def test_floats_need_no_order(tmp_path: Path) -> None:
@@ -170,3 +170,16 @@ def test_floats_need_no_order(tmp_path: Path) -> None:
     for leaf in ("q_proj", "down_proj", "o_proj"):
         dtype, shape, data = found[f"{model.name(leaf)}.weight"]
         assert dtype == "F32" and np.array_equal(np.frombuffer(data, "<f4").reshape(shape), model.weight(leaf))
+
+
+def test_a_step_that_holds_a_whole_tensor_is_named(tmp_path: Path) -> None:
+    """Rows of gate and up move throughout; a GGUF is written row by row, AWQ in words across rows."""
+    model = Llama()
+    model.indices["down_proj"] = shuffled(model.inner, model.group)
+    source = model.write(tmp_path / "source")
+    for to, named in (("awq", {"gate_proj", "up_proj"}), ("gguf", set())):
+        plan = planned(source, to)
+        with plan.checkpoint:
+            found = {name.split(".")[-2] for name in (j.name for j in plan.jobs if any("whole tensor" in n for n in j.rewrites))}
+            assert found == named
+            assert all(job.kind in ("exact", "copied") for job in plan.jobs)

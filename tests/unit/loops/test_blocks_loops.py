@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qformats import reencode, rewrite
+from qformats.reencode import offsets
 from qformats.scheme import Integer, Tile
 from qformats.tensor import Param, QuantizedTensor
 
@@ -33,29 +34,41 @@ def _codes(seed: int, rows: int, columns: int, signed: bool) -> Tensor:
 @RUNS
 @given(shapes, seeds, st.booleans())
 def test_ranges_equal_the_definition(shape: tuple[int, int, int], seed: int, signed: bool) -> None:
-    rows, columns, width = shape
-    codes = _codes(seed, rows, columns, signed)
-    low, high = (np.empty((rows, -(-columns // width)), np.int16) for _ in range(2))
+    rows, runs, width = shape
+    codes = _codes(seed, rows * runs, width, signed)
+    low, high = (np.empty(rows * runs, np.int16) for _ in range(2))
 
-    blocks.run_range(codes.numpy(), width, low, high)
+    blocks.run_range(codes.numpy(), low, high)
 
-    wanted = rewrite.block_range_definition(codes, width)
-    assert torch.equal(torch.from_numpy(low), wanted[0])
-    assert torch.equal(torch.from_numpy(high), wanted[1])
+    wanted = rewrite.block_range_definition(codes.view(rows, runs * width), width)
+    assert torch.equal(torch.from_numpy(low).view(rows, runs), wanted[0])
+    assert torch.equal(torch.from_numpy(high).view(rows, runs), wanted[1])
 
 
 @RUNS
-@given(shapes, seeds)
-def test_relabelling_equals_the_definition(shape: tuple[int, int, int], seed: int) -> None:
-    rows, columns, width = shape
-    codes = _codes(seed, rows, columns, signed=False)
-    add = _codes(seed + 1, rows, -(-columns // width), signed=False)
-    mask = _codes(seed + 2, rows, -(-columns // width), signed=False)
-    out = torch.empty_like(codes)
+@given(shapes, seeds, st.sampled_from((None, 0.0, 0.5, 1.0)))
+def test_relabelling_equals_the_definition(shape: tuple[int, int, int], seed: int, flips: float | None) -> None:
+    rows, runs, width = shape
+    rng = np.random.default_rng(seed + 1)
+    codes = _codes(seed, rows * runs, width, signed=False)
+    shift = torch.from_numpy(rng.integers(-300, 300, (rows, runs)).astype(np.int16))
+    flip = None if flips is None else torch.from_numpy(rng.random((rows, runs)) < flips)
+    wanted = rewrite.relabel_definition(codes.view(rows, runs * width), width, shift, flip)
 
-    blocks.relabel(codes.numpy(), width, add.numpy(), mask.numpy(), out.numpy())
+    blocks.relabel(codes.numpy(), shift.view(-1).numpy(), np.empty(0, np.bool_) if flip is None else flip.view(-1).numpy())
 
-    assert torch.equal(out, rewrite.relabel_definition(codes, width, add, mask))
+    assert torch.equal(codes.view(rows, runs * width), wanted)
+
+
+@pytest.mark.parametrize("columns", [96, 100])
+def test_codes_are_only_overwritten_where_they_were_given_up(columns: int) -> None:
+    codes = _codes(3, 4, columns, signed=False)
+    before, shift = codes.clone(), torch.arange(4, dtype=torch.int16).unsqueeze(1)
+
+    kept = rewrite.flip_and_shift(codes, 32, shift, None, False)
+
+    assert torch.equal(codes, before) and torch.equal(kept, before + shift.to(torch.uint8))
+    assert torch.equal(rewrite.flip_and_shift(codes, 32, shift, None, False, reuse=True), kept)
 
 
 @RUNS
@@ -68,14 +81,16 @@ def test_the_search_equals_the_definition(seed: int, count: int, top: int, size:
     chosen = torch.from_numpy(rng.integers(-15, 1, count).astype(np.int16))
     flip, found = (torch.from_numpy(rng.random(count) < 0.3) for _ in range(2))
 
-    ours = reencode.search_offset(scale, low, high, chosen, flip, found, top, torch.float16)
-    wanted = reencode.search_offset_definition(scale, low, high, chosen, flip, found, top, torch.float16)
+    ours = offsets.search_offset(scale, low, high, chosen, flip, found, top, torch.float16)
+    wanted = offsets.search_offset_definition(scale, low, high, chosen, flip, found, top, torch.float16)
 
     for mine, theirs in zip(ours, wanted, strict=True):
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, 65504.0, 65536.0, 2.0**-24, 2.0**-25, 3 * 2.0**-25, 2049.0, 2050.0, 1 + 2.0**-11, -6.5])
+@pytest.mark.parametrize(
+    "value", [0.0, 1.0, 65504.0, 65536.0, 2.0**-24, 2049 * 2.0**-24, 2050 * 2.0**-24, 2049.0, 2050.0, 1 + 2.0**-11, -6.5, 3 * 2.0**-14]
+)
 def test_what_fits_half_precision(value: float) -> None:
     with np.errstate(over="ignore"):
         assert bool(blocks._fits_half(value)) == (float(np.float16(value)) == value)
@@ -86,9 +101,9 @@ def test_the_search_sees_products_beyond_float32() -> None:
     low = high = torch.tensor([16385], dtype=torch.int16)  # 15 bits: the product's last bits are lost in float32
     state = (torch.zeros(1, dtype=torch.int16), torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.bool))
 
-    ours = reencode.search_offset(scale, low, high, *state, 15, torch.float16)
+    ours = offsets.search_offset(scale, low, high, *state, 15, torch.float16)
 
-    wanted = reencode.search_offset_definition(scale, low, high, *state, 15, torch.float16)
+    wanted = offsets.search_offset_definition(scale, low, high, *state, 15, torch.float16)
     assert [p.tolist() for p in ours] == [p.tolist() for p in wanted]
 
 

@@ -10,13 +10,14 @@ split or merge of groups. What rounds is only ever a scale or an offset, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qformats import rewrite
+from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, spread, straighten
+from qformats.reencode.offsets import narrow_offset, offset_blocks
 from qformats.rewrite import Refused
 from qformats.scheme import Integer, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
@@ -24,9 +25,6 @@ from qformats.tensor import Param, QuantizedTensor, constant
 __all__ = ["KINDS", "Fit", "Hint", "finish", "fit"]
 
 KINDS = ("copied", "exact", "codes-exact", "dequantized", "requantized")
-_F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
-
-Ranges = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +52,6 @@ class Fit:
     nested: bool = False
 
 
-@dataclass(slots=True)
-class _Affine:
-    """The source with one scale plane and integer zero points on runs of ``width`` columns of one row."""
-
-    shape: tuple[int, ...]
-    grid: Integer
-    scale: Tensor
-    zero: Tensor
-    width: int
-    ranges: Ranges
-    notes: list[str]
-    rounded: list[str]
-    flipped: Tensor | None = None
-
-    @property
-    def k(self) -> int:
-        return self.shape[-1]
-
-    def plane(self, values: Tensor, width: int) -> Tensor:
-        """A plane on runs of ``self.width`` spread to runs of ``width`` (a divisor, or the same)."""
-        return _spread(values, self.width, width, self.k)
-
-
-def _spread(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
-    """A plane on runs of ``coarse`` columns repeated for runs of ``fine``, which divide them; one value stands for the whole row."""
-    count = -(-k // fine)
-    if coarse == fine or values.shape[-1] == 1:
-        return values if coarse == fine else values.expand(*values.shape[:-1], count)
-    return values.unsqueeze(-1).expand(*values.shape, coarse // fine).flatten(-2)[..., :count]
-
-
 def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
     """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
 
@@ -95,14 +62,14 @@ def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint
     keep_index = _check_index(t, storage)
     if ranges is None:
         ranges = _lazy_ranges(t)
-    affine, offset = _affine(t, storage, ranges, rounding)
+    affine, offset = affine_form(t, storage, ranges, rounding)
     if offset is not None:
         return _keep_offset(affine, offset, storage)
     group = storage.group or affine.k
     if keep_index and affine.width != min(group, affine.k) and affine.scale.shape[-1] > 1:
         raise Refused(f"act-order groups of {affine.width} cannot become groups of {group}")
     if hint is not None and hint.positive:
-        _straighten(affine)
+        straighten(affine)
     if storage.sub_scale is not None:
         return _two_level(affine, storage)
     if storage.offset is not None:
@@ -112,12 +79,12 @@ def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint
     return _to_constant(affine, storage)
 
 
-def finish(t: QuantizedTensor, decision: Fit) -> QuantizedTensor:
-    """Apply ``decision`` to the codes of ``t`` (the tensor it was made for)."""
+def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> QuantizedTensor:
+    """Apply ``decision`` to the codes of ``t`` (the tensor it was made for), in their own memory if ``reuse`` gives ``t`` up."""
     codes = t.codes
     if decision.shift is not None or decision.grid.signed != (codes.dtype == torch.int8):
         shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
-        codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed)
+        codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed, reuse=reuse)
     out = QuantizedTensor(t.shape, codes, decision.grid, (decision.scale,), decision.zero_point, decision.offset, None, t.group_index)
     return out
 
@@ -149,106 +116,6 @@ def _lazy_ranges(t: QuantizedTensor) -> Ranges:
     return ranges
 
 
-# ---------------------------------------------------------------- the source's affine form
-
-
-def _affine(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool) -> tuple[_Affine, Tensor | None]:
-    """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart."""
-    if not isinstance(t.grid, Integer):
-        raise Refused("the codes are not integers on a uniform grid")
-    notes: list[str] = []
-    rounded: list[str] = []
-    t = _one_scale(t, storage, notes, rounded, rounding)
-    t = rewrite.to_row_blocks(t)
-    keep = t.offset is not None and storage.offset is not None
-    if t.offset is not None and not keep:
-        try:
-            t = rewrite.offset_to_zero(t)
-        except Refused:
-            if not rounding:
-                raise
-            t = rewrite.offset_to_zero(t, rounding=True)
-            rounded.append("the offset is the float16 rounding of scale x zero point")
-        notes.append("offset to zero point")
-    width, scale, zero, offset = _common_planes(t)
-    assert isinstance(t.grid, Integer)
-    return _Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded), offset
-
-
-def _one_scale(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
-    if len(t.scales) != 1 or t.scales[0].inverse or isinstance(t.scales[0].values, QuantizedTensor):
-        t = rewrite.fold_scales(rewrite.unnest_scale(t) if isinstance(t.scales[0].values, QuantizedTensor) else t, torch.float32)
-        notes.append("fold scale factors")
-    values = t.scales[0].values
-    assert isinstance(values, Tensor)
-    name = str(values.dtype).removeprefix("torch.")
-    if name not in storage.scale_dtypes:
-        target = storage.scale_dtypes[0]
-        t, wrong = rewrite.round_scale(t, getattr(torch, target), rounding=rounding)
-        notes.append(f"scale {name} to {target}")
-        if wrong:
-            rounded.append(f"{wrong} of {values.numel()} scales round to {target} ({_F16_BOUND})")
-    return t
-
-
-def _common_planes(t: QuantizedTensor) -> tuple[int, Tensor, Tensor, Tensor | None]:
-    params = [p for _, p in t.params() if isinstance(p.values, Tensor) and p.values.numel() > 1]
-    widths = [min(p.block.sizes[-1], t.shape[-1]) for p in params if isinstance(p.block, Tile)]
-    width = min(widths, default=t.shape[-1])
-    if t.group_index is None and any(w % width and w < t.shape[-1] for w in widths):
-        raise Refused("scale and zero point are on groups that do not nest")
-
-    def plane(param: Param | None, values: Tensor) -> Tensor:
-        if param is None or values.numel() == 1 or not isinstance(param.block, Tile):
-            return values
-        if min(param.block.sizes[-1], t.shape[-1]) == width:
-            return values
-        return values.index_select(-1, torch.arange(-(-t.shape[-1] // width)) * width // param.block.sizes[-1])
-
-    scale, zero = t.scales[0].values, rewrite.zero_values(t)
-    assert isinstance(scale, Tensor)
-    offset = t.offset.values if t.offset is not None else None
-    if isinstance(offset, QuantizedTensor):
-        raise Refused("the offset is itself stored as codes")
-    scale = plane(t.scales[0], scale)
-    if scale.numel() == 1:
-        scale = scale.expand(*t.shape[:-1], -(-t.shape[-1] // width))
-    return width, scale, plane(t.zero_point, zero), None if offset is None else plane(t.offset, offset)
-
-
-def _straighten(a: _Affine) -> None:
-    """Flip every run whose scale is negative: the codes as the record's producer had them."""
-    negative = torch.signbit(a.scale)
-    if not bool(negative.any()):
-        return
-    inner, low_high = a.ranges, a.grid.lowest + a.grid.highest
-    if a.zero.numel() == 1:
-        a.zero = a.zero.expand(a.scale.shape)
-    a.zero = torch.where(negative, low_high - a.zero, a.zero)
-    a.scale = torch.where(negative, -a.scale, a.scale)
-    flipped, width = negative, a.width
-    a.flipped = flipped
-    a.notes.append("flip runs with a negative scale")
-
-    def ranges(w: int) -> tuple[Tensor, Tensor]:
-        if w > width:
-            return _merge_range(ranges(width), w // width)
-        low, high = inner(w)
-        mask = flipped if w == width else flipped.index_select(-1, torch.arange(low.shape[-1]) * w // width)
-        return torch.where(mask, low_high - high, low), torch.where(mask, low_high - low, high)
-
-    a.ranges = ranges
-
-
-def _merge_range(lows_highs: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
-    low, high = lows_highs
-    pad = -low.shape[-1] % count
-    if pad:
-        low = torch.cat((low, low[..., -1:].expand(*low.shape[:-1], pad)), -1)
-        high = torch.cat((high, high[..., -1:].expand(*high.shape[:-1], pad)), -1)
-    return low.unflatten(-1, (-1, count)).amin(-1), high.unflatten(-1, (-1, count)).amax(-1)
-
-
 # ---------------------------------------------------------------- the target's forms
 
 
@@ -257,11 +124,11 @@ def _param(values: Tensor, shape: tuple[int, ...], width: int) -> Param:
 
 
 def _done(
-    a: _Affine, storage: Storage, width: int, shift: Tensor, flip: Tensor | None, scale: Tensor, reason: str, **params: object
+    a: Affine, storage: Storage, width: int, shift: Tensor, flip: Tensor | None, scale: Tensor, reason: str, **params: object
 ) -> Fit:
     group = min(storage.group or a.k, a.k)
     if scale.shape[-1] == -(-a.k // width) and width > group:
-        scale = _spread(scale, width, group, a.k)
+        scale = spread(scale, width, group, a.k)
     if width > group:
         a.notes.append(f"split groups of {width} into {group}")
     zero, offset = params.get("zero_point"), params.get("offset")
@@ -284,7 +151,7 @@ def _done(
     )
 
 
-def _compose_flip(a: _Affine, width: int, shift: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
+def _compose_flip(a: Affine, width: int, shift: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
     """The relabelling of flipped codes as one of the stored codes: n ± (c − q) is a flip or a plain shift again."""
     assert a.flipped is not None
     turned, around = a.plane(a.flipped, width), a.grid.lowest + a.grid.highest
@@ -293,7 +160,7 @@ def _compose_flip(a: _Affine, width: int, shift: Tensor, flip: Tensor | None) ->
     return torch.where(turned, ~again, again), torch.where(turned, moved, shift.expand(turned.shape))
 
 
-def _merged_scale(a: _Affine, scale: Tensor, group: int) -> Tensor:
+def _merged_scale(a: Affine, scale: Tensor, group: int) -> Tensor:
     """One scale for each ``group`` columns out of finer runs that must be equal bit for bit."""
     if group <= a.width or scale.shape[-1] == 1:
         return scale
@@ -306,21 +173,21 @@ def _merged_scale(a: _Affine, scale: Tensor, group: int) -> Tensor:
     return merged
 
 
-def _working_width(a: _Affine, group: int) -> int:
+def _working_width(a: Affine, group: int) -> int:
     """Runs on which a block decision is made: the target's group, or the source's run where that is finer."""
     if a.width > group and (a.width % group and a.width < a.k):
         raise Refused(f"groups of {a.width} columns are not a multiple of {group}")
     return min(group, a.width)
 
 
-def _to_constant(a: _Affine, storage: Storage) -> Fit:
+def _to_constant(a: Affine, storage: Storage) -> Fit:
     """Codes around one constant zero point (Q4_0, Q5_0, Q8_0, symmetric integers): shift, flip single blocks if they must be."""
     centre = storage.zero_point if isinstance(storage.zero_point, int) else 0
     group = min(storage.group or a.k, a.k)
     lo, hi = storage.grid.lowest - centre, storage.grid.highest - centre
     params = {"zero_point": constant(centre, a.shape) if centre else None}
     if not storage.negative_scale:
-        _straighten(a)
+        straighten(a)
     width = _working_width(a, group)
     if a.grid.lowest - int(a.zero.max()) >= lo and a.grid.highest - int(a.zero.min()) <= hi:
         scale = _merged_scale(a, a.scale, group)
@@ -350,7 +217,7 @@ def _to_constant(a: _Affine, storage: Storage) -> Fit:
     return _done(a, storage, width, shift, flip, scale, f"every block fits {storage.type}", **params)
 
 
-def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
+def _to_offset(a: Affine, storage: Storage, rounding: bool) -> Fit:
     """Codes with a float offset a block (Q4_1, Q5_1): offset = scale x integer must be representable; else flip or shift the block."""
     group = min(storage.group or a.k, a.k)
     dtype = getattr(torch, storage.offset or "float16")
@@ -361,122 +228,25 @@ def _to_offset(a: _Affine, storage: Storage, rounding: bool) -> Fit:
     if group > width:
         raise Refused(f"groups of {width} are finer than the target's {group}")
     fits = a.grid.highest <= top
-    blocks = _offset_blocks(a, width, top, dtype)
-    scale, offset, shift, flip, left = blocks
+    scale, offset, shift, flip, (left, wrong, moved, flipped) = offset_blocks(a, width, top, dtype)
     if left and (not rounding or not fits):
         raise Refused(f"scale x zero point is not {storage.offset} in {left} of {flip.numel()} blocks, in any flip or shift")
-    if not bool(torch.isfinite(offset).all()):
+    if wrong:
         raise Refused(f"scale x zero point overflows {storage.offset}")
     if left:
-        a.rounded.append(f"the offset of {left} of {flip.numel()} blocks rounds to {storage.offset} ({_F16_BOUND})")
-    moved = int((flip | (shift != 0)).sum())
+        a.rounded.append(f"the offset of {left} of {flip.numel()} blocks rounds to {storage.offset} ({F16_BOUND})")
     a.notes.append(f"zero point to offset, {moved} blocks flipped or shifted" if moved else "zero point to offset")
-    any_flip = flip if bool(flip.any()) else None
-    return _done(a, storage, width, shift, any_flip, scale, "" if left else "scale x zero point is representable in every block",
-                 offset=_param(offset, a.shape, group))  # fmt: skip
+    reason = "" if left else "scale x zero point is representable in every block"
+    return _done(a, storage, width, shift, flip if flipped else None, scale, reason, offset=_param(offset, a.shape, group))
 
 
-def _offset_blocks(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """Scale (with the sign of a flip), offset in ``dtype``, shift and flip of each run of ``width``, and how many offsets round."""
-    loops = rewrite.block_loops()
-    whole_groups = a.width % width == 0 or a.width >= a.k
-    if loops is None or a.scale.dtype != torch.float16 or dtype != torch.float16 or len(a.shape) != 2 or not whole_groups:
-        return offset_blocks_definition(a, width, top, dtype)
-    count = (a.shape[0], -(-a.k // width))
-    ratio = count[1] if a.width >= a.k else a.width // width
-    planes = (a.scale.to(torch.float32).contiguous().numpy(), a.zero.to(torch.int16).expand(a.scale.shape).contiguous().numpy())
-    shift, flip = torch.empty(count, dtype=torch.int16), torch.empty(count, dtype=torch.bool)
-    offset, signed = torch.empty(count), torch.empty(count)
-    out = [p.numpy() for p in (shift, flip, offset, signed)]
-    fits, unknown = a.grid.highest <= top, shift[:, :0].contiguous().numpy()
-    left = loops.offset_blocks(*planes, unknown, unknown, ratio, top, fits, *out)
-    if left:
-        low, high = (p.contiguous().numpy() for p in a.ranges(width))
-        left = loops.offset_blocks(*planes, low, high, ratio, top, fits, *out)
-    return signed.to(torch.float16), offset.to(dtype), shift, flip, int(left)
-
-
-def offset_blocks_definition(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """``_offset_blocks`` in torch: what the compiled loop must equal."""
-    chosen, flip, exact = _choose_offset(a, width, top, dtype)
-    scale, zero = a.plane(a.scale, width).expand(chosen.shape), a.plane(a.zero, width)
-    flip = flip & exact
-    chosen = torch.where(exact, chosen, -zero.expand(chosen.shape))
-    offset = _product(scale, chosen).to(torch.float32).to(dtype)
-    shift = torch.where(flip, chosen + zero, -chosen - zero)
-    return torch.where(flip, -scale, scale), offset, shift, flip, exact.numel() - int(exact.sum())
-
-
-def _product_exact(scale: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where scale x integer is a finite ``dtype`` number."""
-    product = _product(scale, factor)
-    stored = product.to(torch.float32).to(dtype)
-    return (stored.to(product.dtype) == product) & torch.isfinite(stored)
-
-
-def _product(scale: Tensor, factor: Tensor) -> Tensor:
-    """Scale x integer of up to 9 bits, exact: in float32 for half-precision scales, else in float64."""
-    wide = torch.float32 if scale.dtype in (torch.float16, torch.bfloat16) else torch.float64
-    return scale.to(wide) * factor.to(wide)
-
-
-def _choose_offset(a: _Affine, width: int, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Integer, flip and "is scale x integer a ``dtype`` number" for each run of ``width``: w = s·q' + s·k, or w = −s·q' + s·j for a flip.
-
-    The plain offset −zero or else the mirrored one (q' = top − q) serve whole groups, whatever the codes are; where both round, the
-    range of a block's codes leaves room for other shifts and flips. Blocks where all of them round keep the plain offset.
-    """
-    zero = a.zero.expand(a.scale.shape)
-    chosen, flip = -zero, torch.zeros_like(zero, dtype=torch.bool)
-    found = _product_exact(a.scale, chosen, dtype) if a.grid.highest <= top else flip
-    if a.grid.highest <= top and not bool(found.all()):
-        flip = ~found & _product_exact(a.scale, top - zero, dtype)
-        chosen, found = torch.where(flip, top - zero, chosen), found | flip
-    chosen, flip, found = (a.plane(p, width).contiguous() for p in (chosen, flip, found))
-    if bool(found.all()):
-        return chosen, flip, found
-    low, high = a.ranges(width)
-    wide = a.plane(zero, width)
-    return search_offset(a.plane(a.scale, width), low - wide, high - wide, chosen, flip, found, top, dtype)
-
-
-def search_offset(
-    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, flip: Tensor, found: Tensor, top: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """For each block not ``found`` yet the first shift or flip whose offset is representable: (integer, is it a flip, was one found).
-
-    ``smallest`` and ``largest``: range of code minus zero point, int16 like ``chosen``, which stays where nothing is found.
-    """
-    loops = rewrite.block_loops()
-    if loops is None or scale.dtype != torch.float16 or dtype != torch.float16 or scale.device.type != "cpu":
-        return search_offset_definition(scale, smallest, largest, chosen, flip, found, top, dtype)
-    chosen, flip, found = (p.clone(memory_format=torch.contiguous_format) for p in (chosen, flip, found))
-    planes = (scale.to(torch.float32), smallest, largest)
-    loops.search_offset(*(p.reshape(-1).numpy() for p in planes), top, *(p.view(-1).numpy() for p in (chosen, flip, found)))
-    return chosen, flip, found
-
-
-def search_offset_definition(
-    scale: Tensor, smallest: Tensor, largest: Tensor, chosen: Tensor, flip: Tensor, found: Tensor, top: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``search_offset`` in torch: what the compiled loop must equal."""
-    for step in range(top + 1):
-        for mirror in (False, True):
-            code = largest + step if mirror else smallest - step
-            legal = code <= smallest + top if mirror else code >= largest - top
-            hit = ~found & legal & _product_exact(scale, code, dtype)
-            chosen, flip = torch.where(hit, code, chosen), torch.where(hit, torch.tensor(mirror), flip)
-            found = found | hit
-    return chosen, flip, found
-
-
-def _to_zero_range(a: _Affine, storage: Storage, hint: Hint | None) -> Fit:
+def _to_zero_range(a: Affine, storage: Storage, hint: Hint | None) -> Fit:
     """Integer zero points a group (GPTQ, AWQ): keep them, take the record's, or choose ones that bring all codes into the grid."""
     assert isinstance(storage.zero_point, tuple)
     zlo, zhi = storage.zero_point
     group = min(storage.group or a.k, a.k)
     if not storage.negative_scale:
-        _straighten(a)
+        straighten(a)
     width = _working_width(a, group)
     wanted = None if hint is None else hint.zero_point
     move = storage.grid.lowest - a.grid.lowest  # 2^(b-1) from signed to unsigned codes, else 0
@@ -488,7 +258,7 @@ def _to_zero_range(a: _Affine, storage: Storage, hint: Hint | None) -> Fit:
     scale = _merged_scale(a, a.plane(a.scale, width), group)
     low, high = a.ranges(width)
     source_zero = a.plane(a.zero, width)
-    smallest, largest = _merge_range((low - source_zero, high - source_zero), max(1, -(-min(group, a.k) // width)))
+    smallest, largest = merge_range((low - source_zero, high - source_zero), max(1, -(-min(group, a.k) // width)))
     floor = torch.clamp(storage.grid.lowest - smallest, min=zlo)
     ceiling = torch.clamp(storage.grid.highest - largest, max=zhi)
     chosen = _choose_zero(floor, ceiling, source_zero, wanted, 1 << (storage.grid.bits - 1), group <= width)
@@ -516,7 +286,7 @@ def _choose_zero(floor: Tensor, ceiling: Tensor, source: Tensor, wanted: Tensor 
     return floor
 
 
-def _zero_param(zero: Tensor, a: _Affine, group: int) -> Param:
+def _zero_param(zero: Tensor, a: Affine, group: int) -> Param:
     if zero.numel() == 1 or bool((zero == zero.reshape(-1)[0]).all()):
         return constant(int(zero.reshape(-1)[0]), a.shape)
     counts = (*a.shape[:-1], -(-a.k // group))
@@ -525,7 +295,7 @@ def _zero_param(zero: Tensor, a: _Affine, group: int) -> Param:
     return _param(zero.expand(counts), a.shape, group)
 
 
-def _two_level(a: _Affine, storage: Storage) -> Fit:
+def _two_level(a: Affine, storage: Storage) -> Fit:
     """K-quants from sources with one scale over whole super-blocks: unit sub-scales, the zero point as integer sub-offset."""
     assert storage.sub_scale is not None and storage.group is not None
     _, _, highest = storage.sub_scale
@@ -542,7 +312,7 @@ def _two_level(a: _Affine, storage: Storage) -> Fit:
                storage.grid, nested.scales[0], None, nested.offset, True)  # fmt: skip
 
 
-def _keep_offset(a: _Affine, offset: Tensor, storage: Storage) -> Fit:
+def _keep_offset(a: Affine, offset: Tensor, storage: Storage) -> Fit:
     """A source that has an offset already, for a storage that has one: codes stay, or move in blocks where a narrower grid asks."""
     if storage.sub_scale is not None:
         raise Refused("sub-scales would need a search")
@@ -560,32 +330,9 @@ def _keep_offset(a: _Affine, offset: Tensor, storage: Storage) -> Fit:
     if a.grid.lowest >= storage.grid.lowest and a.grid.highest <= storage.grid.highest:
         reason, shift = "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
         return _done(a, storage, width, shift, None, scale, reason, offset=_param(stored, a.shape, group))
-    shift_plane, flip, moved = _narrow_offset(a, scale, stored, width, storage.grid, dtype)
+    shift_plane, flip, moved = narrow_offset(a, scale, stored, width, storage.grid, dtype)
     a.notes.append("move codes into the narrower grid")
     any_flip = flip if bool(flip.any()) else None
     scale = torch.where(flip, -scale, scale)
     plane = _param(moved, a.shape, group)
     return _done(a, storage, width, shift_plane, any_flip, scale, "every block fits the narrower grid", offset=plane)
-
-
-def _narrow_offset(
-    a: _Affine, scale: Tensor, offset: Tensor, width: int, grid: Integer, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shift or flip each block into ``grid``: w = s·q' + (m + s·k) or −s·q' + (m + s·j), the new offset representable."""
-    low, high = a.ranges(width)
-    top = grid.highest
-    shift, flip, moved = torch.zeros_like(low), torch.zeros_like(low, dtype=torch.bool), offset.expand(low.shape).clone()
-    found = (low >= 0) & (high <= top)
-    for step in range(top + 1):
-        for mirror in (False, True):
-            code = high + step if mirror else low - step
-            legal = code <= low + top if mirror else code >= high - top
-            exact = offset.to(torch.float64) + scale.to(torch.float64) * code
-            rounded = exact.to(torch.float32).to(dtype)
-            hit = ~found & legal & (rounded.to(torch.float64) == exact) & torch.isfinite(rounded)
-            shift = torch.where(hit, code if mirror else -code, shift)
-            flip, moved, found = torch.where(hit, torch.tensor(mirror), flip), torch.where(hit, rounded, moved), found | hit
-    left = int((~found).sum())
-    if left:
-        raise Refused(f"{left} of {found.numel()} blocks span more than {grid.bits} bits or have no representable offset")
-    return shift, flip, moved
