@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from converters.gguf_record import block_storage
 from converters.jobs import Job
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
@@ -69,7 +70,8 @@ class Chooser:
     """Decides jobs for one checkpoint and target.
 
     ``storages_of``: storages from a provenance record by target module, ``hints`` likewise; ``dtypes``: float dtypes by target
-    tensor name. ``float_default``: the 2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders.
+    tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
+    2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders.
     """
 
     checkpoint: Checkpoint
@@ -78,6 +80,7 @@ class Chooser:
     storages_of: Mapping[str, Storage] = field(default_factory=dict)
     hints: Mapping[str, Hint] = field(default_factory=dict)
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    blocks: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
@@ -135,6 +138,9 @@ class Chooser:
             job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
             ask = not self.options.allow_requantize and job.kind == "requantized"
             return replace(job, notes=(NEEDS_CONSENT,)) if ask else job
+        again = self._blocks_again(tensor) if named is None else None
+        if again is not None:
+            return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
             plain = all(s.index is None for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
@@ -146,6 +152,25 @@ class Chooser:
             return self._job(tensor, "float", "exact", "computed from the configuration", dtype)
         kind, why = self._float_kind(tensor, dtype)
         return self._job(tensor, "float", kind, why, dtype)
+
+    def _blocks_again(self, tensor: TensorMap) -> Job | None:
+        """Floats that a record says were blocks, and that still are: every value is met again by rounding to nearest."""
+        storage = block_storage(self.blocks[tensor.target]) if tensor.leaf == "weight" and tensor.target in self.blocks else None
+        if storage is None or self.options.header_only or tensor.shift or self._misfit(tensor, storage):
+            return None
+        import torch
+
+        from qformats.quantize import rtn
+
+        probe, slab = self._job(tensor, "float", "exact", "", "F32"), Slab(self.checkpoint)
+        for start, stop in slabs(probe, self.checkpoint):
+            values = read_rows(probe, slab, self.checkpoint, start, stop)
+            assert isinstance(values, torch.Tensor)
+            if not torch.equal(rtn(values.to(torch.float32), storage).dequantize(), values.to(torch.float32)):
+                return None
+        parts = registry.format_module("gguf").layout(storage, tensor.shape)
+        return Job(tensor, "quantize", "exact", "its floats are these blocks, as the record says", storage.type.upper(), parts, True, None,
+                   storage, "gguf", orders=self._orders(tensor))  # fmt: skip
 
     def _quantize_by_default(self, tensor: TensorMap) -> bool:
         """A float checkpoint turned into an integer format: its linear layers."""

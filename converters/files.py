@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.choose import PlanOptions
 from converters.digests import DIGESTS_KEY, placeholder
+from converters.gguf_record import kept_keys, restored_metadata
 from converters.jobs import Job
 from converters.mapping import linear_modules
 from converters.outputs import Output, gguf_output, safetensors_output
@@ -21,7 +22,7 @@ from qformats.formats.protocol import Target
 if TYPE_CHECKING:
     from converters.provenance import Restore
 
-__all__ = ["build_output"]
+__all__ = ["build_output", "side_files"]
 
 # llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
 _FILE_TYPES = {
@@ -32,15 +33,30 @@ _QUANTIZATION_VERSION = 2
 _CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
 
 
-def build_output(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], record: str, restore: Restore | None) -> Output:
-    """Layouts and small files of the whole output."""
+def side_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, bytes]:
+    """The small files of the output beside its weights, by name; none beside a GGUF."""
+    if registry.row(options.target.format).container == "gguf":
+        return {}
+    return _hf_files(checkpoint, options, jobs, restore)
+
+
+def build_output(
+    checkpoint: Checkpoint,
+    options: PlanOptions,
+    jobs: Sequence[Job],
+    record: str,
+    restore: Restore | None,
+    small: Mapping[str, bytes],
+) -> Output:
+    """Layouts of the whole output, its side files ``small`` among them."""
     if registry.row(options.target.format).container == "gguf":
         metadata = _gguf_metadata(checkpoint, options, jobs)
+        if restore is not None and restore.metadata is not None:
+            metadata = restored_metadata(restore.metadata, metadata, checkpoint.side_files(), jobs)
         metadata[PROVENANCE_KEY] = Value("str", record)
         metadata[DIGESTS_KEY] = Value("str", placeholder([""]))
         alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
         return gguf_output(metadata, jobs, alignment)
-    small = _hf_files(checkpoint, options, jobs, restore)
     return safetensors_output(jobs, small, lambda names: {"format": "pt", PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
 
 
@@ -67,7 +83,7 @@ def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[
                 pre=options.pre_tokenizer,
             )
         )
-    kept = {k: v for k, v in checkpoint.gguf.metadata.items() if not k.startswith("split.") and k not in (PROVENANCE_KEY, DIGESTS_KEY)}
+    kept = {k: checkpoint.gguf.metadata[k] for k in kept_keys(checkpoint.gguf.metadata)}
     if "general.file_type" in kept and any(job.kind != "copied" for job in jobs):
         kept["general.file_type"] = Value("u32", _file_type(jobs))
     return kept

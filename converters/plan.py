@@ -113,14 +113,16 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         storages_of={} if restore is None else restore.storages,
         hints={} if restore is None else _sorted_hints(restore.hints, unsorted),
         dtypes={} if restore is None else restore.dtypes,
+        blocks={} if restore is None else restore.blocks,
         orders=orders,
     )
     jobs = _decide(chooser, tensors)
     all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
     jobs = _harmonize(target.name, jobs)
-    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, all_orders)
+    small = files.side_files(checkpoint, options, jobs, restore)
+    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, all_orders, small)
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
-    output = files.build_output(checkpoint, options, jobs, record, restore)
+    output = files.build_output(checkpoint, options, jobs, record, restore, small)
     return Plan(checkpoint, options, tuple(jobs), output, dropped, tuple(warnings), not options.header_only, unsorted)
 
 

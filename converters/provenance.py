@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from converters import gguf_record
 from converters.jobs import Job, storage_from_json, storage_to_json
 from qformats import registry
 from qformats.checkpoint import Checkpoint
@@ -113,7 +114,10 @@ def _unpack(text: Any, nbytes: int) -> bytes:
 
 @dataclass(frozen=True)
 class Restore:
-    """What a record says of the earlier format: its name, per-module storages, hints and orders, dtypes and configuration files."""
+    """What a record says of the earlier format: its name, per-module storages, hints and orders, dtypes and configuration files.
+
+    Of a GGUF also ``blocks`` (block types of modules that are floats now) and ``metadata`` (see ``converters.gguf_record``).
+    """
 
     format: str
     storages: Mapping[str, Storage]
@@ -124,6 +128,8 @@ class Restore:
     group_indices: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     quantized: int = 0
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, Any] | None = None
 
 
 def build(checkpoint: Checkpoint, jobs: Sequence[Job], options: Mapping[str, Any], restore: Mapping[str, Any]) -> str:
@@ -164,8 +170,13 @@ def plan_digest(jobs: Sequence[Job]) -> str:
     return hashlib.sha256(json.dumps(lines, separators=(",", ":")).encode()).hexdigest()
 
 
-def collect(checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """The ``restore`` part: storages of quantized source modules, zero points that the target drops, act-orders, dtypes."""
+def collect(
+    checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np.ndarray[Any, Any]], side: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """The ``restore`` part: storages of quantized source modules, zero points that the target drops, act-orders, dtypes.
+
+    ``side``: the side files of the output, for what depends on them.
+    """
     used = {s.module: job for job in jobs for s in job.map.sources if s.module and s.leaf == "weight"}
     kept = {name: job for name, job in used.items() if job.action == "codes" and checkpoint.is_quantized(name)}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # compression releases the interpreter
@@ -178,7 +189,9 @@ def collect(checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np
                 storages.append(storage)
             entry = {"storage": storages.index(storage), **entry}
         modules[name] = entry
+    gguf = {} if checkpoint.gguf is None or not side else gguf_record.collect(checkpoint, jobs, side)
     return {
+        **gguf,
         "quantized": sum(checkpoint.is_quantized(name) for name in checkpoint.modules),
         "storages": [json.loads(text) for text in storages],
         "modules": modules,
@@ -269,4 +282,5 @@ def _parse(record: Mapping[str, Any]) -> Restore:
     if any(word not in ("F32", "F16", "BF16", "F64") for word in restore["dtypes"].values()):
         raise ValueError("no float dtype")
     dtypes, options, quantized = dict(restore["dtypes"]), dict(record["options"]), int(restore["quantized"])
-    return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized)
+    blocks, metadata = gguf_record.parse(restore)
+    return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized, blocks, metadata)
