@@ -31,6 +31,9 @@ def random_blocks(name: str, rows: int, k: int, seed: int) -> np.ndarray[Any, An
         special = (blocks[:, at + 1] & 0x7C) == 0x7C
         blocks[special, at + 1] &= 0xBF
         blocks[::5, at + 1] &= 0x83  # subnormal scales
+    if name == "IQ1_M":  # d is in the top nibbles of four words; its exponent ends in the last of them
+        blocks[(blocks[:, 55] & 0x70) == 0x70, 55] &= 0xBF
+        blocks[::5, 55] &= 0x8F
     if name == "Q8_0":
         blocks[::3, 2:10] = 0x80
     return blocks.reshape(rows, -1)

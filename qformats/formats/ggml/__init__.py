@@ -1,7 +1,7 @@
-"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 and the K-quants Q2_K … Q6_K, read and written; F32 F16 BF16 beside them.
+"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, the K-quants Q2_K … Q6_K and the codebook types IQ1 … IQ4_XS; F32 F16 BF16.
 
-Map: ``kind`` says what every block type provides; ``legacy`` holds the 32-weight blocks, ``kquants`` the 256-weight super-blocks,
-``floats`` the plain float types; each one's docstring has the byte layout. Here are the names every format module has
+Map: ``kind`` says what every block type provides; ``legacy`` holds the 32-weight blocks, ``kquants`` and ``iquants`` the 256-weight
+super-blocks, ``floats`` the plain float types; each one's docstring has the byte layout. Here are the names every format module has
 (``qformats.formats.protocol``) and ``dequantize``, the fast path to float32.
 
 A weight is one part, ``weight``, whose ``RawTensor.dtype`` is the ggml type's name and whose shape is (N, K) or, for experts, (E, N, K);
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.ggml import floats
+from qformats.formats.ggml.iquants import IQUANTS
 from qformats.formats.ggml.kind import Kind, PlaneSpec
 from qformats.formats.ggml.kquants import KQUANTS
 from qformats.formats.ggml.legacy import LEGACY
@@ -49,10 +50,10 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset()
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the other K-quants are only written back
+TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the others are only written back
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
-BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS}
+BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS}
 _TWO_BYTES = ("float16", "int16")  # dtypes that the loops see as uint16; all others are bytes
 
 
