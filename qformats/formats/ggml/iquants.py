@@ -53,27 +53,37 @@ __all__ = ["IQUANTS", "IQuant"]
 SUPER = 256
 _D = ("d", 2, 2)
 
-Fields = dict[str, Any]  # field name -> its words, int64 (N, S, words)
+Fields = dict[str, Any]  # field name -> its bytes, uint8, or its wider words, int64 (N, S, words)
 Planes = tuple[Any, Any, Any, Any, Any]  # codes, signs or None, s, shift bits or None, d
 
 
 def _split(words: Tensor, shifts: Sequence[int], bits: int) -> Tensor:
-    """(…, w) -> (…, w * len(shifts)): the ``bits`` of each word that start at each of ``shifts``."""
+    """(…, w) -> (…, w * len(shifts)) of the same dtype: the ``bits`` of each word that start at each of ``shifts``."""
     import torch
 
-    cut = words.unsqueeze(-1) >> torch.tensor(shifts, device=words.device)
+    cut = words.unsqueeze(-1) >> torch.tensor(shifts, dtype=words.dtype, device=words.device)
     return (cut & ((1 << bits) - 1)).flatten(-2)
 
 
-def _join(values: Tensor, shifts: Sequence[int]) -> Tensor:
-    """The inverse of ``_split``: (…, w * len(shifts)) -> (…, w)."""
+def _join(values: Tensor, shifts: Sequence[int], *, wide: bool = False) -> Tensor:
+    """The inverse of ``_split``: (…, w * len(shifts)) -> (…, w), bytes or, where ``wide``, int64 words."""
     import torch
 
-    parts: Tensor = values.unflatten(-1, (-1, len(shifts)))
-    return (parts << torch.tensor(shifts, device=values.device)).sum(-1)
+    dtype = torch.int64 if wide else torch.uint8
+    parts = values.to(dtype).unflatten(-1, (-1, len(shifts)))
+    joined: Tensor = (parts << torch.tensor(shifts, dtype=dtype, device=values.device)).sum(-1, dtype=dtype)
+    return joined
 
 
-_NIBBLES, _BYTES, _PAIRS, _SEVENS = (0, 4), (0, 8, 16, 24), (0, 2, 4, 6), (0, 7, 14, 21)
+def _index(low: Tensor, high: Tensor) -> Tensor:
+    """Codes of more than 8 bits, int16."""
+    import torch
+
+    return low | (high.to(torch.int16) << 8)
+
+
+_NIBBLES, _BYTES, _PAIRS, _BITS = (0, 4), (0, 8, 16, 24), (0, 2, 4, 6), range(8)
+_SEVENS, _THREES, _DOUBLES = (0, 7, 14, 21), (0, 3, 6, 9), range(0, 16, 2)
 
 
 def _parity(byte: Tensor) -> Tensor:
@@ -88,8 +98,8 @@ def _even(seven: Tensor) -> Tensor:
     return seven | (_parity(seven) << 7)
 
 
-# ---------------------------------------------------------------- one pair for each type: words <-> codes, signs, s, shift (N, S, …)
-# d is a plane of its own and rides along in ``fields["d"]``
+# ---------------------------------------------------------------- one pair for each type: fields <-> codes, signs, s, shift (N, S, …)
+# d, int64 bits (N, S, 1), passes through
 
 
 def _read_2xxs(f: Fields) -> Planes:
@@ -97,11 +107,17 @@ def _read_2xxs(f: Fields) -> Planes:
     return _split(index, _BYTES, 8), _even(_split(aux, _SEVENS, 7)), aux >> 28, None, f["d"]
 
 
+def _aux(signs: Any, s: Tensor) -> Tensor:
+    """Words of seven signs for each of four entries under s."""
+    import torch
+
+    return _join(signs & 127, _SEVENS, wide=True) | (s.to(torch.int64) << 28)
+
+
 def _write_2xxs(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
     import torch
 
-    words = torch.stack([_join(codes, _BYTES), _join(signs & 127, _SEVENS) | (s << 28)], -1)
-    return {"d": d, "qs": words.flatten(-2)}
+    return {"d": d, "qs": torch.stack([_join(codes, _BYTES, wide=True), _aux(signs, s)], -1).flatten(-2)}
 
 
 def _read_2xs(f: Fields) -> Planes:
@@ -109,11 +125,11 @@ def _read_2xs(f: Fields) -> Planes:
 
 
 def _write_2xs(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    return {"d": d, "qs": codes | ((signs & 127) << 9), "scales": _join(s, _NIBBLES)}
+    return {"d": d, "qs": codes.to(d.dtype) | ((signs & 127).to(d.dtype) << 9), "scales": _join(s, _NIBBLES)}
 
 
 def _read_2s(f: Fields) -> Planes:
-    return f["qs"] | (_split(f["qh"], _PAIRS, 2) << 8), f["signs"], _split(f["scales"], _NIBBLES, 4), None, f["d"]
+    return _index(f["qs"], _split(f["qh"], _PAIRS, 2)), f["signs"], _split(f["scales"], _NIBBLES, 4), None, f["d"]
 
 
 def _write_2s(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
@@ -125,44 +141,48 @@ def _read_3xxs(f: Fields) -> Planes:
 
 
 def _write_3xxs(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    return {"d": d, "qs": codes, "aux": _join(signs & 127, _SEVENS) | (s << 28)}
+    return {"d": d, "qs": codes, "aux": _aux(signs, s)}
 
 
 def _read_3s(f: Fields) -> Planes:
-    return f["qs"] | (_split(f["qh"], range(8), 1) << 8), f["signs"], _split(f["scales"], _NIBBLES, 4), None, f["d"]
+    return _index(f["qs"], _split(f["qh"], _BITS, 1)), f["signs"], _split(f["scales"], _NIBBLES, 4), None, f["d"]
 
 
 def _write_3s(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    return {"d": d, "qs": codes & 255, "qh": _join(codes >> 8, range(8)), "signs": signs, "scales": _join(s, _NIBBLES)}
+    return {"d": d, "qs": codes & 255, "qh": _join(codes >> 8, _BITS), "signs": signs, "scales": _join(s, _NIBBLES)}
 
 
 def _read_1s(f: Fields) -> Planes:
-    codes = f["qs"] | (_split(f["qh"], (0, 3, 6, 9), 3) << 8)
-    return codes, None, (f["qh"] >> 12) & 7, f["qh"] >> 15, f["d"]
+    return _index(f["qs"], _split(f["qh"], _THREES, 3)), None, (f["qh"] >> 12) & 7, f["qh"] >> 15, f["d"]
 
 
 def _write_1s(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    return {"d": d, "qs": codes & 255, "qh": _join(codes >> 8, (0, 3, 6, 9)) | (s << 12) | (shift << 15)}
+    high = _join(codes >> 8, _THREES, wide=True)
+    return {"d": d, "qs": codes & 255, "qh": high | (s.to(d.dtype) << 12) | (shift.to(d.dtype) << 15)}
 
 
 def _read_1m(f: Fields) -> Planes:
-    high, d = _split(f["qh"], _NIBBLES, 4), _join(f["scales"] >> 12, (0, 4, 8, 12))
-    return f["qs"] | ((high & 7) << 8), None, _split(f["scales"], (0, 3, 6, 9), 3), high >> 3, d
+    high, d = _split(f["qh"], _NIBBLES, 4), _join(f["scales"] >> 12, (0, 4, 8, 12), wide=True)
+    return _index(f["qs"], high & 7), None, _split(f["scales"], _THREES, 3), high >> 3, d
 
 
 def _write_1m(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    scales = _join(s, (0, 3, 6, 9)) | (_split(d, (0, 4, 8, 12), 4) << 12)
+    scales = _join(s, _THREES, wide=True) | (_split(d, (0, 4, 8, 12), 4) << 12)
     return {"qs": codes & 255, "qh": _join((codes >> 8) | (shift << 3), _NIBBLES), "scales": scales}
 
 
 def _read_4xs(f: Fields) -> Planes:
-    codes = _split(f["qs"], _NIBBLES, 4).unflatten(-1, (8, 16, 2)).transpose(-1, -2).flatten(-3)
-    return codes, None, _split(f["scales_l"], _NIBBLES, 4) | (_split(f["scales_h"], range(0, 16, 2), 2) << 4), None, f["d"]
+    import torch
+
+    qs = f["qs"].unflatten(-1, (8, 16))
+    s = _split(f["scales_l"], _NIBBLES, 4) | (_split(f["scales_h"], _DOUBLES, 2) << 4)
+    return torch.stack([qs & 15, qs >> 4], -2).flatten(-3), None, s, None, f["d"]
 
 
 def _write_4xs(codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> Fields:
-    qs = _join(codes.unflatten(-1, (8, 2, 16)).transpose(-1, -2).flatten(-3), _NIBBLES)
-    return {"d": d, "scales_h": _join(s >> 4, range(0, 16, 2)), "scales_l": _join(s & 15, _NIBBLES), "qs": qs}
+    halves = codes.unflatten(-1, (8, 2, 16))
+    qs = (halves[..., 0, :] | (halves[..., 1, :] << 4)).flatten(-2)
+    return {"d": d, "scales_h": _join(s >> 4, _DOUBLES, wide=True), "scales_l": _join(s & 15, _NIBBLES), "qs": qs}
 
 
 _DOORS: dict[str, tuple[Callable[[Fields], Planes], Callable[..., Fields]]] = {
@@ -252,13 +272,10 @@ class IQuant:
             zero = ParamSpec("codes", Tile((*lead, self.shift)), nested=bit)
         return Scheme(shape, self.grid, scales, zero, signs=self.signs)
 
-    def _words(self, blocks: Tensor) -> Fields:
-        import torch
-
+    def _fields(self, blocks: Tensor) -> Fields:
         b = blocks.reshape(blocks.shape[0], blocks.shape[1] // self.nbytes, self.nbytes)  # (N, S, nbytes)
-        cuts = b.split([size for _, size, _ in self.fields], -1)
-        named = zip(self.fields, cuts, strict=True)
-        return {name: _join(cut.to(torch.int64), range(0, 8 * width, 8)) for (name, _, width), cut in named}
+        cuts = zip(self.fields, b.split([size for _, size, _ in self.fields], -1), strict=True)
+        return {name: cut if width == 1 else _join(cut, range(0, 8 * width, 8), wide=True) for (name, _, width), cut in cuts}
 
     def unpack_blocks(self, blocks: Tensor) -> Planes:
         """uint8 (N, K/256 * nbytes) -> planes of a weight (N, K).
@@ -268,7 +285,7 @@ class IQuant:
         """
         import torch
 
-        codes, signs, s, shift, d = _DOORS[self.name][0](self._words(blocks))
+        codes, signs, s, shift, d = _DOORS[self.name][0](self._fields(blocks))
         small = (None if plane is None else plane.flatten(1).to(torch.uint8) for plane in (signs, s, shift))
         dtype = getattr(torch, self.plane_specs[0].dtype)
         return codes.flatten(1).to(dtype), *small, d.squeeze(-1).to(torch.int16).view(torch.float16)
@@ -282,10 +299,10 @@ class IQuant:
         import torch
 
         bits = d.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
-        across = (*d.shape, -1)
-        wide = (None if plane is None else plane.to(torch.int64).reshape(across) for plane in (codes, signs, s, shift))
-        f = _DOORS[self.name][1](*wide, bits.unsqueeze(-1))
-        return torch.cat([_split(f[name], range(0, 8 * width, 8), 8) for name, _, width in self.fields], -1).to(torch.uint8).flatten(1)
+        across = (None if plane is None else plane.reshape(*d.shape, -1) for plane in (codes, signs, s, shift))
+        f = _DOORS[self.name][1](*across, bits.unsqueeze(-1))
+        pieces = (f[name] if width == 1 else _split(f[name], range(0, 8 * width, 8), 8) for name, _, width in self.fields)
+        return torch.cat([piece.to(torch.uint8) for piece in pieces], -1).flatten(1)
 
     def dequantize_blocks(self, blocks: Tensor) -> Tensor:
         """uint8 (N, row bytes) -> float32 (N, K). Every product is exact in float32, so the order is free; a zero's sign is ggml's."""
@@ -300,7 +317,7 @@ class IQuant:
         if shift is not None:
             w = w + (0.125 - 0.25 * shift.to(single)).repeat_interleave(self.shift, -1)
         w = w * scale.repeat_interleave(self.sub, -1)
-        return w if signs is None else w * (1 - 2 * _split(signs, range(8), 1).to(single))
+        return w if signs is None else w * (1 - 2 * _split(signs, _BITS, 1).to(single))
 
     def to_tensor(self, codes: Tensor, signs: Any, s: Tensor, shift: Any, d: Tensor) -> QuantizedTensor:
         """The planes as a canonical tensor (N, K) whose scale, and z where there is one, are themselves codes."""
