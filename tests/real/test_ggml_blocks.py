@@ -33,7 +33,7 @@ def random_blocks(name: str, rows: int, k: int, seed: int) -> np.ndarray[Any, An
         blocks[::5, at + 1] &= 0x83  # subnormal scales
     if name == "IQ1_M":  # d is in the top nibbles of four words; its exponent ends in the last of them
         blocks[(blocks[:, 55] & 0x70) == 0x70, 55] &= 0xBF
-        blocks[::5, 55] &= 0x8F
+        blocks[::5, 55], blocks[::5, 53] = blocks[::5, 55] & 0x8F, blocks[::5, 53] & 0x3F
     if name == "Q8_0":
         blocks[::3, 2:10] = 0x80
     return blocks.reshape(rows, -1)

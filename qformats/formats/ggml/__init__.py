@@ -1,28 +1,32 @@
-"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, the K-quants Q2_K … Q6_K and the codebook types IQ1 … IQ4_XS; F32 F16 BF16.
+"""The ggml types inside a GGUF, read and written: Q4_0 … Q8_0, Q2_K … Q6_K, IQ1_S … IQ4_XS, MXFP4 NVFP4, Q1_0 Q2_0 TQ1_0 TQ2_0; floats.
 
-Map: ``kind`` says what every block type provides; ``legacy`` holds the 32-weight blocks, ``kquants`` and ``iquants`` the 256-weight
-super-blocks, ``floats`` the plain float types; each one's docstring has the byte layout. Here are the names every format module has
-(``qformats.formats.protocol``) and ``dequantize``, the fast path to float32.
+Map: ``kind`` says what every block type provides; ``legacy`` holds the 32-weight blocks, ``kquants`` the 256-weight super-blocks,
+``iquants`` those with codebooks, ``tables`` four-bit codes of a fixed table, ``ternary`` one and two bits a weight, ``floats`` the plain
+float types; each one's docstring has the byte layout. Here are the names every format module has (``qformats.formats.protocol``) and
+``dequantize``, the fast path to float32.
 
 A weight is one part, ``weight``, whose ``RawTensor.dtype`` is the ggml type's name and whose shape is (N, K) or, for experts, (E, N, K);
-rows are counted over E * N.
+rows are counted over E * N. A ``scale`` beside it (``factor``) is a factor of the whole weight.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.ggml import floats
+from qformats.formats.ggml import factor, floats
 from qformats.formats.ggml.iquants import IQUANTS
 from qformats.formats.ggml.kind import Kind, PlaneSpec
 from qformats.formats.ggml.kquants import KQUANTS
 from qformats.formats.ggml.legacy import LEGACY
+from qformats.formats.ggml.tables import TABLES
+from qformats.formats.ggml.ternary import SPELLINGS, TERNARY
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
 from qformats.scheme import No, ParamSpec, Scheme, Storage, Tile, Yes
 
@@ -44,16 +48,17 @@ __all__ = [
     "row_nbytes",
     "scheme",
     "storages",
+    "stored_as",
     "write",
 ]
 
 NAME = "gguf"
-SUFFIXES: frozenset[str] = frozenset()
+SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
 TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the others are only written back
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
-BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS}
+BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS, **TABLES, **TERNARY}
 _TWO_BYTES = ("float16", "int16")  # dtypes that the loops see as uint16; all others are bytes
 
 
@@ -91,7 +96,8 @@ def _weight(module: Module) -> tuple[RawTensor, Kind]:
 def scheme(module: Module) -> Scheme:
     """The scheme of ``weight`` from its header; ``BadFile`` for ragged rows, ``Unsupported('ggml-type')`` for types not read here."""
     raw, kind = _weight(module)
-    return kind.scheme(raw.shape)
+    plain, beside = kind.scheme(raw.shape), factor.find(module, raw.shape)
+    return plain if beside is None else replace(plain, scales=(*plain.scales, factor.spec(beside, raw.shape)))
 
 
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
@@ -106,7 +112,17 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     blocks = raw.row_range(start, stop)  # (n, row bytes)
     if raw.big_endian:
         blocks = _swap(kind, blocks)
-    return _from_blocks(kind, blocks) if codes else _params_only(kind, blocks)
+    tensor = _from_blocks(kind, blocks) if codes else _params_only(kind, blocks)
+    if codes and kind.name in SPELLINGS:
+        tensor = replace(tensor, source_bytes=(kind.name, blocks))
+    beside = factor.find(module, raw.shape)
+    return tensor if beside is None else factor.multiplied(tensor, beside, raw.shape, start)
+
+
+def stored_as(module: Module) -> Storage:
+    """The storage in which ``write`` gives a module's own parts back."""
+    raw, kind = _weight(module)
+    return kind.storage if factor.find(module, raw.shape) is None else factor.with_factor(kind.storage)
 
 
 def _swap(kind: Kind, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -137,11 +153,12 @@ def _stored(storage: Storage) -> Kind | None:
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
-    """One part, ``weight``, of the ggml type; ``Unsupported('k-multiple')`` where rows are not whole blocks."""
+    """``weight`` of the ggml type, ``scale`` where the storage has one; ``Unsupported('k-multiple')`` where rows are not whole blocks."""
     if shape[-1] % storage.k_multiple:
         reason = f"rows of {shape[-1]} weights are not a multiple of {storage.k_multiple}"
         raise Unsupported("k-multiple", f"{reason}, as {storage.type} needs", hint="choose a type with smaller blocks")
-    return {"weight": PartInfo(storage.type.upper(), shape)}
+    weight = {"weight": PartInfo(storage.type.upper(), shape)}
+    return {**weight, factor.LEAF: factor.part(shape)} if factor.has_factor(storage) else weight
 
 
 def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
@@ -153,6 +170,11 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
         return No(f"{scheme.shape[-1]} columns are not a multiple of {storage.k_multiple}")
     if scheme.group_index:
         return No("it has an act-order index")
+    if factor.has_factor(storage):
+        plain = factor.split(scheme)
+        if plain is None:
+            return No("it has no float32 factor of the whole tensor")
+        scheme = plain
     wanted = kind.scheme(scheme.shape)
     if scheme.signs != wanted.signs:
         return No("it has a sign plane" if scheme.signs else "it has no sign plane")
@@ -214,7 +236,8 @@ def write(storage: Storage, tensor: QuantizedTensor | Tensor, start: int, shape:
         raise Unsupported("form", f"cannot be stored as {storage.type}: its codes are {tensor.codes.dtype}, not torch.{wanted}")
     if len(tensor.shape) != 2 or tensor.shape[-1] != shape[-1] or start + tensor.shape[0] > prod(shape[:-1]):
         raise Unsupported("form", f"rows {start}+{tensor.shape} do not fit a weight of shape {shape}")
-    return [Piece("weight", _to_blocks(kind, tensor), start)]
+    weight = Piece("weight", _to_blocks(kind, tensor), start)
+    return [weight, *factor.pieces(tensor, start, shape)] if factor.has_factor(storage) else [weight]
 
 
 def config_out(
@@ -282,6 +305,9 @@ def _empty_planes(kind: Kind, count: int) -> list[np.ndarray[Any, Any]]:
 def _to_blocks(kind: Kind, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
     import numpy as np
 
+    if kind.name in SPELLINGS and tensor.source_bytes is not None and tensor.source_bytes[0] == kind.name:
+        own: np.ndarray[Any, Any] = tensor.source_bytes[1]
+        return own
     loop, planes = _loop("PACK", kind), kind.planes(tensor)
     if loop is None:
         array: np.ndarray[Any, Any] = kind.pack_blocks(*planes).numpy()
@@ -308,7 +334,8 @@ def dequantize(type_name: str, blocks: np.ndarray[Any, Any], out: np.ndarray[Any
     """Write the float32 values of ``blocks`` (uint8, (rows, row bytes)) into ``out`` (float32, (rows, K), C order).
 
     Bit for bit llama.cpp's: one float32 product, then one float32 sum where the type has a minimum. No product needs more than 24
-    bits, so this is also the exact value rounded once (only the sign of a zero may differ). ``UsageError('shape')`` if the arrays
+    bits, so this is also the exact value rounded once (only the sign of a zero, and
+    MXFP4's scale byte 255, may differ). ``UsageError('shape')`` if the arrays
     do not belong together, ``Unsupported('ggml-type')`` for a type not read here.
 
     >>> import numpy as np
