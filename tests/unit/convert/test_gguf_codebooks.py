@@ -19,11 +19,12 @@ from qformats.containers.gguf import open_gguf
 
 Array = np.ndarray[Any, Any]
 BLK, HF, HEAD_DIM = "blk.0", "model.layers.0", 32
+ATTENTION, MLP = f"{HF}.self_attn", f"{HF}.mlp"
 TYPES = {
-    f"{BLK}.attn_q.weight": ("IQ2_XXS", f"{HF}.self_attn.q_proj.weight"), f"{BLK}.attn_k.weight": ("IQ1_M", f"{HF}.self_attn.k_proj.weight"),
-    f"{BLK}.attn_v.weight": ("IQ4_XS", f"{HF}.self_attn.v_proj.weight"), f"{BLK}.attn_output.weight": ("IQ2_XS", f"{HF}.self_attn.o_proj.weight"),
-    f"{BLK}.ffn_gate.weight": ("IQ2_S", f"{HF}.mlp.gate_proj.weight"), f"{BLK}.ffn_up.weight": ("IQ3_XXS", f"{HF}.mlp.up_proj.weight"),
-    f"{BLK}.ffn_down.weight": ("IQ3_S", f"{HF}.mlp.down_proj.weight"), "output.weight": ("IQ1_S", "lm_head.weight"),
+    f"{BLK}.attn_q.weight": ("IQ2_XXS", f"{ATTENTION}.q_proj.weight"), f"{BLK}.attn_k.weight": ("IQ1_M", f"{ATTENTION}.k_proj.weight"),
+    f"{BLK}.attn_v.weight": ("IQ4_XS", f"{ATTENTION}.v_proj.weight"), f"{BLK}.attn_output.weight": ("IQ2_XS", f"{ATTENTION}.o_proj.weight"),
+    f"{BLK}.ffn_gate.weight": ("IQ2_S", f"{MLP}.gate_proj.weight"), f"{BLK}.ffn_up.weight": ("IQ3_XXS", f"{MLP}.up_proj.weight"),
+    f"{BLK}.ffn_down.weight": ("IQ3_S", f"{MLP}.down_proj.weight"), "output.weight": ("IQ1_S", "lm_head.weight"),
 }  # fmt: skip
 
 
@@ -43,7 +44,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf = Llama(hidden=256, inner=256, heads=8, kv=4, head_dim=HEAD_DIM).write(work / "hf")
     converted(hf, work / "plain.gguf", "gguf:f32", allow_requantize=True)
     shapes = {name: raw.shape for name, raw in open_gguf(work / "plain.gguf").tensors.items()}
-    made = {name: (kind, shapes[name], random_blocks(kind, shapes[name][0], i).tobytes()) for i, (name, (kind, _)) in enumerate(TYPES.items())}
+    kinds = [(name, kind, shapes[name]) for name, (kind, _) in TYPES.items()]
+    made = {name: (kind, shape, random_blocks(kind, shape[0], i).tobytes()) for i, (name, kind, shape) in enumerate(kinds)}
     return write(work / "model.gguf", work / "plain.gguf", made)
 
 
