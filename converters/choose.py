@@ -13,12 +13,12 @@ from converters.jobs import Job
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
-from qformats.checkpoint import Checkpoint
+from qformats.checkpoint import INTEGER_TYPES, Checkpoint
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import PartInfo, Target
 from qformats.reencode import KINDS, Fit, Hint, fit
 from qformats.rewrite import Refused, block_range
-from qformats.scheme import Scheme, Storage
+from qformats.scheme import ParamSpec, Scheme, Storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,6 +131,9 @@ class Chooser:
 
     def _from_floats(self, tensor: TensorMap) -> Job:
         found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module} or {"F32"}
+        kept = self._verbatim(tensor, found)
+        if kept is not None:
+            return kept
         named = self._named(tensor, dense=True)
         if named is not None and named not in FLOAT_WORDS:
             return self._quantize(tensor, named, "new codes from floats, as named")
@@ -171,6 +174,18 @@ class Chooser:
         parts = registry.format_module("gguf").layout(storage, tensor.shape)
         return Job(tensor, "quantize", "exact", "its floats are these blocks, as the record says", storage.type.upper(), parts, True, None,
                    storage, "gguf", orders=self._orders(tensor))  # fmt: skip
+
+    def _verbatim(self, tensor: TensorMap, found: set[str]) -> Job | None:
+        """Integers of a GGUF, and its F64 for another GGUF unless a type is named, copied byte by byte; None for any other tensor."""
+        dtype = next(iter(found)) if len(found) == 1 else ""
+        stays = dtype in INTEGER_TYPES or (dtype == "F64" and self._gguf and self._named(tensor, dense=True) is None)
+        if self.checkpoint.gguf is None or not stays:
+            return None
+        source = tensor.sources[0]
+        raw = self.checkpoint.modules[source.module].parts[source.leaf]
+        if len(tensor.sources) > 1 or source.index is not None or raw.big_endian or raw.shape != tensor.shape or tensor.shift:
+            return None
+        return Job(tensor, "parts", "copied", "the same bytes", dtype, {tensor.leaf: PartInfo(dtype, tensor.shape)}, True, format="hf")
 
     def _quantize_by_default(self, tensor: TensorMap) -> bool:
         """A float checkpoint turned into an integer format: its linear layers."""
@@ -278,7 +293,8 @@ class Chooser:
         whole = len(tensor.sources) == 1 and source.index is None and not self._orders(tensor) and tensor.leaf == "weight"
         if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
             return None
-        kept = {leaf: raw for leaf, raw in module.parts.items() if leaf != "bias"}
+        own = {"weight", *registry.format_module(target.format).SUFFIXES}
+        kept = {leaf: raw for leaf, raw in module.parts.items() if leaf in own}
         if any(raw.big_endian for raw in kept.values()) or (source.start, source.stop) != (0, _rows(tensor.shape)):
             return None
         if self._gguf:
@@ -477,12 +493,19 @@ def _float32_exact(scheme: Scheme) -> bool:
     bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
     total = getattr(scheme.grid, "bits", 9) + 1
     for scale in scheme.scales:
-        spec = scale
-        while spec.nested is not None:
+        spec: ParamSpec | None = scale
+        while spec is not None and spec.nested is not None:
             total += getattr(spec.nested.grid, "bits", 8)
-            spec = spec.nested.scales[0]
-        total += bits.get(spec.dtype, 24)
+            spec = next(iter(spec.nested.scales), None)
+        if spec is not None and not _power_of_two(spec.constant):
+            total += bits.get(spec.dtype, 24)
     return scheme.offset is None and total <= 24
+
+
+def _power_of_two(value: float | None) -> bool:
+    from math import frexp
+
+    return value is not None and abs(frexp(value)[0]) == 0.5
 
 
 def _rows(shape: tuple[int, ...]) -> int:

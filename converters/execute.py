@@ -27,6 +27,7 @@ from qformats.errors import BadFile, QFormatError, UsageError, WouldLose
 from qformats.formats.protocol import Piece
 from qformats.reencode import Hint, finish, fit
 from qformats.rewrite import Refused
+from qformats.scheme import Integer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -315,7 +316,8 @@ def _as_float(job: Job, value: Any) -> Tensor:
     import torch
 
     if not isinstance(value, torch.Tensor):
-        exact = torch.float32 if job.dtype == "F32" else torch.float64  # the writer rounds float64 once, and sees an overflow
+        plain = job.dtype == "F32" and isinstance(value.grid, Integer)
+        exact = torch.float32 if plain else torch.float64  # the writer rounds float64 once, and sees an overflow
         return value.dequantize(exact)  # type: ignore[no-any-return]
     return value.to(torch.float32) + job.map.shift if job.map.shift else value
 

@@ -27,7 +27,7 @@ __all__ = ["build_output", "side_files"]
 # llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
-    "Q6_K": 18, "BF16": 32,
+    "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41,
 }  # fmt: skip
 _QUANTIZATION_VERSION = 2
 _CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
@@ -163,7 +163,7 @@ def _quantization_config(
     storages = {j.map.target: j.storage for j in jobs if j.storage is not None and j.map.leaf == "weight"}
     form = registry.format_module(row.name)
     for job in jobs:
-        if job.action == "parts":
+        if job.action == "parts" and job.format == row.name != "hf":
             storages[job.map.target] = form.storage_of(checkpoint.modules[job.map.target])
     if row.name == "hf" or not storages:
         return {}

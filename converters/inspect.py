@@ -11,7 +11,7 @@ from typing import Any
 
 from converters.output import count, size, table
 from qformats import registry
-from qformats.checkpoint import FLOAT_TYPES, Checkpoint, open_checkpoint
+from qformats.checkpoint import FLOAT_TYPES, INTEGER_TYPES, Checkpoint, open_checkpoint
 from qformats.errors import Unsupported
 from qformats.scheme import Float, Integer, Learned, Scheme, Table
 
@@ -174,9 +174,8 @@ def _stored(checkpoint: Checkpoint, warnings: list[str]) -> Iterator[Stored]:
                 yield Stored(_full(name, "weight"), scheme_label(scheme), scheme.shape, nbytes, True)
         for leaf, raw in module.parts.items():
             if leaf not in planes:
-                yield Stored(
-                    _full(name, leaf), raw.dtype, raw.shape, raw.nbytes, checkpoint.gguf is not None and raw.dtype not in FLOAT_TYPES
-                )
+                codes = checkpoint.gguf is not None and raw.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES)
+                yield Stored(_full(name, leaf), raw.dtype, raw.shape, raw.nbytes, codes)
 
 
 def _full(module: str, leaf: str) -> str:

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from qformats.architectures import Binding
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["FLOAT_TYPES", "PROVENANCE_KEY", "Checkpoint", "open_checkpoint"]
+__all__ = ["FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "open_checkpoint"]
 
 PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
-_INTEGER_TYPES = ("I8", "I16", "I32", "I64")
+INTEGER_TYPES = ("I8", "I16", "I32", "I64")
 SIDE_FILES = (
     "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
@@ -77,7 +77,7 @@ class Checkpoint:
     def _is_quantized(self, parts: Mapping[str, RawTensor]) -> bool:
         if self.gguf is not None:
             weight = parts.get("weight")
-            return weight is not None and weight.dtype not in (*FLOAT_TYPES, *_INTEGER_TYPES)
+            return weight is not None and weight.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES)
         if self.match.format == "hf":
             return False
         suffixes = registry.format_module(self.match.format).SUFFIXES
@@ -101,7 +101,8 @@ class Checkpoint:
                 rest = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf == "bias"}
                 result[name] = {"weight": self.scheme(name).shape, **rest}
             else:
-                result[name] = {leaf: raw.shape for leaf, raw in module.parts.items()}
+                own = registry.format_module("gguf").SUFFIXES if self._is_quantized(module.parts) else ()
+                result[name] = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf not in own}
         return result
 
     def read(self, module: str, start: int = 0, stop: int | None = None, leaf: str = "weight") -> QuantizedTensor | Tensor:

@@ -6,6 +6,8 @@ Where an exact result needs more, ``low`` is rounded to odd, so that rounding th
 (Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd", 2008).
 Products use Veltkamp/Dekker splitting, sums Knuth's two-sum (both from Shewchuk, "Adaptive Precision Floating-Point Arithmetic", 1997);
 magnitudes stay between 2^-900 and 2^990, which three float32 factors do. Infinities, NaN and the sign of a zero follow IEEE 754.
+
+Most operations need none of that: where the operands' ``Extent`` says that the exact result fits 53 bits, plain float64 arithmetic is it.
 """
 
 from __future__ import annotations
@@ -63,16 +65,70 @@ def _sum_to_odd(terms: list[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Extent:
+    """A bound on all finite elements: at most ``bits`` significant bits, multiples of 2^``unit``, magnitudes up to 2^``top``."""
+
+    bits: int
+    unit: int
+    top: int
+
+    def times(self, other: Extent) -> Extent:
+        unit, top = self.unit + other.unit, self.top + other.top
+        return Extent(min(self.bits + other.bits, top - unit), unit, top)
+
+    def plus(self, other: Extent) -> Extent:
+        unit, top = min(self.unit, other.unit), max(self.top, other.top) + 1
+        return Extent(top - unit, unit, top)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every such number is a normal float64."""
+        return self.bits <= 53 and self.unit >= -900 and self.top <= 990
+
+
+_MEASURED = 1 << 14  # a tensor of at most so many elements, a constant or a codebook, is looked at; others go by their dtype
+_ORDERED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # torch finds the smallest and largest of these
+_EXTENTS = {
+    torch.float32: Extent(24, -149, 128),
+    torch.float16: Extent(11, -24, 16),
+    torch.bfloat16: Extent(8, -133, 128),
+    torch.float8_e4m3fn: Extent(4, -9, 9),
+    torch.float8_e5m2: Extent(3, -16, 16),
+}
+
+
+def _extent(values: Tensor, wide: Tensor) -> Extent | None:
+    """The extent of ``values``, which as float64 are ``wide``."""
+    if not values.dtype.is_floating_point:
+        ends = (values if values.dtype in _ORDERED else wide).aminmax() if values.numel() else ()
+        top = max((abs(int(v)).bit_length() for v in ends), default=0)
+        return Extent(top, 0, top)
+    if values.numel() > _MEASURED:
+        return _EXTENTS.get(values.dtype)
+    mantissa, exponent = torch.frexp(wide[torch.isfinite(wide) & (wide != 0)])  # mantissas in [1/2, 1)
+    if not mantissa.numel():
+        return Extent(0, 0, 0)
+    integer = (mantissa.abs() * 2.0**53).to(torch.int64)
+    last = torch.frexp((integer & -integer).to(torch.float64)).exponent - 1  # the place of the lowest set bit
+    return Extent(53 - int(last.min()), int((exponent - 53 + last).min()), int(exponent.max()))
+
+
+@dataclass(frozen=True, slots=True)
 class Real:
-    """``high + low`` in float64, ``|low| <= ulp(high) / 2``; ``low`` is None where it is known to be zero."""
+    """``high + low`` in float64, ``|low| <= ulp(high) / 2``; ``low`` is None where it is known to be zero.
+
+    ``extent`` is None where nothing is known.
+    """
 
     high: Tensor
     low: Tensor | None = None
+    extent: Extent | None = None
 
     @classmethod
     def of(cls, values: Tensor) -> Real:
         """Any float or integer tensor up to 53 significant bits."""
-        return cls(values.to(torch.float64))
+        wide = values.to(torch.float64)
+        return cls(wide, None, _extent(values, wide))
 
     @classmethod
     def _normal(cls, value: Tensor, error: Tensor) -> Real:
@@ -85,10 +141,14 @@ class Real:
         return cls(torch.where(exact, value, high), torch.where(exact, 0.0, low))
 
     def __add__(self, other: Real) -> Real:
+        if self.extent is not None and other.extent is not None and (extent := self.extent.plus(other.extent)).fits:
+            return Real(self.high + other.high, None, extent)
         s, e = _two_sum(self.high, other.high)
         return self._normal(s, _sum_to_odd([e, *(low for low in (self.low, other.low) if low is not None)]))
 
     def __mul__(self, other: Real) -> Real:
+        if self.extent is not None and other.extent is not None and (extent := self.extent.times(other.extent)).fits:
+            return Real(self.high * other.high, None, extent)
         p, e = _two_product(self.high, other.high)
         small = [e]
         if other.low is not None:
@@ -100,7 +160,7 @@ class Real:
         return self._normal(p, _sum_to_odd(small))
 
     def __neg__(self) -> Real:
-        return Real(-self.high, None if self.low is None else -self.low)
+        return Real(-self.high, None if self.low is None else -self.low, self.extent)
 
     def divide(self, other: Real) -> Real:
         """The quotient to 106 bits, its last bit rounded to odd; exact quotients come out exact."""
@@ -111,8 +171,8 @@ class Real:
         return self._normal(q, _to_odd(low, rest))
 
     def map(self, function: Callable[..., Tensor]) -> Real:
-        """Apply a shape operation (indexing, expansion) to both parts."""
-        return Real(function(self.high), None if self.low is None else function(self.low))
+        """Apply an operation on shapes or signs (indexing, expansion) to both parts."""
+        return Real(function(self.high), None if self.low is None else function(self.low), self.extent)
 
 
 def product(start: Real, factors: Iterable[tuple[Real, bool]]) -> Real:

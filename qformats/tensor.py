@@ -208,9 +208,9 @@ class QuantizedTensor:
             return _book_values(self.codes, self.codebook, self.grid, self.shape)
         if isinstance(self.grid, Float):
             values = grids.float_values(self.grid.name).to(self.codes.device)
-            return Real.of(values[_index(self.codes, len(values), wrap=256)])
+            return Real.of(values).map(lambda v: v[_index(self.codes, len(values), wrap=256)])
         entries = grids.table_values(self.grid.name).to(self.codes.device)  # (entries,) or (entries, v_in)
-        return Real.of(entries[_index(self.codes, len(entries), wrap=0)].reshape(self.shape))
+        return Real.of(entries).map(lambda v: v[_index(self.codes, len(entries), wrap=0)].reshape(self.shape))
 
     def _centred(self) -> Real:
         """sign * (sum of the codes' values - zero_point), shape ``shape``."""

@@ -140,6 +140,10 @@ class _Sources:
                 dropped[f"{found[0]}.{leaf}"] = reason
         self._dropped.add(name)
 
+    def drop_leaf(self, name: str, leaf: str, reason: str, dropped: dict[str, str]) -> None:
+        if (found := self.take(name, leaf)) is not None:
+            dropped[f"{found[0]}.{leaf}"] = reason
+
     def finish(self, side: str) -> None:
         if self._left:
             names = sorted(f"{module}.{leaf}" for module, leaf in self._left)
@@ -288,6 +292,8 @@ def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *,
     """Map GGUF base names to HF modules, the exact inverse of :func:`map_to_gguf`; the same errors."""
     sources = _Sources(parts, {name: name for name in parts})
     sources.drop("rope_freqs", "rotary factors, kept as rope parameters of config.json", dropped)
+    for name in parts:
+        sources.drop_leaf(name, "input_scale", "llama.cpp's static scale of the layer's input; floats need none", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=False):

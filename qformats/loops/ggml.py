@@ -17,7 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from qformats.loops import codebooks
 from qformats.loops.compiled import compiled
+from qformats.loops.halves import half as _half
+from qformats.loops.halves import word as _word
 
 __all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
@@ -29,24 +32,6 @@ _PICK = u64(0x8040201008040201)  # byte i keeps bit i
 _FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
 _GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
 _FIFTH = u64(0x1010101010101010)
-_SUBNORMAL = f32(2.0**-24)
-
-
-@compiled
-def _word(low: int, high: int) -> Any:
-    return u16(u16(low) | u16(u16(high) << u16(8)))
-
-
-@compiled
-def _half(low: int, high: int) -> Any:
-    """The fp16 of two bytes as float32, exact; needs no subnormal float32 and no hardware conversion."""
-    h = u32(_word(low, high))
-    sign, exponent, fraction = u32(u32(h & u32(0x8000)) << u32(16)), u32(u32(h >> u32(10)) & u32(31)), u32(h & u32(0x3FF))
-    if exponent == u32(0):
-        value = f32(fraction) * _SUBNORMAL
-        return -value if sign else value
-    exponent = u32(exponent + u32(112)) if exponent != u32(31) else u32(255)
-    return u32(sign | u32(exponent << u32(23)) | u32(fraction << u32(13))).view(f32)
 
 
 def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
@@ -394,4 +379,5 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "Q4_K": lambda blocks, out: dequantize4k(blocks, out, 32),
     "Q5_K": lambda blocks, out: dequantize5k(blocks, out, 32),
     "Q6_K": lambda blocks, out: dequantize6k(blocks, out, 16),
+    **codebooks.DEQUANTIZE,
 }

@@ -26,11 +26,14 @@ pytestmark = [pytest.mark.real, pytest.mark.skipif(not llamacpp.available(), rea
 def random_blocks(name: str, rows: int, k: int, seed: int) -> np.ndarray[Any, Any]:
     """Every bit random, so scales of both signs, zeros and subnormals occur; exponents of all ones (inf, NaN) are taken back."""
     kind = ggml.BLOCK_TYPES[name]
-    blocks = np.random.default_rng(seed).integers(0, 256, (rows * k // ggml._block(kind), kind.nbytes), dtype=np.uint8)
+    blocks = np.random.default_rng(seed).integers(0, 256, (rows * k // kind.block, kind.nbytes), dtype=np.uint8)
     for at in kind.halves:
         special = (blocks[:, at + 1] & 0x7C) == 0x7C
         blocks[special, at + 1] &= 0xBF
-    blocks[::5, kind.halves[0] + 1] &= 0x83  # subnormal scales
+        blocks[::5, at + 1] &= 0x83  # subnormal scales
+    if name == "IQ1_M":  # d is in the top nibbles of four words; its exponent ends in the last of them
+        blocks[(blocks[:, 55] & 0x70) == 0x70, 55] &= 0xBF
+        blocks[::5, 55], blocks[::5, 53] = blocks[::5, 55] & 0x8F, blocks[::5, 53] & 0x3F
     if name == "Q8_0":
         blocks[::3, 2:10] = 0x80
     return blocks.reshape(rows, -1)

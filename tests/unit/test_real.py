@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rationals import DTYPES, LIMITS, assert_rounded_once, round_fraction
 
 from qformats.errors import Unsupported
-from qformats.real import Real, product, round_once
+from qformats.real import _EXTENTS, Extent, Real, product, round_once
 from qformats.rewrite import fold_scales
 from qformats.scheme import Integer, whole
 from qformats.tensor import Param, QuantizedTensor
@@ -157,3 +157,46 @@ def test_a_weight_divides_once_and_last() -> None:
         assert t.dequantize(torch.bfloat16).item() == 276.0 and t.dequantize(torch.float64).item() == 275.0
         folded = fold_scales(t, torch.float32)
         assert folded.scales[0].values.item() == 25.0
+
+
+SMALL = [torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=str)
+def test_extent_of_a_dtype_holds_for_its_every_pattern(dtype: torch.dtype) -> None:
+    patterns = torch.arange(1 << 8 * dtype.itemsize).to(torch.uint8 if dtype.itemsize == 1 else torch.int16).view(dtype).to(torch.float64)
+    patterns = patterns[patterns.isfinite()]
+    found = [Real.of(part).extent for part in patterns.split(1 << 14)]  # small enough to be looked at
+    assert all(e is not None for e in found)
+    worst = Extent(max(e.bits for e in found if e), min(e.unit for e in found if e), max(e.top for e in found if e))
+    assert worst == _EXTENTS[dtype]
+
+
+@given(st.lists(FLOAT32, max_size=6), st.lists(CODES, max_size=6))
+def test_extent_of_a_small_tensor_is_measured(floats: list[float], codes: list[int]) -> None:
+    for values in (torch.tensor([*floats, inf, nan], dtype=torch.float64), torch.tensor(codes, dtype=torch.int16)):
+        extent = Real.of(values).extent
+        assert extent is not None
+        for value in map(Fraction, values[values.isfinite()].tolist()):
+            scaled = abs(value) / Fraction(2) ** extent.unit
+            assert scaled.denominator == 1 and abs(value) <= Fraction(2) ** extent.top
+            assert scaled == 0 or (scaled.numerator // (scaled.numerator & -scaled.numerator)).bit_length() <= extent.bits
+
+
+@pytest.mark.parametrize("dtype", [*SMALL, torch.float32], ids=str)
+@pytest.mark.parametrize("codes", [torch.uint8, torch.int8, torch.int16, torch.uint16], ids=str)
+def test_plain_arithmetic_equals_the_error_free_kind(dtype: torch.dtype, codes: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(7)
+    size, low, high = 20000, 0 if codes in (torch.uint8, torch.uint16) else -100, 100
+    q = torch.randint(low, high, (size,), generator=generator).to(codes)
+    scale, offset = ((torch.randn(size, generator=generator) * 8).to(dtype) for _ in range(2))
+    zero, half = torch.tensor([7.5]), torch.tensor([0.25], dtype=torch.float16)
+    planes = [Real.of(values) for values in (q, zero, scale, half, offset)]
+
+    def evaluated(q: Real, zero: Real, scale: Real, half: Real, offset: Real) -> Real:
+        return (q + -zero) * scale * half + offset
+
+    plain, careful = evaluated(*planes), evaluated(*(Real(p.high, p.low) for p in planes))
+    assert careful.extent is None and (plain.extent is not None) == (dtype in (torch.float16, torch.float8_e4m3fn, torch.float8_e5m2))
+    for wanted in DTYPES:
+        assert torch.equal(round_once(plain, wanted), round_once(careful, wanted))

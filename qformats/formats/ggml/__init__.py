@@ -1,26 +1,32 @@
-"""The ggml types inside a GGUF: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 and the K-quants Q2_K … Q6_K, read and written; F32 F16 BF16 beside them.
+"""The ggml types inside a GGUF, read and written: Q4_0 … Q8_0, Q2_K … Q6_K, IQ1_S … IQ4_XS, MXFP4 NVFP4, Q1_0 Q2_0 TQ1_0 TQ2_0; floats.
 
-Map: ``legacy`` holds the 32-weight blocks, ``kquants`` the 256-weight super-blocks, ``floats`` the plain float types; each one's
-docstring has the byte layout. Here are the names every format module has (``qformats.formats.protocol``) and ``dequantize``, the
-fast path to float32.
+Map: ``kind`` says what every block type provides; ``legacy`` holds the 32-weight blocks, ``kquants`` the 256-weight super-blocks,
+``iquants`` those with codebooks, ``tables`` four-bit codes of a fixed table, ``ternary`` one and two bits a weight, ``floats`` the plain
+float types; each one's docstring has the byte layout. Here are the names every format module has (``qformats.formats.protocol``) and
+``dequantize``, the fast path to float32.
 
 A weight is one part, ``weight``, whose ``RawTensor.dtype`` is the ggml type's name and whose shape is (N, K) or, for experts, (E, N, K);
-rows are counted over E * N.
+rows are counted over E * N. A ``scale`` beside it (``factor``) is a factor of the whole weight.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.ggml import floats, kquants, legacy
-from qformats.formats.ggml.kquants import KQUANTS, KQuant
-from qformats.formats.ggml.legacy import LEGACY, Legacy
+from qformats.formats.ggml import factor, floats
+from qformats.formats.ggml.iquants import IQUANTS
+from qformats.formats.ggml.kind import Kind, PlaneSpec
+from qformats.formats.ggml.kquants import KQUANTS
+from qformats.formats.ggml.legacy import LEGACY
+from qformats.formats.ggml.tables import TABLES
+from qformats.formats.ggml.ternary import SPELLINGS, TERNARY
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
 from qformats.scheme import No, ParamSpec, Scheme, Storage, Tile, Yes
 
@@ -42,17 +48,18 @@ __all__ = [
     "row_nbytes",
     "scheme",
     "storages",
+    "stored_as",
     "write",
 ]
 
 NAME = "gguf"
-SUFFIXES: frozenset[str] = frozenset()
+SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the other K-quants are only written back
+TARGETS = (*LEGACY, "Q4_K", "Q5_K")  # what weights of other formats can become; the others are only written back
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
-Kind = Legacy | KQuant
-BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS}
+BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS, **TABLES, **TERNARY}
+_TWO_BYTES = ("float16", "int16")  # dtypes that the loops see as uint16; all others are bytes
 
 
 def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
@@ -68,13 +75,9 @@ def _kind(raw: RawTensor) -> Kind:
     return kind
 
 
-def _block(kind: Kind) -> int:
-    return legacy.BLOCK if isinstance(kind, Legacy) else kquants.SUPER
-
-
 def row_nbytes(kind: Kind, k: int) -> int:
     """Bytes of one row of ``k`` weights."""
-    return k // _block(kind) * kind.nbytes
+    return k // kind.block * kind.nbytes
 
 
 def _weight(module: Module) -> tuple[RawTensor, Kind]:
@@ -82,8 +85,8 @@ def _weight(module: Module) -> tuple[RawTensor, Kind]:
     if raw is None:
         raise BadFile("missing-part", "there is no weight", tensor=module.name)
     kind = _kind(raw)
-    if not raw.shape or raw.shape[-1] % _block(kind):
-        raise BadFile("gguf-row-size", f"rows of shape {raw.shape} are not whole {raw.dtype} blocks of {_block(kind)}", tensor=raw.name)
+    if not raw.shape or raw.shape[-1] % kind.block:
+        raise BadFile("gguf-row-size", f"rows of shape {raw.shape} are not whole {raw.dtype} blocks of {kind.block}", tensor=raw.name)
     expected = prod(raw.shape[:-1]) * row_nbytes(kind, raw.shape[-1])
     if raw.nbytes != expected:
         raise BadFile("gguf-size", f"{raw.nbytes} bytes, expected {expected} for {raw.dtype} {raw.shape}", tensor=raw.name)
@@ -93,7 +96,8 @@ def _weight(module: Module) -> tuple[RawTensor, Kind]:
 def scheme(module: Module) -> Scheme:
     """The scheme of ``weight`` from its header; ``BadFile`` for ragged rows, ``Unsupported('ggml-type')`` for types not read here."""
     raw, kind = _weight(module)
-    return kind.scheme(raw.shape)
+    plain, beside = kind.scheme(raw.shape), factor.find(module, raw.shape)
+    return plain if beside is None else replace(plain, scales=(*plain.scales, factor.spec(beside, raw.shape)))
 
 
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True) -> QuantizedTensor:
@@ -108,16 +112,23 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     blocks = raw.row_range(start, stop)  # (n, row bytes)
     if raw.big_endian:
         blocks = _swap(kind, blocks)
-    return _from_blocks(kind, blocks) if codes else _params_only(kind, blocks, raw.shape[-1])
+    tensor = _from_blocks(kind, blocks) if codes else _params_only(kind, blocks)
+    if codes and kind.name in SPELLINGS:
+        tensor = replace(tensor, source_bytes=(kind.name, blocks))
+    beside = factor.find(module, raw.shape)
+    return tensor if beside is None else factor.multiplied(tensor, beside, raw.shape, start)
+
+
+def stored_as(module: Module) -> Storage:
+    """The storage in which ``write`` gives a module's own parts back."""
+    raw, kind = _weight(module)
+    return kind.storage if factor.find(module, raw.shape) is None else factor.with_factor(kind.storage)
 
 
 def _swap(kind: Kind, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Reverse the bytes of every multi-byte field: d, m or dmin, and Q5's u32 ``qh``, which ggml copies as one word."""
+    """Reverse the bytes of every field of several bytes."""
     b = blocks.reshape(-1, kind.nbytes)
-    fields = [(at, 2) for at in kind.halves]
-    if isinstance(kind, Legacy) and kind.bits == 5:
-        fields.append((2 * len(kind.halves), 4))
-    for at, width in fields:
+    for at, width in kind.swaps:
         b[:, at : at + width] = b[:, at : at + width][:, ::-1].copy()
     return blocks
 
@@ -142,11 +153,12 @@ def _stored(storage: Storage) -> Kind | None:
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
-    """One part, ``weight``, of the ggml type; ``Unsupported('k-multiple')`` where rows are not whole blocks."""
+    """``weight`` of the ggml type, ``scale`` where the storage has one; ``Unsupported('k-multiple')`` where rows are not whole blocks."""
     if shape[-1] % storage.k_multiple:
         reason = f"rows of {shape[-1]} weights are not a multiple of {storage.k_multiple}"
         raise Unsupported("k-multiple", f"{reason}, as {storage.type} needs", hint="choose a type with smaller blocks")
-    return {"weight": PartInfo(storage.type.upper(), shape)}
+    weight = {"weight": PartInfo(storage.type.upper(), shape)}
+    return {**weight, factor.LEAF: factor.part(shape)} if factor.has_factor(storage) else weight
 
 
 def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
@@ -156,9 +168,16 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
         return No(f"{storage.type} holds no codes")
     if scheme.shape[-1] % storage.k_multiple:
         return No(f"{scheme.shape[-1]} columns are not a multiple of {storage.k_multiple}")
-    if scheme.signs or scheme.group_index:
-        return No("it has an act-order index" if scheme.group_index else "it has a sign plane")
+    if scheme.group_index:
+        return No("it has an act-order index")
+    if factor.has_factor(storage):
+        plain = factor.split(scheme)
+        if plain is None:
+            return No("it has no float32 factor of the whole tensor")
+        scheme = plain
     wanted = kind.scheme(scheme.shape)
+    if scheme.signs != wanted.signs:
+        return No("it has a sign plane" if scheme.signs else "it has no sign plane")
     if scheme.grid != wanted.grid:
         return No(f"its codes are {scheme.grid}, not {wanted.grid}")
     pairs = [("scale", scheme.scales, wanted.scales)]
@@ -212,12 +231,13 @@ def write(storage: Storage, tensor: QuantizedTensor | Tensor, start: int, shape:
     answer = can_store(storage, tensor.scheme)
     if isinstance(answer, No):
         raise Unsupported("form", f"cannot be stored as {storage.type}: {answer.reason}")
-    wanted = "torch.int8" if kind.grid.signed else "torch.uint8"
-    if str(tensor.codes.dtype) != wanted:
-        raise Unsupported("form", f"cannot be stored as {storage.type}: its codes are {tensor.codes.dtype}, not {wanted}")
+    wanted = kind.plane_specs[0].dtype
+    if str(tensor.codes.dtype) != f"torch.{wanted}":
+        raise Unsupported("form", f"cannot be stored as {storage.type}: its codes are {tensor.codes.dtype}, not torch.{wanted}")
     if len(tensor.shape) != 2 or tensor.shape[-1] != shape[-1] or start + tensor.shape[0] > prod(shape[:-1]):
         raise Unsupported("form", f"rows {start}+{tensor.shape} do not fit a weight of shape {shape}")
-    return [Piece("weight", _to_blocks(kind, tensor), start)]
+    weight = Piece("weight", _to_blocks(kind, tensor), start)
+    return [weight, *factor.pieces(tensor, start, shape)] if factor.has_factor(storage) else [weight]
 
 
 def config_out(
@@ -247,82 +267,75 @@ def _from_blocks(kind: Kind, blocks: np.ndarray[Any, Any]) -> QuantizedTensor:
 
     loop, rows = _loop("UNPACK", kind), blocks.shape[0]
     if loop is None:
-        source = torch.from_numpy(blocks)
-        if isinstance(kind, Legacy):
-            return legacy.to_tensor(kind, *legacy.unpack_blocks(kind, source))
-        return kquants.to_tensor(kind, *kquants.unpack_blocks(kind, source))
-    across = blocks.shape[1] // kind.nbytes  # blocks a row
-    planes = _empty_planes(kind, rows * across)
-    loop(blocks.reshape(rows * across, kind.nbytes), *planes)
-    codes, first, *rest = (_plane(plane, rows, across) for plane in planes)
-    if isinstance(kind, Legacy):
-        return legacy.to_tensor(kind, codes.view(torch.int8) if kind.grid.signed else codes, first, *rest)
-    return kquants.to_tensor(kind, codes, first.view(torch.int8) if kind.sub_grid.signed else first, *rest)
+        return kind.to_tensor(*kind.unpack_blocks(torch.from_numpy(blocks)))
+    count = blocks.size // kind.nbytes
+    planes = _empty_planes(kind, count)
+    loop(blocks.reshape(count, kind.nbytes), *planes)
+    return kind.to_tensor(*(_plane(plane, spec, rows) for plane, spec in zip(planes, kind.plane_specs, strict=True)))
 
 
-def _plane(plane: np.ndarray[Any, Any], rows: int, across: int) -> Any:
-    """What a loop filled, for each block, as a torch plane of the rows: fp16 from uint16; None for a field the type lacks."""
+def _plane(plane: np.ndarray[Any, Any], spec: PlaneSpec, rows: int) -> Any:
+    """What a loop filled, for each block, as a torch plane of the rows; None for one the type lacks."""
     import torch
 
-    if not plane.size:
+    if not spec.width:
         return None
-    values = torch.from_numpy(plane).reshape(rows, across * (plane.size // len(plane)))
-    return values.view(torch.float16) if plane.dtype.itemsize == 2 else values
+    return torch.from_numpy(plane).reshape(rows, plane.size // rows).view(getattr(torch, spec.dtype))
 
 
-def _params_only(kind: Kind, blocks: np.ndarray[Any, Any], k: int) -> QuantizedTensor:
+def _params_only(kind: Kind, blocks: np.ndarray[Any, Any]) -> QuantizedTensor:
     import torch
 
-    source = torch.from_numpy(blocks)
-    codes = torch.zeros((), dtype=torch.int8 if kind.grid.signed else torch.uint8).expand(len(blocks), k)
-    if isinstance(kind, Legacy):
-        return legacy.to_tensor(kind, codes, *legacy.unpack_params(kind, source))
-    return kquants.to_tensor(kind, codes, *kquants.unpack_params(kind, source))
+    codes, across = kind.plane_specs[0], blocks.shape[1] // kind.nbytes
+    zeros = torch.zeros((), dtype=getattr(torch, codes.dtype)).expand(len(blocks), across * codes.width)
+    return kind.to_tensor(zeros, *kind.unpack_params(torch.from_numpy(blocks)))
 
 
 def _empty_planes(kind: Kind, count: int) -> list[np.ndarray[Any, Any]]:
-    """codes, d, m of ``count`` legacy blocks, or codes, sc, m, d, dmin of super-blocks; fp16 as uint16."""
+    """The planes of ``count`` blocks as the loops fill them: uint8 or uint16, (count, width), (count,) where the width is 1."""
     import numpy as np
 
-    codes, half = np.empty((count, _block(kind)), np.uint8), np.empty(count, np.uint16)
-    if isinstance(kind, Legacy):
-        return [codes, half, np.empty(count if kind.has_offset else 0, np.uint16)]
-    sub, low = (count, kquants.SUPER // kind.sub), count if kind.has_offset else 0
-    return [codes, np.empty(sub, np.uint8), np.empty((low, sub[1]), np.uint8), half, np.empty(low, np.uint16)]
+    def empty(spec: PlaneSpec) -> np.ndarray[Any, Any]:
+        shape = (count, spec.width) if spec.width > 1 else count * spec.width
+        return np.empty(shape, np.uint16 if spec.dtype in _TWO_BYTES else np.uint8)
+
+    return [empty(spec) for spec in kind.plane_specs]
 
 
 def _to_blocks(kind: Kind, tensor: QuantizedTensor) -> np.ndarray[Any, Any]:
     import numpy as np
-    import torch
 
-    loop = _loop("PACK", kind)
-    planes: list[Any] = list(legacy.planes(kind, tensor) if isinstance(kind, Legacy) else kquants.planes(kind, tensor))
+    if kind.name in SPELLINGS and tensor.source_bytes is not None and tensor.source_bytes[0] == kind.name:
+        own: np.ndarray[Any, Any] = tensor.source_bytes[1]
+        return own
+    loop, planes = _loop("PACK", kind), kind.planes(tensor)
     if loop is None:
-        packed = legacy.pack_blocks(kind, *planes) if isinstance(kind, Legacy) else kquants.pack_blocks(kind, *planes)
-        array: np.ndarray[Any, Any] = packed.numpy()
+        array: np.ndarray[Any, Any] = kind.pack_blocks(*planes).numpy()
         return array
-    rows, k = tensor.codes.shape
-    count = rows * k // _block(kind)
+    rows, k = tensor.shape
+    count = rows * k // kind.block
     blocks = np.empty((count, kind.nbytes), np.uint8)
-    loop(blocks, *(_flat(plane, count, torch) for plane in planes))
+    loop(blocks, *(_flat(plane, spec, count) for plane, spec in zip(planes, kind.plane_specs, strict=True)))
     return blocks.reshape(rows, row_nbytes(kind, k))
 
 
-def _flat(plane: Tensor | None, count: int, torch: Any) -> np.ndarray[Any, Any]:
-    """A plane as the loops take it: uint8 (count, width), fp16 as uint16 (count,), a missing one empty."""
+def _flat(plane: Tensor | None, spec: PlaneSpec, count: int) -> np.ndarray[Any, Any]:
+    """A plane as the loops take it (see ``_empty_planes``); a missing one empty."""
+    import torch
+
+    word = torch.uint16 if spec.dtype in _TWO_BYTES else torch.uint8
     if plane is None:
-        return torch.empty(0, dtype=torch.uint16).numpy()  # type: ignore[no-any-return]
-    plane = plane.contiguous()
-    if plane.dtype == torch.float16:
-        return plane.view(torch.uint16).reshape(count).numpy()
-    return plane.view(torch.uint8).reshape(count, plane.numel() // max(count, 1)).numpy()
+        return torch.empty(0, dtype=word).numpy()
+    plane = plane.contiguous().view(word)
+    return plane.reshape((count, spec.width) if spec.width > 1 else (count,)).numpy()
 
 
 def dequantize(type_name: str, blocks: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
     """Write the float32 values of ``blocks`` (uint8, (rows, row bytes)) into ``out`` (float32, (rows, K), C order).
 
     Bit for bit llama.cpp's: one float32 product, then one float32 sum where the type has a minimum. No product needs more than 24
-    bits, so this is also the exact value rounded once (only the sign of a zero may differ). ``UsageError('shape')`` if the arrays
+    bits, so this is also the exact value rounded once (only the sign of a zero, and
+    MXFP4's scale byte 255, may differ). ``UsageError('shape')`` if the arrays
     do not belong together, ``Unsupported('ggml-type')`` for a type not read here.
 
     >>> import numpy as np
@@ -337,17 +350,16 @@ def dequantize(type_name: str, blocks: np.ndarray[Any, Any], out: np.ndarray[Any
     if kind is None:
         raise Unsupported("ggml-type", f"{type_name} cannot be dequantized", hint=f"types: {', '.join(BLOCK_TYPES)}")
     fits = blocks.ndim == 2 and not blocks.shape[1] % kind.nbytes and blocks.dtype == np.uint8
-    if not fits or out.shape != (blocks.shape[0], blocks.shape[1] // kind.nbytes * _block(kind)):
+    if not fits or out.shape != (blocks.shape[0], blocks.shape[1] // kind.nbytes * kind.block):
         raise UsageError("shape", f"{type_name} blocks {blocks.dtype} {blocks.shape} do not fill an array {out.shape}")
     if out.dtype != np.float32 or not out.flags.c_contiguous:
         raise UsageError("shape", f"the output is {out.dtype}, expected contiguous float32")
     blocks, count = np.ascontiguousarray(blocks), blocks.size // kind.nbytes
     loop = _loop("DEQUANTIZE", kind)
     if loop is not None:
-        loop(blocks.reshape(count, kind.nbytes), out.reshape(count, _block(kind)))
+        loop(blocks.reshape(count, kind.nbytes), out.reshape(count, kind.block))
         return
     import torch
 
     source = torch.from_numpy(blocks if blocks.flags.writeable else blocks.copy())
-    values = legacy.dequantize_blocks(kind, source) if isinstance(kind, Legacy) else kquants.dequantize_blocks(kind, source)
-    out[...] = values.numpy()
+    out[...] = kind.dequantize_blocks(source).numpy()

@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qformats.formats.ggml.kind import PlaneSpec
 from qformats.scheme import Integer, ParamSpec, Scheme, Storage, Tile, whole
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["KQUANTS", "KQuant", "dequantize_blocks", "pack_blocks", "unpack_blocks", "unpack_params"]
+__all__ = ["KQUANTS", "KQuant"]
 
 SUPER = 256
 _SIX = Integer(6)
@@ -77,6 +78,21 @@ class KQuant:
         return tuple(starts[field] for field in ("d", "dmin") if field in starts)
 
     @property
+    def block(self) -> int:
+        return SUPER
+
+    @property
+    def swaps(self) -> tuple[tuple[int, int], ...]:
+        return tuple((at, 2) for at in self.halves)
+
+    @property
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """codes, sc, m, d, dmin."""
+        sc = PlaneSpec("int8" if self.sub_grid.signed else "uint8", SUPER // self.sub)
+        low = int(self.has_offset)
+        return PlaneSpec("uint8", SUPER), sc, PlaneSpec("uint8", low * sc.width), PlaneSpec("float16", 1), PlaneSpec("float16", low)
+
+    @property
     def storage(self) -> Storage:
         """Only for types with a minimum; the others' sub-scales have a sign of their own, which ``Storage`` has no words for."""
         highest = self.sub_grid.highest
@@ -96,6 +112,62 @@ class KQuant:
         nested = Scheme(small, self.sub_grid, (half,), _constant(self.sub_zero, small))
         spec = ParamSpec("codes", Tile((*lead, self.sub)), nested=nested)
         return Scheme(shape, self.grid, (spec,), _constant(self.zero_point, shape), spec if self.has_offset else None)
+
+    def unpack_params(self, blocks: Tensor) -> tuple[Any, Any, Any, Any]:
+        """sc, m, d and dmin of ``unpack_blocks`` alone."""
+        f = _cut(self, blocks)
+        sc, m = _SCALES[self.name][0](f["scales"])
+        return sc.flatten(1), None if m is None else m.flatten(1), _half(f, "d"), _half(f, "dmin")
+
+    def unpack_blocks(self, blocks: Tensor) -> Planes:
+        """uint8 (N, K/256 * nbytes) -> codes uint8 (N, K), sc and m (N, K/sub), d and dmin float16 (N, K/256); no m, dmin in Q3_K, Q6_K."""
+        codes = _CODES[self.name][0](_cut(self, blocks))
+        return codes.flatten(1), *self.unpack_params(blocks)
+
+    def pack_blocks(self, codes: Tensor, sc: Tensor, m: Any, d: Tensor, dmin: Any) -> Tensor:
+        """The inverse of ``unpack_blocks``; codes, sc and m must lie on their grids."""
+        import torch
+
+        subs = (*d.shape, SUPER // self.sub)
+        f = _CODES[self.name][1](codes.reshape(*d.shape, SUPER))
+        f["scales"] = _SCALES[self.name][1](sc.reshape(subs), None if m is None else m.reshape(subs))
+        f["d"] = d.contiguous().unsqueeze(-1).view(torch.uint8)
+        if dmin is not None:
+            f["dmin"] = dmin.contiguous().unsqueeze(-1).view(torch.uint8)
+        return torch.cat([f[field] for field, _ in self.fields], -1).flatten(1)
+
+    def dequantize_blocks(self, blocks: Tensor) -> Tensor:
+        """uint8 (N, row bytes) -> float32 (N, K) in ggml's order: ``(d * sc) * q``, then ``- dmin * m`` where there is a minimum."""
+        import torch
+
+        codes, sc, m, d, dmin = self.unpack_blocks(blocks)
+        single, subs = torch.float32, SUPER // self.sub
+        scale = d.to(single).repeat_interleave(subs, -1) * (sc.to(single) - float(self.sub_zero or 0))
+        w = (codes.to(single) - float(self.zero_point or 0)).reshape(*scale.shape, self.sub) * scale.unsqueeze(-1)
+        if m is not None:
+            w = w - (dmin.to(single).repeat_interleave(subs, -1) * m.to(single)).unsqueeze(-1)
+        values: Tensor = w.flatten(-2)
+        return values
+
+    def to_tensor(self, codes: Tensor, sc: Tensor, m: Any, d: Tensor, dmin: Any) -> QuantizedTensor:
+        """The planes as a canonical tensor (N, K) whose scale and offset are themselves codes."""
+        from qformats.tensor import Param, QuantizedTensor, constant
+
+        shape, small = (int(codes.shape[0]), int(codes.shape[1])), (int(sc.shape[0]), int(sc.shape[1]))
+        per_super, per_sub = Tile((1, SUPER // self.sub)), Tile((1, self.sub))
+        sub_zero = None if self.sub_zero is None else constant(self.sub_zero, small)
+        scale = QuantizedTensor(small, sc, self.sub_grid, (Param(d, per_super),), sub_zero)
+        zero = None if self.zero_point is None else constant(self.zero_point, shape)
+        offset = None if m is None else Param(QuantizedTensor(small, m, self.sub_grid, (Param(flip_sign(dmin), per_super),)), per_sub)
+        return QuantizedTensor(shape, codes, self.grid, (Param(scale, per_sub),), zero, offset)
+
+    def planes(self, tensor: QuantizedTensor) -> Planes:
+        """codes, sc, m, d, dmin of a canonical tensor in this type's form."""
+        scale: Any = tensor.scales[0].values
+        if tensor.offset is None:
+            return tensor.codes, scale.codes, None, scale.scales[0].values, None
+        offset: Any = tensor.offset.values
+        return tensor.codes, scale.codes, offset.codes, scale.scales[0].values, flip_sign(offset.scales[0].values)
 
 
 def _constant(value: int | None, shape: tuple[int, ...]) -> ParamSpec | None:
@@ -256,70 +328,8 @@ def _half(f: Fields, field: str) -> Any:
     return f[field].contiguous().view(torch.float16).squeeze(-1) if field in f else None
 
 
-def unpack_params(kind: KQuant, blocks: Tensor) -> tuple[Any, Any, Any, Any]:
-    """sc, m, d and dmin of ``unpack_blocks`` alone."""
-    f = _cut(kind, blocks)
-    sc, m = _SCALES[kind.name][0](f["scales"])
-    return sc.flatten(1), None if m is None else m.flatten(1), _half(f, "d"), _half(f, "dmin")
-
-
-def unpack_blocks(kind: KQuant, blocks: Tensor) -> Planes:
-    """uint8 (N, K/256 * nbytes) -> codes uint8 (N, K), sc and m (N, K/sub), d and dmin float16 (N, K/256); no m, dmin in Q3_K, Q6_K."""
-    codes = _CODES[kind.name][0](_cut(kind, blocks))
-    return codes.flatten(1), *unpack_params(kind, blocks)
-
-
-def pack_blocks(kind: KQuant, codes: Tensor, sc: Tensor, m: Any, d: Tensor, dmin: Any) -> Tensor:
-    """The inverse of ``unpack_blocks``; codes, sc and m must lie on their grids."""
-    import torch
-
-    subs = (*d.shape, SUPER // kind.sub)
-    f = _CODES[kind.name][1](codes.reshape(*d.shape, SUPER))
-    f["scales"] = _SCALES[kind.name][1](sc.reshape(subs), None if m is None else m.reshape(subs))
-    f["d"] = d.contiguous().unsqueeze(-1).view(torch.uint8)
-    if dmin is not None:
-        f["dmin"] = dmin.contiguous().unsqueeze(-1).view(torch.uint8)
-    return torch.cat([f[field] for field, _ in kind.fields], -1).flatten(1)
-
-
-def dequantize_blocks(kind: KQuant, blocks: Tensor) -> Tensor:
-    """uint8 (N, row bytes) -> float32 (N, K) in ggml's order: ``(d * sc) * q``, then ``- dmin * m`` where there is a minimum."""
-    import torch
-
-    codes, sc, m, d, dmin = unpack_blocks(kind, blocks)
-    single, subs = torch.float32, SUPER // kind.sub
-    scale = d.to(single).repeat_interleave(subs, -1) * (sc.to(single) - float(kind.sub_zero or 0))
-    w = (codes.to(single) - float(kind.zero_point or 0)).reshape(*scale.shape, kind.sub) * scale.unsqueeze(-1)
-    if m is not None:
-        w = w - (dmin.to(single).repeat_interleave(subs, -1) * m.to(single)).unsqueeze(-1)
-    values: Tensor = w.flatten(-2)
-    return values
-
-
 def flip_sign(half: Tensor) -> Tensor:
     """-dmin for dmin and back, by the sign bit, so that zeros and every other bit pattern survive the round trip."""
     import torch
 
     return (half.contiguous().view(torch.int16) ^ _SIGN).view(torch.float16)
-
-
-def to_tensor(kind: KQuant, codes: Tensor, sc: Tensor, m: Any, d: Tensor, dmin: Any) -> QuantizedTensor:
-    """The planes as a canonical tensor (N, K) whose scale and offset are themselves codes."""
-    from qformats.tensor import Param, QuantizedTensor, constant
-
-    shape, small = (int(codes.shape[0]), int(codes.shape[1])), (int(sc.shape[0]), int(sc.shape[1]))
-    per_super, per_sub = Tile((1, SUPER // kind.sub)), Tile((1, kind.sub))
-    sub_zero = None if kind.sub_zero is None else constant(kind.sub_zero, small)
-    scale = QuantizedTensor(small, sc, kind.sub_grid, (Param(d, per_super),), sub_zero)
-    zero = None if kind.zero_point is None else constant(kind.zero_point, shape)
-    offset = None if m is None else Param(QuantizedTensor(small, m, kind.sub_grid, (Param(flip_sign(dmin), per_super),)), per_sub)
-    return QuantizedTensor(shape, codes, kind.grid, (Param(scale, per_sub),), zero, offset)
-
-
-def planes(kind: KQuant, tensor: QuantizedTensor) -> Planes:
-    """codes, sc, m, d, dmin of a canonical tensor in this type's form."""
-    scale: Any = tensor.scales[0].values
-    if tensor.offset is None:
-        return tensor.codes, scale.codes, None, scale.scales[0].values, None
-    offset: Any = tensor.offset.values
-    return tensor.codes, scale.codes, offset.codes, scale.scales[0].values, flip_sign(offset.scales[0].values)

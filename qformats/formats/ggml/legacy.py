@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from qformats.formats.ggml.kind import PlaneSpec
 from qformats.scheme import Integer, ParamSpec, Scheme, Storage, Tile, whole
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["LEGACY", "Legacy", "dequantize_blocks", "pack_blocks", "unpack_blocks"]
+__all__ = ["LEGACY", "Legacy"]
 
 BLOCK = 32
 
@@ -54,6 +55,22 @@ class Legacy:
         return (0, 2) if self.has_offset else (0,)
 
     @property
+    def block(self) -> int:
+        return BLOCK
+
+    @property
+    def swaps(self) -> tuple[tuple[int, int], ...]:
+        """The fp16 fields, and Q5's u32 ``qh``, which ggml copies as one word."""
+        halves = tuple((at, 2) for at in self.halves)
+        return (*halves, (2 * len(halves), 4)) if self.bits == 5 else halves
+
+    @property
+    def plane_specs(self) -> tuple[PlaneSpec, ...]:
+        """codes, d, m."""
+        codes = PlaneSpec("int8" if self.grid.signed else "uint8", BLOCK)
+        return codes, PlaneSpec("float16", 1), PlaneSpec("float16", int(self.has_offset))
+
+    @property
     def storage(self) -> Storage:
         return Storage(
             self.name.lower(),
@@ -72,6 +89,68 @@ class Legacy:
         zero = None if self.zero_point is None else ParamSpec("int16", whole(shape), constant=float(self.zero_point))
         return Scheme(shape, self.grid, (half,), zero, half if self.has_offset else None)
 
+    def unpack_params(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """d and m of ``unpack_blocks`` alone."""
+        import torch
+
+        b = blocks.reshape(blocks.shape[0], blocks.shape[1] // self.nbytes, self.nbytes)  # (N, B, nbytes)
+        d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
+        return d, b[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if self.has_offset else None
+
+    def unpack_blocks(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """uint8 (N, K/32 * nbytes) -> codes uint8 or int8 (N, K), d float16 (N, K/32), m float16 (N, K/32) or None."""
+        import torch
+
+        b = blocks.reshape(blocks.shape[0], blocks.shape[1] // self.nbytes, self.nbytes)  # (N, B, nbytes)
+        d, m = self.unpack_params(blocks)
+        if self.bits == 8:
+            return b[..., 2:].contiguous().view(torch.int8).flatten(-2), d, None
+        qs = b[..., -16:]
+        codes = torch.cat([qs & 15, qs >> 4], -1)  # (N, B, 32)
+        if self.bits == 5:
+            qh = b[..., -20:-16].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=b.device)  # (N, B, 4, 8)
+            codes |= (qh & 1).flatten(-2) << 4
+        return codes.flatten(-2), d, m
+
+    def pack_blocks(self, codes: Tensor, d: Tensor, m: Tensor | None = None) -> Tensor:
+        """The inverse of ``unpack_blocks``; codes must lie on the type's grid."""
+        import torch
+
+        q = codes.view(torch.uint8).reshape(*d.shape, BLOCK)  # (N, B, 32)
+        fields = [d.contiguous().unsqueeze(-1).view(torch.uint8)]
+        if m is not None:
+            fields.append(m.contiguous().unsqueeze(-1).view(torch.uint8))
+        if self.bits == 8:
+            return torch.cat([*fields, q], -1).flatten(-2)
+        if self.bits == 5:
+            bits = (q >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8, device=q.device)
+            fields.append(bits.sum(-1, dtype=torch.uint8))
+        fields.append((q[..., :16] & 15) | (q[..., 16:] << 4))
+        return torch.cat(fields, -1).flatten(-2)
+
+    def dequantize_blocks(self, blocks: Tensor) -> Tensor:
+        """uint8 (N, row bytes) -> float32 (N, K) in ggml's order: one product, then one sum where there is a minimum."""
+        import torch
+
+        codes, d, m = self.unpack_blocks(blocks)
+        centred = codes.to(torch.float32) - float(self.zero_point or 0)
+        w = centred.reshape(*d.shape, BLOCK) * d.to(torch.float32).unsqueeze(-1)
+        w = w if m is None else w + m.to(torch.float32).unsqueeze(-1)
+        values: Tensor = w.flatten(-2)
+        return values
+
+    def to_tensor(self, codes: Tensor, d: Tensor, m: Tensor | None) -> QuantizedTensor:
+        """The planes as a canonical tensor (N, K)."""
+        from qformats.tensor import Param, QuantizedTensor, constant
+
+        shape, block = (int(codes.shape[0]), int(codes.shape[1])), Tile((1, BLOCK))
+        zero = None if self.zero_point is None else constant(self.zero_point, shape)
+        return QuantizedTensor(shape, codes, self.grid, (Param(d, block),), zero, None if m is None else Param(m, block))
+
+    def planes(self, tensor: QuantizedTensor) -> tuple[Any, Any, Any]:
+        """codes, d, m (or None) of a canonical tensor in this type's form."""
+        return tensor.codes, tensor.scales[0].values, None if tensor.offset is None else tensor.offset.values
+
 
 LEGACY = {
     kind.name: kind
@@ -83,71 +162,3 @@ LEGACY = {
         Legacy("Q8_0", 8, 34),
     )
 }
-
-
-def unpack_params(kind: Legacy, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
-    """d and m of ``unpack_blocks`` alone."""
-    import torch
-
-    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, B, nbytes)
-    d = b[..., 0:2].contiguous().view(torch.float16).squeeze(-1)
-    return d, b[..., 2:4].contiguous().view(torch.float16).squeeze(-1) if kind.has_offset else None
-
-
-def unpack_blocks(kind: Legacy, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """uint8 (N, K/32 * nbytes) -> codes uint8 or int8 (N, K), d float16 (N, K/32), m float16 (N, K/32) or None."""
-    import torch
-
-    b = blocks.reshape(blocks.shape[0], blocks.shape[1] // kind.nbytes, kind.nbytes)  # (N, B, nbytes)
-    d, m = unpack_params(kind, blocks)
-    if kind.bits == 8:
-        return b[..., 2:].contiguous().view(torch.int8).flatten(-2), d, None
-    qs = b[..., -16:]
-    codes = torch.cat([qs & 15, qs >> 4], -1)  # (N, B, 32)
-    if kind.bits == 5:
-        qh = b[..., -20:-16].unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=b.device)  # (N, B, 4, 8)
-        codes |= (qh & 1).flatten(-2) << 4
-    return codes.flatten(-2), d, m
-
-
-def pack_blocks(kind: Legacy, codes: Tensor, d: Tensor, m: Tensor | None = None) -> Tensor:
-    """The inverse of ``unpack_blocks``; codes must lie on the type's grid."""
-    import torch
-
-    q = codes.view(torch.uint8).reshape(*d.shape, BLOCK)  # (N, B, 32)
-    fields = [d.contiguous().unsqueeze(-1).view(torch.uint8)]
-    if m is not None:
-        fields.append(m.contiguous().unsqueeze(-1).view(torch.uint8))
-    if kind.bits == 8:
-        return torch.cat([*fields, q], -1).flatten(-2)
-    if kind.bits == 5:
-        bits = (q >> 4).unflatten(-1, (4, 8)) << torch.arange(8, dtype=torch.uint8, device=q.device)
-        fields.append(bits.sum(-1, dtype=torch.uint8))
-    fields.append((q[..., :16] & 15) | (q[..., 16:] << 4))
-    return torch.cat(fields, -1).flatten(-2)
-
-
-def dequantize_blocks(kind: Legacy, blocks: Tensor) -> Tensor:
-    """uint8 (N, row bytes) -> float32 (N, K) in ggml's order: one product, then one sum where there is a minimum."""
-    import torch
-
-    codes, d, m = unpack_blocks(kind, blocks)
-    centred = codes.to(torch.float32) - float(kind.zero_point or 0)
-    w = centred.reshape(*d.shape, BLOCK) * d.to(torch.float32).unsqueeze(-1)
-    w = w if m is None else w + m.to(torch.float32).unsqueeze(-1)
-    values: Tensor = w.flatten(-2)
-    return values
-
-
-def to_tensor(kind: Legacy, codes: Tensor, d: Tensor, m: Tensor | None) -> QuantizedTensor:
-    """The planes as a canonical tensor (N, K)."""
-    from qformats.tensor import Param, QuantizedTensor, constant
-
-    shape, block = (int(codes.shape[0]), int(codes.shape[1])), Tile((1, BLOCK))
-    zero = None if kind.zero_point is None else constant(kind.zero_point, shape)
-    return QuantizedTensor(shape, codes, kind.grid, (Param(d, block),), zero, None if m is None else Param(m, block))
-
-
-def planes(kind: Legacy, tensor: QuantizedTensor) -> tuple[Any, Any, Any]:
-    """codes, d, m (or None) of a canonical tensor in this type's form."""
-    return tensor.codes, tensor.scales[0].values, None if tensor.offset is None else tensor.offset.values

@@ -394,7 +394,7 @@ CASES: list[tuple[str, str, Change, str, type[QFormatError], str]] = [
     ("GGUF without a projection", "gguf", without_tensor("blk.0.attn_q.weight"), "hf", BadFile, "missing-tensor"),
     ("GGUF without its embedding", "gguf", without_tensor("token_embd.weight"), "hf", BadFile, "missing-tensor"),
     ("GGUF projection of another shape", "gguf", tensor_shape("blk.0.attn_q.weight", (32, 64)), "hf", BadFile, "tensor-shape"),
-    ("GGUF of a block type that is not read", "gguf", retyped("blk.0.attn_q.weight", "IQ4_NL"), "hf", Unsupported, "ggml-type"),
+    ("GGUF of a block type that is not read", "gguf", retyped("blk.0.attn_q.weight", "Q8_1"), "hf", Unsupported, "ggml-type"),
     ("GGUF of integers", "gguf", retyped("blk.0.attn_q.weight", "I8"), "hf", Unsupported, "not-float"),
     ("text in place of a GGUF", "gguf", replaced_file(b"not a model" * 100), "gptq", BadFile, "gguf-magic"),
     ("an empty GGUF", "gguf", replaced_file(b""), "gptq", BadFile, "gguf-magic"),

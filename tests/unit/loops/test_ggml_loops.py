@@ -9,8 +9,6 @@ import pytest
 import torch
 
 from qformats.formats import ggml
-from qformats.formats.ggml import kquants, legacy
-from qformats.formats.ggml.legacy import Legacy
 
 loops = pytest.importorskip("qformats.loops.ggml")
 TYPES = list(loops.UNPACK)
@@ -26,18 +24,14 @@ def blocks_of(name: str, count: int, seed: int) -> np.ndarray[Any, Any]:
     return blocks
 
 
-def definition(name: str) -> Any:
-    return legacy if isinstance(ggml.BLOCK_TYPES[name], Legacy) else kquants
-
-
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("count", [0, 1, 7, 256])
 def test_unpack_and_pack(name: str, count: int) -> None:
-    kind, module = ggml.BLOCK_TYPES[name], definition(name)
+    kind = ggml.BLOCK_TYPES[name]
     blocks = blocks_of(name, count, 3)
     planes = ggml._empty_planes(kind, count)
     loops.UNPACK[name](blocks, *planes)
-    for ours, theirs in zip(planes, module.unpack_blocks(kind, torch.from_numpy(blocks)), strict=True):
+    for ours, theirs in zip(planes, kind.unpack_blocks(torch.from_numpy(blocks)), strict=True):
         assert ours.tobytes() == (b"" if theirs is None else theirs.contiguous().numpy().tobytes())
     packed = np.zeros_like(blocks)
     loops.PACK[name](packed, *planes)
@@ -47,11 +41,11 @@ def test_unpack_and_pack(name: str, count: int) -> None:
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("count", [0, 1, 7, 1024])
 def test_dequantize(name: str, count: int) -> None:
-    kind, module = ggml.BLOCK_TYPES[name], definition(name)
+    kind = ggml.BLOCK_TYPES[name]
     blocks = blocks_of(name, count, 4)
-    out = np.full((count, blocks.shape[1] // kind.nbytes * ggml._block(kind)), np.nan, np.float32)
+    out = np.full((count, blocks.shape[1] // kind.nbytes * kind.block), np.nan, np.float32)
     loops.DEQUANTIZE[name](blocks, out)
-    expected = module.dequantize_blocks(kind, torch.from_numpy(blocks)).numpy()
+    expected = kind.dequantize_blocks(torch.from_numpy(blocks)).numpy()
     assert np.array_equal(out.view(np.uint32), expected.view(np.uint32))
 
 
