@@ -24,6 +24,7 @@ _ONES = u64(0x0101010101010101)
 _PICK = u64(0x8040201008040201)  # byte i keeps bit i
 _FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
 _GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
+_EVEN = u64(0x00FF00FF00FF00FF)
 _DOUBLED = u32(0xC8643210)  # nibble i is twice the e2m1 value of code i
 _NL0, _NL1, _NL2, _NL3 = (  # kvalues_iq4nl, four signed bytes a word
     u32(int.from_bytes(bytes(v & 0xFF for v in four), "little"))
@@ -272,41 +273,41 @@ def dequantize_t2(blocks: Array, out: Array, width: int) -> None:
     """TQ2_0 -> float32 (B, 256)."""
     for b in range(blocks.shape[0]):
         d = half_of(blocks[b, 64], blocks[b, 65])
-        for i in range(2):
-            at, to = 32 * i, 128 * i
+        for i in range(8):
+            at, to, low = 32 * (i // 4), 32 * i, u8(2 * (i % 4))
             for j in range(width):
-                c = blocks[b, at + j]
-                out[b, to + j] = (f32(u8(c & u8(3))) - f32(1)) * d
-                out[b, to + 32 + j] = (f32(u8(u8(c >> u8(2)) & u8(3))) - f32(1)) * d
-                out[b, to + 64 + j] = (f32(u8(u8(c >> u8(4)) & u8(3))) - f32(1)) * d
-                out[b, to + 96 + j] = (f32(u8(c >> u8(6))) - f32(1)) * d
+                out[b, to + j] = f32(i32(u8(u8(blocks[b, at + j] >> low) & u8(3))) - i32(1)) * d
 
 
 @compiled
-def _trits(blocks: Array, codes: Array, b: int, at: int, row: int, to: int, width: int, last: int) -> None:
-    """The digits of bytes ``at … at + width`` of block ``b`` into row ``row`` of ``codes``, ``width`` apart; ``last``: is there a fifth."""
+def _trits(blocks: Array, b: int, held: Array, state: Array, words: Array, quads: Array, row: int, width: int) -> None:
+    """The digits of block ``b`` into one row of codes, seen as uint64 (…, 32) ``words`` and uint32 (…, 64) ``quads``.
+
+    ``held`` is 56 bytes of workspace, ``state`` the same as uint64 (7,); ``width`` = 52. Eight fractions advance at once, the even and the
+    odd bytes apart: three times a byte has the digit in its high byte and the next fraction in its low one.
+    """
     for j in range(width):
-        x = u16(u16(blocks[b, at + j]) * u16(3))
-        codes[row, to + j] = u8(x >> u16(8))
-        x = u16(u16(x & u16(255)) * u16(3))
-        codes[row, to + width + j] = u8(x >> u16(8))
-        x = u16(u16(x & u16(255)) * u16(3))
-        codes[row, to + 2 * width + j] = u8(x >> u16(8))
-        x = u16(u16(x & u16(255)) * u16(3))
-        codes[row, to + 3 * width + j] = u8(x >> u16(8))
-        if last:
-            x = u16(u16(x & u16(255)) * u16(3))
-            codes[row, to + 4 * width + j] = u8(x >> u16(8))
+        held[j] = blocks[b, j]
+    for w in range(7):
+        even, odd = state[w] & _EVEN, (state[w] >> u64(8)) & _EVEN
+        for n in range(5):
+            even, odd = even * u64(3), odd * u64(3)
+            digits = ((even >> u64(8)) & _EVEN) | (odd & (_EVEN << u64(8)))
+            even, odd = even & _EVEN, odd & _EVEN
+            if w < 4:
+                words[row, 4 * n + w] = digits
+            elif w < 6:
+                words[row, 16 + 2 * n + w] = digits
+            elif n < 4:
+                quads[row, 60 + n] = u32(digits)
 
 
 @compiled
-def unpack_t1(blocks: Array, codes: Array, d: Array, width: int) -> None:
-    """TQ1_0: codes (B, 256), d uint16 (B,); ``width`` = 32."""
+def unpack_t1(blocks: Array, words: Array, quads: Array, d: Array, held: Array, state: Array, width: int) -> None:
+    """TQ1_0: codes (B, 256) seen as ``words`` and ``quads``, d uint16 (B,); workspace and ``width`` as in ``_trits``."""
     for b in range(blocks.shape[0]):
         d[b] = word(blocks[b, 52], blocks[b, 53])
-        _trits(blocks, codes, b, 0, b, 0, width, 1)
-        _trits(blocks, codes, b, 32, b, 160, width // 2, 1)
-        _trits(blocks, codes, b, 48, b, 240, width // 8, 0)
+        _trits(blocks, b, held, state, words, quads, b, width)
 
 
 @compiled
@@ -334,15 +335,23 @@ def pack_t1(blocks: Array, codes: Array, d: Array, width: int) -> None:
 
 
 @compiled
-def dequantize_t1(blocks: Array, out: Array, codes: Array, width: int) -> None:
-    """TQ1_0 -> float32 (B, 256); ``codes`` is (1, 256) bytes of workspace."""
+def dequantize_t1(blocks: Array, out: Array, codes: Array, words: Array, quads: Array, held: Array, state: Array, width: int) -> None:
+    """TQ1_0 -> float32 (B, 256); ``codes`` is (1, 256) bytes of workspace, the rest as in ``_trits``."""
     for b in range(blocks.shape[0]):
         d = half_of(blocks[b, 52], blocks[b, 53])
-        _trits(blocks, codes, b, 0, 0, 0, width, 1)
-        _trits(blocks, codes, b, 32, 0, 160, width // 2, 1)
-        _trits(blocks, codes, b, 48, 0, 240, width // 8, 0)
-        for j in range(8 * width):
-            out[b, j] = (f32(codes[0, j]) - f32(1)) * d
+        _trits(blocks, b, held, state, words, quads, 0, width)
+        for j in range(codes.shape[1]):
+            out[b, j] = f32(i32(codes[0, j]) - i32(1)) * d
+
+
+def _unpack_t1(blocks: Array, codes: Array, d: Array) -> None:
+    held = np.zeros(56, u8)
+    unpack_t1(blocks, codes.view(u64), codes.view(u32), d, held, held.view(u64), 52)
+
+
+def _dequantize_t1(blocks: Array, out: Array) -> None:
+    codes, held = np.empty((1, 256), u8), np.zeros(56, u8)
+    dequantize_t1(blocks, out, codes, codes.view(u64), codes.view(u32), held, held.view(u64), 52)
 
 
 def _dequantize1(blocks: Array, out: Array) -> None:
@@ -361,7 +370,7 @@ UNPACK: dict[str, Callable[..., None]] = {
     "NVFP4": lambda blocks, codes, d: unpack_nv(blocks, codes, d, 8),
     "Q1_0": lambda blocks, codes, d: unpack1(blocks, codes.view(u64), d, 16),
     "Q2_0": lambda blocks, codes, d: unpack2(blocks, codes.view(u32), d, 16),
-    "TQ1_0": lambda blocks, codes, d: unpack_t1(blocks, codes, d, 32),
+    "TQ1_0": _unpack_t1,
     "TQ2_0": lambda blocks, codes, d: unpack_t2(blocks, codes, d, 32),
 }
 PACK: dict[str, Callable[..., None]] = {
@@ -379,6 +388,6 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "NVFP4": lambda blocks, out: dequantize_nv(blocks, out, 8),
     "Q1_0": _dequantize1,
     "Q2_0": _dequantize2,
-    "TQ1_0": lambda blocks, out: dequantize_t1(blocks, out, np.empty((1, 256), u8), 32),
+    "TQ1_0": _dequantize_t1,
     "TQ2_0": lambda blocks, out: dequantize_t2(blocks, out, 32),
 }
