@@ -26,6 +26,7 @@ import llamacpp  # type: ignore[import-not-found,unused-ignore]  # noqa: E402
 import torch  # noqa: E402
 
 from qformats.formats import ggml  # noqa: E402
+from qformats.formats.ggml.iquants import IQUANTS  # noqa: E402
 from qformats.formats.ggml.legacy import LEGACY  # noqa: E402
 from qformats.loops import ggml as loops  # noqa: E402
 from qformats.quantize import rtn  # noqa: E402
@@ -49,8 +50,22 @@ def row(cells: list[Any]) -> str:
     return "| " + " | ".join(f"{c:.2f}" if isinstance(c, float) else str(c) for c in cells) + " |"
 
 
+def sample(name: str, weights: Array) -> Array:
+    """Blocks of ``weights``; random bits and a usual d for the codebook types, some of which llama.cpp quantizes with statistics only."""
+    kind = IQUANTS.get(name)
+    if kind is None:
+        quantized: Array = llamacpp.quantize_rows(weights, name)
+        return quantized
+    rng, rows = np.random.default_rng(3), len(weights)
+    bits = rng.integers(0, 256, (rows, weights.shape[1] // kind.block * kind.nbytes), dtype=np.uint8)
+    codes, signs, s, shift, d = kind.unpack_blocks(torch.from_numpy(bits))
+    usual = torch.from_numpy(rng.normal(0, 0.02, tuple(d.shape)).astype(np.float16))
+    packed: Array = kind.pack_blocks(codes, signs, s, shift, usual).numpy()
+    return packed
+
+
 def dequantize_row(name: str, weights: Array, repeats: int) -> bool:
-    blocks = llamacpp.quantize_rows(weights, name)
+    blocks = sample(name, weights)
     out, reference = np.empty_like(weights), np.empty_like(weights)
     theirs, kind = llamacpp.dequantizer(name), getattr(gguf.GGMLQuantizationType, name, None)
     few = blocks[: max(1, len(blocks) // 16)]  # gguf-py is slow and allocates: a sixteenth, scaled
