@@ -18,7 +18,7 @@ import numpy as np
 
 from qformats.grids import table_values
 from qformats.loops.compiled import compiled
-from qformats.loops.halves import half, word
+from qformats.loops.half import half_of, word
 
 __all__ = ["DEQUANTIZE"]
 
@@ -59,7 +59,7 @@ def _nibble_scales(blocks: Array, b: int, at: int, count: int, d: float, scales:
 @compiled
 def iq2xxs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
-        d = half(blocks[b, 0], blocks[b, 1]) * f32(0.25)
+        d = half_of(blocks[b, 0], blocks[b, 1]) * f32(0.25)
         for i in range(8):
             aux = _u32(blocks, b, 6 + 8 * i)
             scales[i] = d * (f32(aux >> u32(28)) + f32(0.5))
@@ -71,7 +71,7 @@ def iq2xxs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, wo
 @compiled
 def iq2xs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
-        _nibble_scales(blocks, b, 66, 8, half(blocks[b, 0], blocks[b, 1]) * f32(0.25), scales)
+        _nibble_scales(blocks, b, 66, 8, half_of(blocks[b, 0], blocks[b, 1]) * f32(0.25), scales)
         for g in range(32):
             w = word(blocks[b, 2 + 2 * g], blocks[b, 3 + 2 * g])
             words[g] = _signed(book[w & u16(511)], minus[w >> u16(9)])
@@ -81,7 +81,7 @@ def iq2xs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, wor
 @compiled
 def iq2s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
-        _nibble_scales(blocks, b, 74, 8, half(blocks[b, 0], blocks[b, 1]) * f32(0.25), scales)
+        _nibble_scales(blocks, b, 74, 8, half_of(blocks[b, 0], blocks[b, 1]) * f32(0.25), scales)
         for i in range(8):
             high = u32(blocks[b, 66 + i])
             for e in range(4):
@@ -94,7 +94,7 @@ def iq2s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, word
 @compiled
 def iq3xxs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
-        d = half(blocks[b, 0], blocks[b, 1]) * f32(0.5)
+        d = half_of(blocks[b, 0], blocks[b, 1]) * f32(0.5)
         for i in range(8):
             aux = _u32(blocks, b, 66 + 4 * i)
             scales[i] = d * (f32(aux >> u32(28)) + f32(0.5))
@@ -108,7 +108,7 @@ def iq3xxs(blocks: Array, out: Array, book: Array, minus: Array, line: Array, wo
 @compiled
 def iq3s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
-        _nibble_scales(blocks, b, 106, 4, half(blocks[b, 0], blocks[b, 1]) * f32(2), scales)
+        _nibble_scales(blocks, b, 106, 4, half_of(blocks[b, 0], blocks[b, 1]) * f32(2), scales)
         for i in range(8):
             high = u32(u32(blocks[b, 66 + i]) << u32(8))
             for e in range(4):
@@ -124,7 +124,7 @@ def iq3s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, word
 def iq1s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     """``book`` holds 8 (entry - z), z = -1/8 in its first and z = 1/8 in its second half; ``minus`` is not used."""
     for b in range(blocks.shape[0]):
-        d = half(blocks[b, 0], blocks[b, 1]) * f32(0.25)
+        d = half_of(blocks[b, 0], blocks[b, 1]) * f32(0.25)
         for i in range(8):
             w = u32(word(blocks[b, 34 + 2 * i], blocks[b, 35 + 2 * i]))
             scales[i] = d * (f32(u32(w >> u32(12)) & u32(7)) + f32(0.5))
@@ -139,9 +139,9 @@ def iq1s(blocks: Array, out: Array, book: Array, minus: Array, line: Array, word
 def iq1m(blocks: Array, out: Array, book: Array, minus: Array, line: Array, words: Array, scales: Array, width: int) -> None:
     """``book`` as in ``iq1s``: the bit above a code says which half."""
     for b in range(blocks.shape[0]):
-        low = u8(u8(blocks[b, 49] >> u8(4)) | u8(blocks[b, 51] & u8(0xF0)))
-        high = u8(u8(blocks[b, 53] >> u8(4)) | u8(blocks[b, 55] & u8(0xF0)))
-        d = half(low, high) * f32(0.25)
+        low: Any = u8(u8(blocks[b, 49] >> u8(4)) | u8(blocks[b, 51] & u8(0xF0)))
+        high: Any = u8(u8(blocks[b, 53] >> u8(4)) | u8(blocks[b, 55] & u8(0xF0)))
+        d = half_of(low, high) * f32(0.25)
         for i in range(4):
             w = u32(word(blocks[b, 48 + 2 * i], blocks[b, 49 + 2 * i]))
             for e in range(4):
@@ -157,7 +157,7 @@ def iq1m(blocks: Array, out: Array, book: Array, minus: Array, line: Array, word
 def iq4xs(blocks: Array, out: Array, pairs: Array, line: Array, width: int) -> None:
     """``pairs`` holds the two values of a byte, the low nibble's in the low half; ``line`` is uint16 (128,); ``width`` = 16."""
     for b in range(blocks.shape[0]):
-        d = half(blocks[b, 0], blocks[b, 1])
+        d = half_of(blocks[b, 0], blocks[b, 1])
         high = u32(word(blocks[b, 2], blocks[b, 3]))
         for j in range(128):
             line[j] = pairs[blocks[b, 8 + j]]

@@ -1,5 +1,7 @@
 """Compiled loops over ggml blocks: unpack, pack and dequantize Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K, one pass over the bytes each.
 
+The tables at the end list those of ``codebooks`` and ``ggml_small`` too.
+
 The definition each loop must equal bit for bit is the torch function of the same purpose in ``qformats.formats.ggml.legacy`` and
 ``kquants`` (``unpack_blocks``, ``pack_blocks``, ``dequantize_blocks``), where the byte layouts stand. Everything is serial, releases the
 GIL and takes contiguous numpy arrays: blocks uint8 (B, block bytes), codes uint8 (B, 32) or (B, 256), fp16 fields as uint16 (B,).
@@ -17,10 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from qformats.loops import codebooks
+from qformats.loops import codebooks, ggml_small
 from qformats.loops.compiled import compiled
-from qformats.loops.halves import half as _half
-from qformats.loops.halves import word as _word
+from qformats.loops.half import half_of, word
 
 __all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
@@ -40,9 +41,9 @@ def _nibbles(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
     @compiled
     def unpack(blocks: Array, codes: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
-            d[b] = _word(blocks[b, 0], blocks[b, 1])
+            d[b] = word(blocks[b, 0], blocks[b, 1])
             if head == 4:
-                m[b] = _word(blocks[b, 2], blocks[b, 3])
+                m[b] = word(blocks[b, 2], blocks[b, 3])
             for j in range(half):
                 c = blocks[b, head + j]
                 codes[b, j] = u8(c & u8(15))
@@ -66,9 +67,9 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
     @compiled
     def unpack(blocks: Array, codes: Array, words: Array, d: Array, m: Array, half: int) -> None:
         for b in range(blocks.shape[0]):
-            d[b] = _word(blocks[b, 0], blocks[b, 1])
+            d[b] = word(blocks[b, 0], blocks[b, 1])
             if head == 4:
-                m[b] = _word(blocks[b, 2], blocks[b, 3])
+                m[b] = word(blocks[b, 2], blocks[b, 3])
             for i in range(4):
                 words[b, i] = ((((u64(blocks[b, head + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
             for j in range(half):
@@ -94,7 +95,7 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
 def unpack8(blocks: Array, codes: Array, d: Array, width: int) -> None:
     """Q8_0; ``codes`` are the int8 bytes seen as uint8, ``width`` = 32."""
     for b in range(blocks.shape[0]):
-        d[b] = _word(blocks[b, 0], blocks[b, 1])
+        d[b] = word(blocks[b, 0], blocks[b, 1])
         for j in range(width):
             codes[b, j] = blocks[b, 2 + j]
 
@@ -121,7 +122,7 @@ def _scale_min(blocks: Array, b: int, j: int) -> Any:
 @compiled
 def _unpack_head(blocks: Array, sc: Array, m: Array, d: Array, dmin: Array, b: int) -> None:
     """The first 16 bytes of a Q4_K or Q5_K super-block."""
-    d[b], dmin[b] = _word(blocks[b, 0], blocks[b, 1]), _word(blocks[b, 2], blocks[b, 3])
+    d[b], dmin[b] = word(blocks[b, 0], blocks[b, 1]), word(blocks[b, 2], blocks[b, 3])
     for j in range(8):
         sc[b, j], m[b, j] = _scale_min(blocks, b, j)
 
@@ -193,7 +194,7 @@ def pack5k(blocks: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Arr
 def unpack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None:
     """Q6_K: codes (S, 256), ``sc`` the int8 bytes as uint8 (S, 16), ``d`` (S,); ``width`` = 32."""
     for b in range(blocks.shape[0]):
-        d[b] = _word(blocks[b, 208], blocks[b, 209])
+        d[b] = word(blocks[b, 208], blocks[b, 209])
         for j in range(16):
             sc[b, j] = blocks[b, 192 + j]
         for i in range(2):
@@ -228,7 +229,7 @@ def pack6k(blocks: Array, codes: Array, sc: Array, d: Array, width: int) -> None
 def dequantize4(blocks: Array, out: Array, half: int) -> None:
     """Q4_0 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
-        d = _half(blocks[b, 0], blocks[b, 1])
+        d = half_of(blocks[b, 0], blocks[b, 1])
         for j in range(half):
             c = blocks[b, 2 + j]
             out[b, j] = (f32(u8(c & u8(15))) - f32(8)) * d
@@ -239,7 +240,7 @@ def dequantize4(blocks: Array, out: Array, half: int) -> None:
 def dequantize4m(blocks: Array, out: Array, half: int) -> None:
     """Q4_1 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
-        d, m = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        d, m = half_of(blocks[b, 0], blocks[b, 1]), half_of(blocks[b, 2], blocks[b, 3])
         for j in range(half):
             c = blocks[b, 4 + j]
             out[b, j] = f32(u8(c & u8(15))) * d + m
@@ -250,7 +251,7 @@ def dequantize4m(blocks: Array, out: Array, half: int) -> None:
 def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
     """Q5_0 -> float32 (B, 32); ``fifth`` is 32 bytes of workspace and ``words`` the same bytes as uint64 (4,)."""
     for b in range(blocks.shape[0]):
-        d = _half(blocks[b, 0], blocks[b, 1])
+        d = half_of(blocks[b, 0], blocks[b, 1])
         for i in range(4):
             words[i] = ((((u64(blocks[b, 2 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
         for j in range(half):
@@ -263,7 +264,7 @@ def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int
 def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: int) -> None:
     """Q5_1 -> float32 (B, 32); workspace as in ``dequantize5``."""
     for b in range(blocks.shape[0]):
-        d, m = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        d, m = half_of(blocks[b, 0], blocks[b, 1]), half_of(blocks[b, 2], blocks[b, 3])
         for i in range(4):
             words[i] = ((((u64(blocks[b, 4 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
         for j in range(half):
@@ -276,7 +277,7 @@ def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: in
 def dequantize8(blocks: Array, out: Array, width: int) -> None:
     """Q8_0 -> float32 (B, 32)."""
     for b in range(blocks.shape[0]):
-        d = _half(blocks[b, 0], blocks[b, 1])
+        d = half_of(blocks[b, 0], blocks[b, 1])
         for j in range(width):
             out[b, j] = f32(i8(blocks[b, 2 + j])) * d
 
@@ -285,7 +286,7 @@ def dequantize8(blocks: Array, out: Array, width: int) -> None:
 def dequantize4k(blocks: Array, out: Array, width: int) -> None:
     """Q4_K -> float32 (S, 256): ``(d * sc) * q - (dmin * m)``."""
     for b in range(blocks.shape[0]):
-        d, dmin = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        d, dmin = half_of(blocks[b, 0], blocks[b, 1]), half_of(blocks[b, 2], blocks[b, 3])
         for i in range(4):
             (s0, m0), (s1, m1) = _scale_min(blocks, b, 2 * i), _scale_min(blocks, b, 2 * i + 1)
             d0, d1, o0, o1 = d * f32(s0), d * f32(s1), dmin * f32(m0), dmin * f32(m1)
@@ -300,7 +301,7 @@ def dequantize4k(blocks: Array, out: Array, width: int) -> None:
 def dequantize5k(blocks: Array, out: Array, width: int) -> None:
     """Q5_K -> float32 (S, 256)."""
     for b in range(blocks.shape[0]):
-        d, dmin = _half(blocks[b, 0], blocks[b, 1]), _half(blocks[b, 2], blocks[b, 3])
+        d, dmin = half_of(blocks[b, 0], blocks[b, 1]), half_of(blocks[b, 2], blocks[b, 3])
         for i in range(4):
             (s0, m0), (s1, m1) = _scale_min(blocks, b, 2 * i), _scale_min(blocks, b, 2 * i + 1)
             d0, d1, o0, o1 = d * f32(s0), d * f32(s1), dmin * f32(m0), dmin * f32(m1)
@@ -315,7 +316,7 @@ def dequantize5k(blocks: Array, out: Array, width: int) -> None:
 def dequantize6k(blocks: Array, out: Array, half: int) -> None:
     """Q6_K -> float32 (S, 256): ``(d * sc) * (q - 32)``, scales on 16 weights; ``half`` = 16."""
     for b in range(blocks.shape[0]):
-        d = _half(blocks[b, 208], blocks[b, 209])
+        d = half_of(blocks[b, 208], blocks[b, 209])
         for i in range(4):  # quarter i: weights 16 (i % 2) + 0 … 15 of each 32 in half i // 2
             c, k = i // 2, 16 * (i % 2)
             low, high, to, s = 64 * c + k, 128 + 32 * c + k, 128 * c + k, 192 + 8 * c + i % 2
@@ -358,6 +359,7 @@ UNPACK: dict[str, Callable[..., None]] = {
     "Q4_K": lambda blocks, codes, sc, m, d, dmin: unpack4k(blocks, codes, sc, m, d, dmin, 32),
     "Q5_K": lambda blocks, codes, sc, m, d, dmin: unpack5k(blocks, codes, sc, m, d, dmin, 32),
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: unpack6k(blocks, codes, sc, d, 32),
+    **ggml_small.UNPACK,
 }
 PACK: dict[str, Callable[..., None]] = {
     "Q4_0": _with_half(_pack40),
@@ -368,6 +370,7 @@ PACK: dict[str, Callable[..., None]] = {
     "Q4_K": lambda blocks, codes, sc, m, d, dmin: pack4k(blocks, codes, sc, m, d, dmin, 32),
     "Q5_K": lambda blocks, codes, sc, m, d, dmin: pack5k(blocks, codes, sc, m, d, dmin, 32),
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: pack6k(blocks, codes, sc, d, 32),
+    **ggml_small.PACK,
 }
 # type name -> loop over (blocks, out)
 DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
@@ -380,4 +383,5 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "Q5_K": lambda blocks, out: dequantize5k(blocks, out, 32),
     "Q6_K": lambda blocks, out: dequantize6k(blocks, out, 16),
     **codebooks.DEQUANTIZE,
+    **ggml_small.DEQUANTIZE,
 }

@@ -114,8 +114,11 @@ class FourBits:
         import torch
 
         codes, scales = self.unpack_blocks(blocks)
-        values = _values(self.name)[codes.to(torch.int64)].reshape(*scales.shape, self.run)
-        d = scales.to(torch.float32) if self.scale_grid is None else _half_scales(self.scale_grid.name)[scales.to(torch.int64)]
+        values = _values(self.name).to(codes.device)[codes.to(torch.int64)].reshape(*scales.shape, self.run)
+        if self.scale_grid is None:
+            d = scales.to(torch.float32)
+        else:
+            d = _half_scales(self.scale_grid.name).to(codes.device)[scales.to(torch.int64)]
         product: Tensor = (values * d.unsqueeze(-1)).flatten(-2)
         return product
 

@@ -1,4 +1,4 @@
-"""Compiled readings of two bytes: a little-endian word and the float32 of an fp16."""
+"""Two bytes of a block as an fp16, inside compiled loops."""
 
 from __future__ import annotations
 
@@ -8,21 +8,19 @@ import numpy as np
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["half", "word"]
+__all__ = ["half_of", "word"]
 
 u16, u32, f32 = np.uint16, np.uint32, np.float32
-
 _SUBNORMAL = f32(2.0**-24)
 
 
 @compiled
-def word(low: Any, high: Any) -> Any:
-    """Two bytes as a little-endian uint16."""
+def word(low: int, high: int) -> Any:
     return u16(u16(low) | u16(u16(high) << u16(8)))
 
 
 @compiled
-def half(low: Any, high: Any) -> Any:
+def half_of(low: int, high: int) -> Any:
     """The fp16 of two bytes as float32, exact; needs no subnormal float32 and no hardware conversion."""
     h = u32(word(low, high))
     sign, exponent, fraction = u32(u32(h & u32(0x8000)) << u32(16)), u32(u32(h >> u32(10)) & u32(31)), u32(h & u32(0x3FF))
