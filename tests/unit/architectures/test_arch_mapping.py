@@ -15,19 +15,23 @@ BASE: dict[str, Any] = {
     "hidden_size": 24, "num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20,
     "vocab_size": 30, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 6, "num_experts_per_tok": 2,
 }  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {"qwen3_moe": {"norm_topk_prob": True}}
 FAMILY_NAMES = [family.name for family in FAMILIES]
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     family = next(family for family in FAMILIES if family.name == name)
-    return {**BASE, "architectures": [family.hf_classes[0]], "norm_topk_prob": True, **changes}
+    config = {**BASE, "architectures": [family.hf_classes[0]], **CHANGES.get(name, {})}
+    if not family.free_heads:
+        config["hidden_size"] = config["head_dim"] * config["num_attention_heads"]
+    return {**config, **changes}
 
 
 def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str, dict[str, tuple[int, ...]]]:
     """The modules a checkpoint of this family has, from its rules."""
     binding = find(config).bind(config)
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for rule in binding.architecture.rules:
+    for rule in binding.rules:
         if rule.kind == "output" and binding.tied:
             continue
         for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
