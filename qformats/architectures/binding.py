@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.fields import Field, number, partial_rotary, positive, read_fields, rotary_dim, text_config
+from qformats.architectures.longrope import long_factors, recover_longrope
 from qformats.architectures.mapping import Mapped, Parts, Rule, TensorMap, map_to_gguf, map_to_hf
 from qformats.architectures.rope import DEFAULT_THETA, frequency_factors, full_rope, recover_llama3, rope_parameters, rope_to_config
 from qformats.errors import BadFile, Unsupported
@@ -35,11 +36,12 @@ class Architecture:
     that tells it from another family of the same GGUF name. ``names``: the config's own words for the usual field names; ``complete``
     fills in what transformers derives of others. ``writes_head_dim``: transformers always has a head size for this family; without
     ``free_heads`` llama.cpp only knows hidden size over heads. ``plain_rope``: llama.cpp writes rotary keys; else they are written only
-    where they depart from its defaults. ``rope_factors``: llama.cpp loads rotary factors for it. ``spm_from_json``: a byte-fallback
+    where they depart from its defaults. ``rope_factors``: the rope type whose factors llama.cpp loads, ``llama3`` or
+    ``longrope``. ``spm_from_json``: a byte-fallback
     tokenizer.json stands for a SentencePiece model; ``llama_vocabulary``: vocabularies are written by Llama's rules; ``token_ids``:
-    special tokens by word, given as ids or texts. ``adjust`` changes a rebuilt config by the GGUF's values. ``own_keys``: (key, type,
-    value) that a config needs only where it departs from what llama.cpp assumes, value None to leave a key out; raises
-    ``Unsupported('config-value')`` where no key can say it.
+    special tokens by word, as ids or texts, and ``adds_bos``, a flag, where the files say nothing. ``adjust`` changes a rebuilt config
+    by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
+    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it.
     """
 
     name: str
@@ -61,9 +63,10 @@ class Architecture:
     writes_head_dim: bool = True
     free_heads: bool = True
     plain_rope: bool = True
-    rope_factors: bool = False
+    rope_factors: str = ""
     spm_from_json: bool = False
     llama_vocabulary: bool = False
+    adds_bos: bool | None = None
     complete: Callable[[dict[str, Any]], None] | None = None
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
     own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
@@ -105,7 +108,8 @@ class Architecture:
         for entry in (*self.before, *self.after):
             if entry.key in values and entry.config not in ("", "rotary_dim", "rope_theta"):
                 config[entry.config] = values[entry.key]
-        if "attention.head_count_kv" not in values and "attention.head_count" in values:  # as llama.cpp assumes
+        grouped = any(entry.config == "num_key_value_heads" for entry in (*self.before, *self.after))
+        if grouped and "attention.head_count_kv" not in values and "attention.head_count" in values:  # as llama.cpp assumes
             config["num_key_value_heads"] = values["attention.head_count"]
         embedding = shapes.get("token_embd.weight", ())
         if len(embedding) != 2:
@@ -132,14 +136,14 @@ class Architecture:
             if isinstance(rule.bias, str):
                 flags[rule.bias] = flags.get(rule.bias, False) or f"{name}.bias" in shapes
             if rule.when:
-                flags[rule.when] = flags.get(rule.when, False) or f"{name}.weight" in shapes
+                flags[rule.when] = flags.get(rule.when, True) and f"{name}.weight" in shapes
         return flags
 
     def _rope_back(self, values: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int, full: Mapping[str, Any]) -> dict[str, Any]:
         theta = number(full, "rope_theta")
         if not self.plain_rope:  # a file without the key means llama.cpp's own default
             theta = DEFAULT_THETA
-        recovered = None
+        recovered = recover_longrope(values, tensors, theta) if self.rope_factors == "longrope" else None
         if (stored := tensors.get("rope_freqs.weight")) is not None:
             if not hasattr(stored, "array"):
                 raise BadFile(
@@ -194,22 +198,24 @@ class Binding:
         """The family's rules that hold for this config."""
         return tuple(rule for rule in self.architecture.rules if rule.exists(self.full))
 
-    def factors(self) -> np.ndarray[Any, Any] | None:
-        """The values of ``rope_freqs.weight``, or None; ``Unsupported('rope')`` where llama.cpp would not read them."""
+    def factors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The values of the rotary factor tensors by base name; ``Unsupported('rope')`` where llama.cpp would not read them."""
+        if self.architecture.rope_factors == "longrope":
+            return long_factors(self.full, self.dims["R"])
         factors = frequency_factors(rope_parameters(self.full), self.dims["D"], number(self.full, "rope_theta"))
-        if factors is not None and not self.architecture.rope_factors:
+        if factors is None:
+            return {}
+        if not self.architecture.rope_factors:
             kind = full_rope(rope_parameters(self.full)).get("rope_type")
             raise Unsupported("rope", f"llama.cpp's {self.architecture.gguf!r} has no place for the factors of rope type {kind!r}")
-        return factors
+        return {"rope_freqs": factors}
 
     def to_gguf(self, parts: Parts) -> Mapped:
         """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
         dropped = self._ignored()
         tensors = map_to_gguf(self.rules, self.dims, parts, tied=self.tied, dropped=dropped)
-        if (factors := self.factors()) is not None:
-            made = TensorMap("rope_freqs", "weight", (len(factors),), (), 0.0, "rope", factors)
-            tensors = (made, *tensors)
-        return Mapped(tensors, dropped)
+        made = [TensorMap(name, "weight", (len(values),), (), 0.0, "rope", values) for name, values in self.factors().items()]
+        return Mapped((*made, *tensors), dropped)
 
     def to_hf(self, parts: Parts) -> Mapped:
         """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order."""

@@ -32,6 +32,6 @@ GRANITE = Architecture(
     rebuilt={"architectures": ["GraniteForCausalLM"], "model_type": "granite", "hidden_act": "silu"},
     fixed={"hidden_act": ("silu", "swish")},
     free_heads=False,
-    rope_factors=True,
+    rope_factors="llama3",
     llama_vocabulary=True,
 )  # fmt: skip

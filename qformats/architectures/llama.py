@@ -39,6 +39,6 @@ LLAMA = Architecture(
     rebuilt={"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
     fixed={"hidden_act": ("silu", "swish")},
     ignored={"sliding_window": (None,)},
-    rope_factors=True,
+    rope_factors="llama3",
     llama_vocabulary=True,
 )

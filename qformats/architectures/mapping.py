@@ -28,6 +28,7 @@ Parts = Mapping[str, Mapping[str, Shape]]
 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -221,8 +222,8 @@ def map_to_gguf(
             else:
                 kept.setdefault(module, {})[leaf] = shape
     sources = _Sources(kept, _canonical_hf(kept))
-    if tied:
-        sources.drop("lm_head", "tied: the same weights as the embedding", dropped)
+    for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
+        sources.drop(name, "tied: the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=True):
@@ -294,7 +295,8 @@ def _fused_to_gguf(rule: Rule, layer: int, expected: Shape, sources: _Sources) -
 def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, dropped: dict[str, str]) -> tuple[TensorMap, ...]:
     """Map GGUF base names to HF modules, the exact inverse of :func:`map_to_gguf`; the same errors."""
     sources = _Sources(parts, {name: name for name in parts})
-    sources.drop("rope_freqs", "rotary factors, kept as rope parameters of config.json", dropped)
+    for name in _FACTORS:
+        sources.drop(name, "rotary factors, kept as rope parameters of config.json", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=False):

@@ -129,6 +129,8 @@ def _architecture_keys(binding: Binding) -> list[tuple[str, str, Any]]:
 
 def _rope(binding: Binding) -> list[tuple[str, str, Any]]:
     """The rotary keys; none for a family that llama.cpp writes none for, as long as they would say what it assumes without them."""
+    if any(entry.config == "rope_theta" for entry in binding.architecture.before):  # they are in the family's own list
+        return []
     keys = rope_keys(rope_parameters(binding.full), number(binding.full, "rope_theta"))
     if not binding.architecture.plain_rope and keys == [("rope.freq_base", "f32", DEFAULT_THETA)]:
         return []
@@ -173,8 +175,7 @@ def size_label(binding: Binding) -> str:
         else:
             has_bias = rule.bias if isinstance(rule.bias, bool) else binding.full.get(rule.bias)
             shared += (count + (rule.sizes(binding.dims)[0] if has_bias else 0)) * layers
-    factors = binding.factors()
-    shared += 0 if factors is None else len(factors)
+    shared += sum(len(values) for values in binding.factors().values())
     rounded = _rounded(shared + expert)
     return f"{experts}x{rounded}" if experts else rounded
 

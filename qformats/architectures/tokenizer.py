@@ -72,7 +72,9 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     for word, token in binding.architecture.token_ids.items():
         number = token if isinstance(token, int) else (tokens.index(token) if token in tokens else len(tokens))
         if number < len(tokens):
-            made[f"tokenizer.ggml.{KEYS.get(word, word)}_token_id"] = Value("u32", number)
+            made.setdefault(f"tokenizer.ggml.{KEYS.get(word, word)}_token_id", Value("u32", number))
+    if binding.architecture.adds_bos is not None:
+        made.setdefault("tokenizer.ggml.add_bos_token", Value("bool", binding.architecture.adds_bos))
     if binding.architecture.spm_from_json and made["tokenizer.ggml.model"].value == "llama":
         made["tokenizer.ggml.add_space_prefix"] = Value("bool", False)
     return made

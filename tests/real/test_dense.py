@@ -22,6 +22,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [2.0 + i for i in range(8)], "original_max_position_embeddings": 64,
+}  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-tied", {"tie_word_embeddings": True}),
     "llama-untied-wide-heads": ("llama", {"tie_word_embeddings": False, "head_dim": 32}),
@@ -63,6 +67,37 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gemma3", "gemma2", {**GEMMA2, "layer_types": ["full_attention", "sliding_attention"], "rope_parameters": {"rope_theta": 5000.0}},
     ),
     "gemma": ("gemma3", "gemma", {"head_dim": 32}),
+    "qwen2_moe": (
+        "qwen2", "qwen2_moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48},
+    ),
+    "starcoder2": ("llama-tied", "starcoder2", {}),
+    "stablelm": ("qwen2", "stablelm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("qwen2", "stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
+    "cohere2": ("llama-tied", "cohere2", {"sliding_window": 32, "num_hidden_layers": 5, "logit_scale": 0.25}),
+    "cohere2-first-full": (
+        "llama-tied", "cohere2", {"sliding_window": 32, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "glm4": ("llama", "glm4", {"head_dim": 32}),
+    "mixtral": ("llama-tied", "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-wide-heads": ("llama", "mixtral", {"head_dim": 32, "num_local_experts": 4, "rope_parameters": LLAMA3}),
+    "gpt_neox": ("llama-tied", "gpt_neox", {"num_key_value_heads": None}),
+    "gpt_neox-sequential": (
+        "llama-tied", "gpt_neox",
+        {"use_parallel_residual": False, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    ),
+    "falcon": ("llama-tied", "falcon", {"num_key_value_heads": None}),
+    "falcon-new": ("llama-tied", "falcon", {"num_key_value_heads": None, "num_kv_heads": 2, "new_decoder_architecture": True}),
+    "falcon-one-norm": (
+        "llama-tied", "falcon",
+        {"num_key_value_heads": None, "num_kv_heads": 2, "new_decoder_architecture": True, "num_ln_in_parallel_attn": 1,
+         "tie_word_embeddings": False},
+    ),
+    "phi2": ("llama-tied", "phi", {"num_key_value_heads": 4, "intermediate_size": 256}),
+    "phi3": ("llama-tied", "phi3", {}),
+    "phi3-window": ("llama", "phi3", {"sliding_window": 512, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.75}}),
+    "phi3-longrope": ("llama-tied", "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
+    "phi2-grouped": ("llama-tied", "phi", {}),
 }  # fmt: skip
 BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-biases": ("qwen2", "qwen3", {"attention_bias": True}),
@@ -73,6 +108,15 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2-score-scale": ("gemma3", "gemma2", {**GEMMA2, "query_pre_attn_scalar": 64}),
     "gemma2-no-cap": ("gemma3", "gemma2", {**GEMMA2, "attn_logit_softcapping": None}),
     "gemma2-all-full": ("gemma3", "gemma2", {**GEMMA2, "layer_types": ["full_attention"] * 2}),
+    "qwen2_moe-rescaled": ("qwen2", "qwen2_moe", {"norm_topk_prob": True}),
+    "starcoder2-no-biases": ("llama-tied", "starcoder2", {"use_bias": False}),
+    "stablelm-tied": ("qwen2", "stablelm", {"tie_word_embeddings": True}),
+    "cohere2-all-full": ("llama-tied", "cohere2", {"layer_types": ["full_attention"] * 2}),
+    "gpt_neox-relu": ("llama-tied", "gpt_neox", {"hidden_act": "relu"}),
+    "gpt_neox-no-biases": ("llama-tied", "gpt_neox", {"attention_bias": False}),
+    "falcon-alibi": ("llama-tied", "falcon", {"alibi": True}),
+    "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
+    "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
     "gemma-untied": ("gemma3", "gemma", {"head_dim": 32, "tie_word_embeddings": False}),
 }
 pytestmark = pytest.mark.real
@@ -123,7 +167,8 @@ def tiny_config(name: str) -> tuple[str, dict[str, Any]]:
     fixture, kind, changes = {**BARE, **BARE_REFUSED}[name]
     given = json.loads((FIXTURES / fixture / "config.json").read_text())
     tokens = {key: given.get(key) for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
-    return fixture, {**SHAPE, **tokens, "model_type": kind, **changes}
+    config = {**SHAPE, **tokens, "model_type": kind, **changes}
+    return fixture, {key: value for key, value in config.items() if value is not None or key not in SHAPE}
 
 
 def tiny_model(name: str, out: Path) -> Path:
