@@ -174,6 +174,7 @@ def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: 
             tensor, _ = rewrite.absorb_group_index(tensor, torch.from_numpy(order))
         return tensor
     raw = module.parts[source.leaf]
-    if len(raw.shape) <= 1:
-        return read_float(raw).reshape(-1, 1)[first:last]
+    width = job.map.shape[-1] if len(job.map.shape) > 1 else 1
+    if min(len(raw.shape), len(job.map.shape)) <= 1:  # a vector on either side: its rows are the target's
+        return read_float(raw).reshape(-1, width)[first:last]
     return read_float(raw, first, last)

@@ -13,11 +13,27 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.binding import Architecture, Binding
+from qformats.architectures.cohere2 import COHERE2
+from qformats.architectures.falcon import FALCON
+from qformats.architectures.gemma import GEMMA
+from qformats.architectures.gemma2 import GEMMA2
 from qformats.architectures.gemma3 import GEMMA3
+from qformats.architectures.glm4 import GLM4
+from qformats.architectures.gpt_neox import GPT_NEOX
+from qformats.architectures.granite import GRANITE
 from qformats.architectures.llama import LLAMA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
+from qformats.architectures.mixtral import MIXTRAL
+from qformats.architectures.olmo2 import OLMO2
+from qformats.architectures.phi2 import PHI2
+from qformats.architectures.phi3 import PHI3
 from qformats.architectures.qwen2 import QWEN2
+from qformats.architectures.qwen2_moe import QWEN2_MOE
+from qformats.architectures.qwen3 import QWEN3
 from qformats.architectures.qwen3_moe import QWEN3_MOE
+from qformats.architectures.smollm3 import SMOLLM3
+from qformats.architectures.stablelm import STABLELM
+from qformats.architectures.starcoder2 import STARCODER2
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -25,7 +41,10 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "TensorMap", "find", "find_gguf"]
 
-FAMILIES: tuple[Architecture, ...] = (LLAMA, QWEN2, QWEN3_MOE, GEMMA3)
+FAMILIES: tuple[Architecture, ...] = (
+    LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
+    GLM4, GPT_NEOX, FALCON, PHI2, PHI3,
+)  # fmt: skip
 
 
 def find(config: Mapping[str, Any]) -> Architecture:
@@ -45,8 +64,9 @@ def find_gguf(metadata: Metadata) -> Architecture:
     stored = metadata.get("general.architecture")
     if stored is None or stored.type != "str":
         raise BadFile("gguf-key", "the file has no text key 'general.architecture'")
-    for family in FAMILIES:
-        if family.gguf == stored.value:
+    found = [family for family in FAMILIES if family.gguf == stored.value]
+    for family in sorted(found, key=lambda family: not family.told_by):
+        if not family.told_by or f"{family.gguf}.{family.told_by}" in metadata:
             return family
-    supported = ", ".join(family.gguf for family in FAMILIES)
+    supported = ", ".join(dict.fromkeys(family.gguf for family in FAMILIES))
     raise Unsupported("architecture", f"GGUF architecture {stored.value!r} is not supported", hint=f"supported are {supported}")

@@ -7,28 +7,41 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from qformats.architectures.fields import Field, number, positive, read_fields, text_config
+from qformats.architectures.fields import Field, number, partial_rotary, positive, read_fields, rotary_dim, text_config
+from qformats.architectures.longrope import long_factors, recover_longrope
 from qformats.architectures.mapping import Mapped, Parts, Rule, TensorMap, map_to_gguf, map_to_hf
-from qformats.architectures.rope import frequency_factors, recover_llama3, rope_parameters, rope_to_config
+from qformats.architectures.rope import DEFAULT_THETA, frequency_factors, full_rope, recover_llama3, rope_parameters, rope_to_config
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from qformats.containers.gguf import Metadata
 
 __all__ = ["Architecture", "Binding"]
+
+_RARE_SIZES = {
+    "E": "num_experts", "X": "moe_intermediate_size", "S": "shared_expert_intermediate_size", "P": "max_position_embeddings",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Architecture:
     """One family: its names in both worlds, its rules, its hyper-parameter table and its defaults.
 
-    ``defaults`` are transformers' own for fields that a config.json may leave out; ``fixed`` config fields must have one of the
-    given values because llama.cpp has no key for them; ``ignored`` ones are reported as dropped where they differ from the value
-    llama.cpp assumes. ``before`` and ``after`` are the GGUF keys around the rotary ones, in llama.cpp's order; ``first_own_key`` is
-    the first one that the family adds behind the common ones. ``writes_head_dim``: transformers always has a head size for this
-    family. ``spm_from_json``: a byte-fallback tokenizer.json stands for a SentencePiece model. ``own_keys``: (key, type, value) that a
-    config needs only where it departs from what llama.cpp assumes, value None to leave a key out; raises
-    ``Unsupported('config-value')`` where no key can say it.
+    ``defaults`` are transformers' own for fields that a config.json may leave out; ``nullable`` ones mean none by null, not their
+    default. ``fixed`` config fields must have one of the given values because llama.cpp has no key for them; ``ignored`` ones are
+    reported as dropped where they differ from the value llama.cpp assumes. ``before`` and ``after`` are the GGUF keys around the rotary
+    ones, in llama.cpp's order; ``first_own_key`` is the first one that the family adds behind the common ones. ``told_by``: a GGUF key
+    that tells it from another family of the same GGUF name. ``names``: the config's own words for the usual field names; ``complete``
+    fills in what transformers derives of others. ``writes_head_dim``: transformers always has a head size for this family; without
+    ``free_heads`` llama.cpp only knows hidden size over heads. ``plain_rope``: llama.cpp writes rotary keys; else they are written only
+    where they depart from its defaults. ``rope_factors``: the rope type whose factors llama.cpp loads, ``llama3`` or
+    ``longrope``. ``spm_from_json``: a byte-fallback
+    tokenizer.json stands for a SentencePiece model; ``llama_vocabulary``: vocabularies are written by Llama's rules; ``token_ids``:
+    special tokens by word, as ids or texts, and ``adds_bos``, a flag, where the files say nothing. ``adjust`` changes a rebuilt config
+    by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
+    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it.
     """
 
     name: str
@@ -42,22 +55,46 @@ class Architecture:
     rebuilt: Mapping[str, Any]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    biases: Mapping[str, str] = field(default_factory=dict)
+    nullable: tuple[str, ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+    token_ids: Mapping[str, int | str] = field(default_factory=dict)
+    told_by: str = ""
     first_own_key: str = ""
     writes_head_dim: bool = True
+    free_heads: bool = True
+    plain_rope: bool = True
+    rope_factors: str = ""
     spm_from_json: bool = False
+    llama_vocabulary: bool = False
+    adds_bos: bool | None = None
+    complete: Callable[[dict[str, Any]], None] | None = None
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
     own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""
-        full = {**self.defaults, **{k: v for k, v in text_config(config).items() if v is not None}}
+        full = self._full(config)
         for name, allowed in self.fixed.items():
             if name in full and full[name] not in allowed:
                 raise Unsupported(
                     "config-value", f"config field {name!r} is {full[name]!r}; llama.cpp's {self.gguf!r} only knows {allowed[0]!r}"
                 )
-        return Binding(self, dict(config), full, MappingProxyType(self._dims(full)))
+        dims = self._dims(full)
+        if not self.free_heads and dims["Q"] != dims["H"]:
+            raise Unsupported(
+                "config-value",
+                f"config field 'head_dim' is {dims['D']}; llama.cpp's {self.gguf!r} always computes with hidden size over heads",
+            )
+        return Binding(self, dict(config), full, MappingProxyType(dims))
+
+    def _full(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The flattened config with defaults and derived fields, under the usual names."""
+        given = {k: v for k, v in text_config(config).items() if v is not None or k in self.nullable}
+        given.update({usual: given[own] for usual, own in self.names.items() if own in given})
+        full = {**self.defaults, **given}
+        if self.complete is not None:
+            self.complete(full)
+        return full
 
     def bind_gguf(self, metadata: Metadata, tensors: Mapping[str, Any]) -> Binding:
         """Rebuild the HF config from GGUF metadata and bind it.
@@ -69,29 +106,44 @@ class Architecture:
         values = read_fields(metadata, self.gguf)
         config: dict[str, Any] = dict(self.rebuilt)
         for entry in (*self.before, *self.after):
-            if entry.key in values:
+            if entry.key in values and entry.config not in ("", "rotary_dim", "rope_theta"):
                 config[entry.config] = values[entry.key]
-        if "attention.head_count_kv" not in values and "attention.head_count" in values:  # as llama.cpp assumes
+        grouped = any(entry.config == "num_key_value_heads" for entry in (*self.before, *self.after))
+        if grouped and "attention.head_count_kv" not in values and "attention.head_count" in values:  # as llama.cpp assumes
             config["num_key_value_heads"] = values["attention.head_count"]
         embedding = shapes.get("token_embd.weight", ())
         if len(embedding) != 2:
             raise BadFile("missing-tensor", "there is no two-dimensional token embedding", tensor="token_embd.weight")
         config["vocab_size"] = embedding[0]
         config["tie_word_embeddings"] = "output.weight" not in shapes
-        config.update({name: f"blk.0.{base}.bias" in shapes for name, base in self.biases.items()})
-        full = {**self.defaults, **config}
+        config.update(self._flags(shapes))
+        full = self._full(config)
         dims = self._dims(full)
-        config.setdefault("head_dim", dims["D"])
+        if self.free_heads:
+            config.setdefault("head_dim", dims["D"])
         if self.adjust is not None:  # what it reads may be left out of the file
             config = {**{entry.config: full[entry.config] for entry in self.before if entry.config in full}, **config}
         config["rope_parameters"] = self._rope_back(values, tensors, dims["D"], full)
         if self.adjust is not None:
             self.adjust(config, values)
-        return self.bind(config)
+        return self.bind({self.names.get(name, name): value for name, value in config.items()})
+
+    def _flags(self, shapes: Mapping[str, Any]) -> dict[str, bool]:
+        """The config flags that the presence of tensors in the first block tells."""
+        flags: dict[str, bool] = {}
+        for rule in self.rules:
+            name = rule.gguf.format(i=0)
+            if isinstance(rule.bias, str):
+                flags[rule.bias] = flags.get(rule.bias, False) or f"{name}.bias" in shapes
+            if rule.when:
+                flags[rule.when] = flags.get(rule.when, True) and f"{name}.weight" in shapes
+        return flags
 
     def _rope_back(self, values: Mapping[str, Any], tensors: Mapping[str, Any], head_dim: int, full: Mapping[str, Any]) -> dict[str, Any]:
         theta = number(full, "rope_theta")
-        recovered = None
+        if not self.plain_rope:  # a file without the key means llama.cpp's own default
+            theta = DEFAULT_THETA
+        recovered = recover_longrope(values, tensors, theta) if self.rope_factors == "longrope" else None
         if (stored := tensors.get("rope_freqs.weight")) is not None:
             if not hasattr(stored, "array"):
                 raise BadFile(
@@ -99,11 +151,17 @@ class Architecture:
                 )
             base = number(values, "rope.freq_base", theta)
             recovered = recover_llama3(stored.array(), base, head_dim, positive(full, "max_position_embeddings"))
-        return rope_to_config(values, recovered, theta)
+        rope = rope_to_config(values, recovered, theta)
+        if "rope.dimension_count" in values and values["rope.dimension_count"] != head_dim:
+            rope["partial_rotary_factor"] = partial_rotary(values["rope.dimension_count"], head_dim)
+        elif any(entry.config == "rotary_dim" for entry in (*self.before, *self.after)) and "partial_rotary_factor" in self.defaults:
+            rope["partial_rotary_factor"] = 1.0
+        return rope
 
     def _dims(self, full: Mapping[str, Any]) -> dict[str, int]:
-        """Sizes by letter: H hidden, L layers, A heads, G key-value heads, D head size, Q = A·D, V = G·D, F feed forward,
-        T vocabulary, E experts, X feed forward of an expert."""
+        """Sizes by letter: H hidden, L layers, A heads, G key-value heads, D head size, R rotated part of it, Q = A·D, V = G·D,
+        W = Q + 2 V, F feed forward, U = 2 F, T vocabulary, E experts, X and S feed forward of an expert and of the shared one,
+        P positions."""
         dims = {
             "H": positive(full, "hidden_size"), "L": positive(full, "num_hidden_layers"), "A": positive(full, "num_attention_heads"),
             "F": positive(full, "intermediate_size"), "T": positive(full, "vocab_size"),
@@ -115,8 +173,9 @@ class Architecture:
         if dims["A"] % dims["G"] or dims["D"] % 2:
             raise BadFile("config-field", f"{dims['A']} heads of {dims['D']} do not fit {dims['G']} key-value heads")
         dims["Q"], dims["V"] = dims["A"] * dims["D"], dims["G"] * dims["D"]
-        if any("E" in rule.shape for rule in self.rules):
-            dims["E"], dims["X"] = positive(full, "num_experts"), positive(full, "moe_intermediate_size")
+        dims["R"], dims["W"], dims["U"] = rotary_dim(full, dims["D"]), dims["Q"] + 2 * dims["V"], 2 * dims["F"]
+        needed = "".join(rule.shape for rule in self.rules)
+        dims.update({letter: positive(full, name) for letter, name in _RARE_SIZES.items() if letter in needed})
         return dims
 
 
@@ -134,20 +193,34 @@ class Binding:
         """Whether the output matrix is the embedding."""
         return bool(self.full.get("tie_word_embeddings"))
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The family's rules that hold for this config."""
+        return tuple(rule for rule in self.architecture.rules if rule.exists(self.full))
+
+    def factors(self) -> dict[str, np.ndarray[Any, Any]]:
+        """The values of the rotary factor tensors by base name; ``Unsupported('rope')`` where llama.cpp would not read them."""
+        if self.architecture.rope_factors == "longrope":
+            return long_factors(self.full, self.dims["R"])
+        factors = frequency_factors(rope_parameters(self.full), self.dims["D"], number(self.full, "rope_theta"))
+        if factors is None:
+            return {}
+        if not self.architecture.rope_factors:
+            kind = full_rope(rope_parameters(self.full)).get("rope_type")
+            raise Unsupported("rope", f"llama.cpp's {self.architecture.gguf!r} has no place for the factors of rope type {kind!r}")
+        return {"rope_freqs": factors}
+
     def to_gguf(self, parts: Parts) -> Mapped:
         """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
         dropped = self._ignored()
-        tensors = map_to_gguf(self.architecture.rules, self.dims, parts, tied=self.tied, dropped=dropped)
-        factors = frequency_factors(rope_parameters(self.full), self.dims["D"], number(self.full, "rope_theta"))
-        if factors is not None:
-            made = TensorMap("rope_freqs", "weight", (len(factors),), (), 0.0, "rope", factors)
-            tensors = (made, *tensors)
-        return Mapped(tensors, dropped)
+        tensors = map_to_gguf(self.rules, self.dims, parts, tied=self.tied, dropped=dropped)
+        made = [TensorMap(name, "weight", (len(values),), (), 0.0, "rope", values) for name, values in self.factors().items()]
+        return Mapped((*made, *tensors), dropped)
 
     def to_hf(self, parts: Parts) -> Mapped:
         """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order."""
         dropped: dict[str, str] = {}
-        return Mapped(map_to_hf(self.architecture.rules, self.dims, parts, dropped=dropped), dropped)
+        return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped), dropped)
 
     def producers(self, module: str) -> tuple[tuple[str, str], ...]:
         """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.
@@ -156,9 +229,10 @@ class Binding:
         query heads that share a key-value head need the same order. Empty where the input comes from a norm or the residual.
         """
         base, _, last = module.rpartition(".")
-        if last == "down_proj":
+        known = {rule.hf.rpartition(".")[2] for rule in self.architecture.rules}
+        if last == "down_proj" and {"gate_proj", "up_proj"} <= known:
             return ((f"{base}.gate_proj", "rows"), (f"{base}.up_proj", "rows"))
-        if last == "o_proj":
+        if last == "o_proj" and "v_proj" in known:
             return ((f"{base}.v_proj", "per-head"),)
         return ()
 

@@ -6,6 +6,7 @@ Facts: llama.cpp, ``conversion/base.py`` ``TextModel.set_gguf_parameters`` and t
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +18,22 @@ if TYPE_CHECKING:
     from qformats.containers.gguf import Metadata
 
 __all__ = [
-    "ATTENTION", "EXPERTS", "HEAD_SIZES", "NORM", "Field", "as_float32", "number", "positive",
-    "read_fields", "shortest_float", "text_config",
+    "ATTENTION", "EXPERTS", "HEAD_SIZES", "NORM", "SIZES", "Field", "as_float32", "number", "partial_rotary",
+    "positive", "read_fields", "rotary_dim", "shortest_float", "text_config",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """GGUF key (after the architecture's name), its type, and the config field it is."""
+    """GGUF key (after the architecture's name), its type, and the config field it is, or the one value it always has.
+
+    ``rotary_dim`` as field is the number of rotated dimensions of a head, ``rope_theta`` the base frequency.
+    """
 
     key: str
     type: str
-    config: str
+    config: str = ""
+    constant: Any = None
 
 
 ATTENTION = (
@@ -39,6 +44,11 @@ ATTENTION = (
     Field("attention.head_count", "u32", "num_attention_heads"),
     Field("attention.head_count_kv", "u32", "num_key_value_heads"),
 )
+SIZES = (  # the same as ATTENTION, in the order of families that do not start from the common keys
+    Field("context_length", "u32", "max_position_embeddings"), Field("embedding_length", "u32", "hidden_size"),
+    Field("block_count", "u32", "num_hidden_layers"), Field("feed_forward_length", "u32", "intermediate_size"),
+    Field("attention.head_count", "u32", "num_attention_heads"), Field("attention.head_count_kv", "u32", "num_key_value_heads"),
+)  # fmt: skip
 NORM = (Field("attention.layer_norm_rms_epsilon", "f32", "rms_norm_eps"),)
 EXPERTS = (Field("expert_count", "u32", "num_experts"), Field("expert_used_count", "u32", "num_experts_per_tok"))
 HEAD_SIZES = (Field("attention.key_length", "u32", "head_dim"), Field("attention.value_length", "u32", "head_dim"))
@@ -73,6 +83,25 @@ def number(config: Mapping[str, Any], name: str, default: float | None = None) -
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
         raise BadFile("config-field", f"config field {name!r} is {value!r}, expected a number above zero")
     return float(value)
+
+
+def rotary_dim(config: Mapping[str, Any], head_dim: int) -> int:
+    """How many dimensions of a head are rotated: ``partial_rotary_factor`` in either spelling, all where there is none."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    stored = rope.get("partial_rotary_factor") if isinstance(rope, Mapping) else None
+    factor = number({"partial_rotary_factor": stored} if stored is not None else config, "partial_rotary_factor", 1.0)
+    made = int(factor * head_dim)
+    if not 0 < made <= head_dim or made % 2:
+        raise BadFile("config-field", f"partial_rotary_factor {factor} of a head of {head_dim} is no even number of dimensions")
+    return made
+
+
+def partial_rotary(rotated: Any, head_dim: int) -> float:
+    """The factor of which ``rotary_dim`` makes ``rotated`` again."""
+    if not isinstance(rotated, int) or not 0 < rotated <= head_dim:
+        raise BadFile("metadata-value", f"{rotated!r} rotated dimensions do not fit a head of {head_dim}")
+    factor = rotated / head_dim
+    return factor if int(factor * head_dim) == rotated else math.nextafter(factor, 2.0)
 
 
 def as_float32(value: float) -> float:

@@ -12,17 +12,12 @@ from typing import Any
 from qformats.architectures.binding import Architecture
 from qformats.architectures.fields import ATTENTION, HEAD_SIZES, NORM, Field
 from qformats.architectures.mapping import Rule
-from qformats.errors import BadFile, Unsupported
+from qformats.architectures.sliding import check_score_width, layer_types, pattern_key, sliding_layers
 
 __all__ = ["GEMMA3"]
 
 LAYER = "model.layers.{i}."
 PATTERN = 6  # every sixth layer attends to everything (llama.cpp, src/models/gemma3.cpp) unless a key says otherwise
-PATTERN_KEY = "attention.sliding_window_pattern"  # one bool a layer, or a period (llama.cpp, src/llama-model.cpp load_swa_pattern)
-
-
-def _sliding(period: int, layers: int) -> list[bool]:
-    return [bool(period == 0 or (layer + 1) % period) for layer in range(layers)]
 
 
 def _score_width(full: Mapping[str, Any]) -> int:
@@ -34,34 +29,19 @@ def _score_width(full: Mapping[str, Any]) -> int:
 
 def _own_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     """The sliding layers where they are not five of six; refuse a score scale that llama.cpp would not use."""
-    wanted, width = full.get("query_pre_attn_scalar", 256), _score_width(full)
-    if wanted != width:
-        raise Unsupported(
-            "config-value", f"config field 'query_pre_attn_scalar' is {wanted!r}; llama.cpp's 'gemma3' always computes with {width}"
-        )
-    layers, types = int(full["num_hidden_layers"]), full.get("layer_types")
-    if types is None:
-        period = full.get("sliding_window_pattern", full.get("_sliding_window_pattern", PATTERN))
-        sliding = _sliding(period if isinstance(period, int) else PATTERN, layers)
-    elif isinstance(types, list) and len(types) == layers and all(kind in ("sliding_attention", "full_attention") for kind in types):
-        sliding = [kind == "sliding_attention" for kind in types]
-    else:
-        raise BadFile("config-field", f"config field 'layer_types' does not name sliding or full attention for {layers} layers")
+    check_score_width(full, _score_width(full), "gemma3")
+    sliding = sliding_layers(full, PATTERN)
     if not any(sliding):  # llama.cpp aborts on a window that no layer uses
         return [("attention.sliding_window", "u32", None)]
-    return [] if sliding == _sliding(PATTERN, layers) else [(PATTERN_KEY, "[bool]", sliding)]
+    return pattern_key(sliding, PATTERN)
 
 
 def _layer_types(config: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Fill in what the file leaves implicit: which layers slide, and the score scale (27B: by width, else by head)."""
     layers = int(config["num_hidden_layers"])
-    pattern = values.get(PATTERN_KEY, PATTERN)
-    sliding = _sliding(pattern, layers) if isinstance(pattern, int) else [bool(flag) for flag in pattern]
-    if len(sliding) < layers:
-        raise BadFile("metadata-value", f"gemma3.{PATTERN_KEY} has {len(sliding)} values for {layers} layers")
+    config["layer_types"] = layer_types(values, layers, PATTERN, "gemma3")
     if "attention.sliding_window" not in values:
-        sliding = [False] * layers
-    config["layer_types"] = ["sliding_attention" if flag else "full_attention" for flag in sliding[:layers]]
+        config["layer_types"] = ["full_attention"] * layers
     config["query_pre_attn_scalar"] = _score_width(config)
     rope = config["rope_parameters"]
     if "full_attention" not in rope:

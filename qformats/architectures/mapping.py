@@ -5,7 +5,8 @@ What a rule can do to a tensor acts on whole rows (rotary permutation, expert st
 a norm, so it applies to packed codes and to their parameters alike. Facts: llama.cpp, ``conversion/{llama,qwen,gemma}.py`` and
 ``gguf-py/gguf/tensor_mapping.py``.
 
-Rows: a tensor (N, K) has N rows, (E, N, K) has E·N rows, and each element of a vector (N,) is one row.
+Rows: a tensor (N, K) has N rows, (E, N, K) has E·N rows, and each element of a vector (N,) is one row. Between tensors of different
+rank the rows are the target's: of E vectors stacked to (E, K) each is one row, and a vector that becomes (1, K) is one row too.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from qformats.architectures.rows import inverse_order, rope_order
+from qformats.architectures.rows import inverse_order, row_order
 from qformats.errors import BadFile
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ Parts = Mapping[str, Mapping[str, Shape]]
 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
 _BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+_FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
@@ -84,7 +86,9 @@ class Rule:
     """One HF module ↔ one GGUF tensor.
 
     ``hf`` and ``gguf`` are names with ``{i}`` for the layer and ``{e}`` for the expert. ``shape`` spells the weight's shape in the
-    letters of ``Binding.dims``. ``order`` is the letter of the head count when rows are permuted for rotary embedding.
+    letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
+    ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
+    ``unless`` name the config flag with which, or without which, the tensor exists.
     ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
     """
 
@@ -94,13 +98,17 @@ class Rule:
     kind: str = "linear"
     order: str = ""
     shift: float = 0.0
-    bias: bool = False
-    optional: bool = False
+    bias: bool | str = False
+    when: str = ""
+    unless: str = ""
     resizable: bool = False
     fused: tuple[str, int, int] | None = None
 
     def sizes(self, dims: Mapping[str, int]) -> Shape:
-        return tuple(dims[letter] for letter in self.shape)
+        return tuple(int(letter) if letter.isdecimal() else dims[letter] for letter in self.shape)
+
+    def exists(self, config: Mapping[str, object]) -> bool:
+        return not (self.when and not config.get(self.when)) and not (self.unless and config.get(self.unless))
 
 
 def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool) -> Iterator[tuple[Rule, int]]:
@@ -180,8 +188,8 @@ def _whole(module: str, leaf: str, shape: Shape, rule: Rule, dims: Mapping[str, 
     rows = shape[0] if len(shape) == 1 else _rows(shape)
     if not rule.order:
         return SourceRows(module, leaf, 0, rows)
-    order = rope_order(dims[rule.order], dims["D"])
-    return SourceRows(module, leaf, 0, rows, inverse_order(order) if inverse else order, dims["D"])
+    order, period = row_order(rule.order, dims)
+    return SourceRows(module, leaf, 0, rows, inverse_order(order) if inverse else order, period)
 
 
 def _rows(shape: Shape) -> int:
@@ -218,13 +226,13 @@ def map_to_gguf(
             else:
                 kept.setdefault(module, {})[leaf] = shape
     sources = _Sources(kept, _canonical_hf(kept))
-    if tied:
-        sources.drop("lm_head", "tied: the same weights as the embedding", dropped)
+    for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
+        sources.drop(name, "tied: the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=True):
         made = _experts_to_gguf(rule, layer, dims, sources) if "{e}" in rule.hf else _one_to_gguf(rule, layer, dims, sources)
-        if not made and not (rule.optional or (tied and rule.kind == "output")):
+        if not made and not (tied and rule.kind == "output"):
             missing.append(rule.hf.format(i=layer, e=0) + ".weight")
         tensors.extend(made)
     _missing(missing)
@@ -252,7 +260,7 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
 
 def _experts_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     expected = rule.sizes(dims)
-    experts, rows = expected[0], expected[1]
+    experts, rows = expected[0], _rows(expected[1:])
     target = rule.gguf.format(i=layer)
     pieces: list[SourceRows] = []
     for expert in range(experts):
@@ -291,14 +299,15 @@ def _fused_to_gguf(rule: Rule, layer: int, expected: Shape, sources: _Sources) -
 def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, dropped: dict[str, str]) -> tuple[TensorMap, ...]:
     """Map GGUF base names to HF modules, the exact inverse of :func:`map_to_gguf`; the same errors."""
     sources = _Sources(parts, {name: name for name in parts})
-    sources.drop("rope_freqs", "rotary factors, kept as rope parameters of config.json", dropped)
+    for name in _FACTORS:
+        sources.drop(name, "rotary factors, kept as rope parameters of config.json", dropped)
     for name in parts:
         sources.drop_leaf(name, "input_scale", "llama.cpp's static scale of the layer's input; floats need none", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=False):
         made = _one_to_hf(rule, layer, dims, sources)
-        if not made and not (rule.optional or rule.kind == "output"):
+        if not made and rule.kind != "output":
             missing.append(rule.gguf.format(i=layer) + ".weight")
         tensors.extend(made)
     _missing(missing)
@@ -310,7 +319,7 @@ def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Source
     made: list[TensorMap] = []
     base, expected = rule.gguf.format(i=layer), rule.sizes(dims)
     if (found := sources.take(base, "weight")) is not None:
-        shape = found[1]
+        shape = expected if expected[:1] == (1,) and found[1] == expected[1:] else found[1]  # older files hold one row as a vector
         if rule.resizable and len(shape) == 2 and shape[0] < expected[0]:
             pieces = [SourceRows(base, "weight", 0, shape[0]), SourceRows("", "", 0, expected[0] - shape[0])]
             shape = (expected[0], shape[1])
@@ -328,11 +337,12 @@ def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Source
 
 
 def _experts_to_hf(rule: Rule, layer: int, base: str, expected: Shape) -> list[TensorMap]:
-    experts, rows, columns = expected
+    shape, kind = expected[1:], "linear" if rule.kind == "experts" else rule.kind
+    rows = _rows(shape) if len(shape) > 1 else shape[0]
     return [
         TensorMap(
-            rule.hf.format(i=layer, e=expert), "weight", (rows, columns),
-            (SourceRows(base, "weight", expert * rows, (expert + 1) * rows),), 0.0, "linear",
+            rule.hf.format(i=layer, e=expert), "weight", shape,
+            (SourceRows(base, "weight", expert * rows, (expert + 1) * rows),), 0.0 - rule.shift, kind,
         )
-        for expert in range(experts)
+        for expert in range(expected[0])
     ]  # fmt: skip

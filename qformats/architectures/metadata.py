@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.fields import as_float32, number
-from qformats.architectures.rope import frequency_factors, rope_keys, rope_parameters
+from qformats.architectures.rope import DEFAULT_THETA, full_rope, rope_keys, rope_parameters
 from qformats.errors import BadFile
 
 if TYPE_CHECKING:
@@ -109,9 +109,8 @@ def _architecture_keys(binding: Binding) -> list[tuple[str, str, Any]]:
     """(key after the architecture, type, value) in llama.cpp's order; the pseudo-key ``file_type`` marks that key's place."""
     keys: list[tuple[str, str, Any]] = []
     for entry in binding.architecture.before:
-        _add_field(keys, entry.key, entry.type, _value(binding, entry.config))
-    theta = number(binding.full, "rope_theta")
-    for key, kind, value in rope_keys(rope_parameters(binding.full), theta):
+        _add_field(keys, entry.key, entry.type, _value(binding, entry.config) if entry.constant is None else entry.constant)
+    for key, kind, value in _rope(binding):
         _add_field(keys, key, kind, value)
     family = False
     own = [] if binding.architecture.own_keys is None else binding.architecture.own_keys(binding.full)
@@ -120,15 +119,30 @@ def _architecture_keys(binding: Binding) -> list[tuple[str, str, Any]]:
         if entry.key == binding.architecture.first_own_key:
             keys.append(("file_type", "u32", None))
             family = True
-        _add_field(keys, entry.key, entry.type, None if entry.key in left_out else _value(binding, entry.config))
+        value = _value(binding, entry.config) if entry.constant is None else entry.constant
+        _add_field(keys, entry.key, entry.type, None if entry.key in left_out else value)
     keys.extend(key for key in own if key[2] is not None)
     if not family:
         keys.append(("file_type", "u32", None))
     return keys
 
 
+def _rope(binding: Binding) -> list[tuple[str, str, Any]]:
+    """The rotary keys; none for a family that llama.cpp writes none for, as long as they would say what it assumes without them."""
+    if any(entry.config == "rope_theta" for entry in binding.architecture.before):  # they are in the family's own list
+        return []
+    keys = rope_keys(rope_parameters(binding.full), number(binding.full, "rope_theta"))
+    if not binding.architecture.plain_rope and keys == [("rope.freq_base", "f32", DEFAULT_THETA)]:
+        return []
+    return keys
+
+
 def _value(binding: Binding, name: str) -> Any:
     """A config field; what transformers derives when it is absent (head counts and sizes) is derived here too."""
+    if name == "rotary_dim":
+        return binding.dims["R"]
+    if name == "rope_theta":
+        return number(full_rope(rope_parameters(binding.full)), name, number(binding.full, name))
     if name == "num_key_value_heads":
         return binding.dims["G"]
     if name == "head_dim" and binding.architecture.writes_head_dim:
@@ -139,7 +153,7 @@ def _value(binding: Binding, name: str) -> Any:
 def _add_field(keys: list[tuple[str, str, Any]], key: str, kind: str, value: Any) -> None:
     if value is None:
         return
-    right = isinstance(value, str) if kind == "str" else isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = isinstance(value, {"str": str, "bool": bool}.get(kind, (int, float))) and (kind == "bool") == isinstance(value, bool)
     if not right or (kind == "u32" and (not isinstance(value, int) or not 0 <= value < 1 << 32)):
         raise BadFile("config-field", f"the config value for {key!r} is {value!r}, which is no {kind}")
     keys.append((key, kind, as_float32(float(value)) if kind == "f32" else value))
@@ -148,7 +162,7 @@ def _add_field(keys: list[tuple[str, str, Any]], key: str, kind: str, value: Any
 def size_label(binding: Binding) -> str:
     """Count the parameters the config means and name them as llama.cpp does (``135M``, ``128x1.8B``)."""
     shared = expert = experts = 0
-    for rule in binding.architecture.rules:
+    for rule in binding.rules:
         if rule.kind == "output" and binding.tied:
             continue
         count = 1
@@ -159,17 +173,11 @@ def size_label(binding: Binding) -> str:
             experts = binding.dims["E"]
             expert += count // experts * layers
         else:
-            has_bias = rule.bias and _has_bias(binding, rule.gguf)
+            has_bias = rule.bias if isinstance(rule.bias, bool) else binding.full.get(rule.bias)
             shared += (count + (rule.sizes(binding.dims)[0] if has_bias else 0)) * layers
-    factors = frequency_factors(rope_parameters(binding.full), binding.dims["D"], number(binding.full, "rope_theta"))
-    shared += 0 if factors is None else len(factors)
+    shared += sum(len(values) for values in binding.factors().values())
     rounded = _rounded(shared + expert)
     return f"{experts}x{rounded}" if experts else rounded
-
-
-def _has_bias(binding: Binding, gguf: str) -> bool:
-    flags = binding.architecture.biases
-    return not flags or bool(binding.full.get("attention_bias" if ".attn_" in gguf else "mlp_bias"))
 
 
 def _rounded(count: int) -> str:
@@ -190,7 +198,7 @@ def build_hf_files(binding: Binding, metadata: Metadata) -> dict[str, bytes]:
     from qformats.architectures.hf_tokenizer import hf_tokenizer_files
 
     files, special = hf_tokenizer_files(metadata)
-    config = {**binding.config, **{f"{name}_token_id": value for name, value in special.items()}}
+    config = {**binding.config, **{f"{name}_token_id": special.get(name) for name in ("bos", "eos", "pad")}}
     generation: dict[str, Any] = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad") if name in special}
     generation.update(_generation(metadata))
     made = {"config.json": config, "generation_config.json": {**generation, "_from_model_config": not _generation(metadata)}}

@@ -24,10 +24,10 @@ QWEN3_MOE = Architecture(
     model_types=("qwen3_moe",),
     rules=(
         Rule("model.embed_tokens", "token_embd", "TH", "embedding"),
-        Rule(LAYER + "self_attn.q_proj", "blk.{i}.attn_q", "QH", bias=True),
-        Rule(LAYER + "self_attn.k_proj", "blk.{i}.attn_k", "VH", bias=True),
-        Rule(LAYER + "self_attn.v_proj", "blk.{i}.attn_v", "VH", bias=True),
-        Rule(LAYER + "self_attn.o_proj", "blk.{i}.attn_output", "HQ", bias=True),
+        Rule(LAYER + "self_attn.q_proj", "blk.{i}.attn_q", "QH", bias="attention_bias"),
+        Rule(LAYER + "self_attn.k_proj", "blk.{i}.attn_k", "VH", bias="attention_bias"),
+        Rule(LAYER + "self_attn.v_proj", "blk.{i}.attn_v", "VH", bias="attention_bias"),
+        Rule(LAYER + "self_attn.o_proj", "blk.{i}.attn_output", "HQ", bias="attention_bias"),
         Rule(LAYER + "self_attn.q_norm", "blk.{i}.attn_q_norm", "D", "norm"),
         Rule(LAYER + "self_attn.k_norm", "blk.{i}.attn_k_norm", "D", "norm"),
         Rule(LAYER + "mlp.gate", "blk.{i}.ffn_gate_inp", "EH", "router"),
@@ -56,5 +56,4 @@ QWEN3_MOE = Architecture(
         "attention_bias": (False,),  # the output projection's bias has no place in llama.cpp's qwen3moe
     },
     ignored={"use_sliding_window": (False,)},
-    biases={"attention_bias": "attn_q"},
 )  # fmt: skip

@@ -17,9 +17,12 @@ from qformats.errors import BadFile, Unsupported
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["frequency_factors", "full_rope", "recover_llama3", "rope_keys", "rope_parameters", "rope_to_config", "sliding_theta"]
+__all__ = [
+    "DEFAULT_THETA", "frequency_factors", "full_rope", "recover_llama3", "rope_keys", "rope_parameters", "rope_to_config", "sliding_theta",
+]  # fmt: skip
 
 Array = Any
+DEFAULT_THETA = 10000.0  # llama.cpp's where a file has no rope.freq_base
 _LINEAR = {"linear": "linear", "yarn": "yarn", "longrope": "longrope", "su": "longrope"}
 _PLAIN = ("default", "llama3", "none")
 # yarn keys beside factor and original length: (GGUF key, config names)

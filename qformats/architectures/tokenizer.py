@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.architectures import pretokenizers
 from qformats.architectures.metadata import json_file
 from qformats.architectures.pretokenizer_hashes import CHECK_TEXT
-from qformats.architectures.special import merges_as_text, read_special, token_content
+from qformats.architectures.special import KEYS, merges_as_text, read_special, token_content
 from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model, scores_of
 from qformats.errors import BadFile, Unsupported
 
@@ -54,7 +54,7 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     made: Metadata = {}
     settings = json_file(files, "tokenizer_config.json") or {}
     prefix = settings.get("add_prefix_space")
-    if binding.architecture.name == "llama" and isinstance(prefix, bool):
+    if binding.architecture.llama_vocabulary and isinstance(prefix, bool):
         made["tokenizer.ggml.add_space_prefix"] = Value("bool", prefix)
     if "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
         made.update(_from_model(binding, files, tokenizer, settings))
@@ -66,8 +66,17 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
         model = (tokenizer or {}).get("model")
         kind = model.get("type") if isinstance(model, Mapping) else model
         raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint="BPE and SentencePiece BPE can")
-    if binding.architecture.name == "llama" and binding.dims["T"] == _GRANITE_VOCABULARY:
+    if binding.architecture.llama_vocabulary and binding.dims["T"] == _GRANITE_VOCABULARY:
         made["tokenizer.ggml.add_bos_token"] = Value("bool", False)
+    tokens = made["tokenizer.ggml.tokens"].value
+    for word, token in binding.architecture.token_ids.items():
+        number = token if isinstance(token, int) else (tokens.index(token) if token in tokens else len(tokens))
+        if number < len(tokens):
+            made.setdefault(f"tokenizer.ggml.{KEYS.get(word, word)}_token_id", Value("u32", number))
+    if binding.architecture.adds_bos is not None:
+        made.setdefault("tokenizer.ggml.add_bos_token", Value("bool", binding.architecture.adds_bos))
+    if binding.architecture.spm_from_json and made["tokenizer.ggml.model"].value == "llama":
+        made["tokenizer.ggml.add_space_prefix"] = Value("bool", False)
     return made
 
 
@@ -186,9 +195,7 @@ def _spm_metadata(binding: Binding, files: Mapping[str, bytes], table: _Table, p
 
     made = table.metadata("llama", "default")
     made.update(read_special(files, binding.config, len(table.texts)).metadata())
-    if binding.architecture.spm_from_json:
-        prefix = False
-    if prefix is not None:
+    if prefix is not None and not binding.architecture.spm_from_json:
         made["tokenizer.ggml.add_space_prefix"] = Value("bool", prefix)
     return made
 

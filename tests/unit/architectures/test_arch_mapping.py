@@ -14,25 +14,35 @@ from qformats.errors import BadFile, QFormatError, Unsupported
 BASE: dict[str, Any] = {
     "hidden_size": 24, "num_hidden_layers": 11, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 20,
     "vocab_size": 30, "head_dim": 8, "num_experts": 3, "moe_intermediate_size": 6, "num_experts_per_tok": 2,
+    "shared_expert_intermediate_size": 10, "query_pre_attn_scalar": 8,
+}  # fmt: skip
+CHANGES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"norm_topk_prob": True}, "stablelm": {"qk_layernorm": True},
+    "falcon": {"new_decoder_architecture": True, "activation": "gelu_new"},
+    "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
+    "starcoder2": {"hidden_act": "gelu_new"},
 }  # fmt: skip
 FAMILY_NAMES = [family.name for family in FAMILIES]
 
 
 def config_of(name: str, **changes: Any) -> dict[str, Any]:
     family = next(family for family in FAMILIES if family.name == name)
-    return {**BASE, "architectures": [family.hf_classes[0]], "norm_topk_prob": True, **changes}
+    config = {**BASE, "architectures": [family.hf_classes[0]], **CHANGES.get(name, {})}
+    if not family.free_heads:
+        config["hidden_size"] = config["head_dim"] * config["num_attention_heads"]
+    return {**config, **changes}
 
 
 def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str, dict[str, tuple[int, ...]]]:
     """The modules a checkpoint of this family has, from its rules."""
     binding = find(config).bind(config)
     parts: dict[str, dict[str, tuple[int, ...]]] = {}
-    for rule in binding.architecture.rules:
+    for rule in binding.rules:
         if rule.kind == "output" and binding.tied:
             continue
         for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
-            for expert in range(binding.dims["E"] if "{e}" in rule.hf else 1):
-                shape = rule.sizes(binding.dims)
+            shape = rule.sizes(binding.dims)
+            for expert in range(shape[0] if "{e}" in rule.hf else 1):
                 leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape}
                 if rule.bias and bias:
                     leaves["bias"] = shape[:1]
@@ -62,7 +72,8 @@ def build_one(tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, A
         rows = values[piece.module, piece.leaf].reshape(-1, width)[piece.start : piece.stop]
         if piece.index is not None:
             assert np.array_equal(np.sort(piece.index), np.arange(len(rows)))
-            assert np.array_equal(piece.index // piece.period, np.arange(len(rows)) // piece.period)
+            period = piece.period or len(rows)
+            assert np.array_equal(piece.index // period, np.arange(len(rows)) // period)
             rows = rows[piece.index]
         pieces.append(rows)
     return np.concatenate(pieces).reshape(tensor.shape) + np.float32(tensor.shift)
@@ -101,7 +112,7 @@ def test_names_are_those_of_gguf(name: str) -> None:
     names = gguf.get_tensor_name_map(arch, binding.dims["L"])
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
         module = tensor.sources[0].module
-        merged = module.replace("experts.0.", "experts.")
+        merged = module.replace("experts.0.", "experts.").replace("norm.norms.0", "norm")
         assert names.get_name(f"{merged}.{tensor.leaf}", try_suffixes=(".weight", ".bias")) == tensor.name
 
 
@@ -280,5 +291,5 @@ def test_configs_that_cannot_be_bound(changes: dict[str, Any], code: str, kind: 
 
 def test_an_unknown_architecture_names_the_known_ones() -> None:
     with pytest.raises(Unsupported, match="LlamaForCausalLM") as caught:
-        find({"architectures": ["MixtralForCausalLM"]})
+        find({"architectures": ["OtherForCausalLM"]})
     assert caught.value.code == "architecture"

