@@ -35,10 +35,12 @@ from qformats.quantize.ksearch import (
     best_affine,
     best_centred,
     best_positive,
+    centred_tries,
     descend,
     nearest,
     ordered_sum,
     over,
+    positive_tries,
     rebuilt,
     root,
     steps,
@@ -163,12 +165,25 @@ def _stored(recipe: Recipe, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return spilled(sc), spilled(m)
 
 
-def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _positive(values: Tensor, weights: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
+    """``best_positive`` of (subs, S)."""
+    import numpy as np
+    import torch
+
+    if loops is None:
+        return best_positive(values, weights, levels)
+    x, w = values.T.contiguous().numpy(), weights.T.contiguous().numpy()
+    scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
+    loops.positive(x, w, np.array(positive_tries(levels), np.float32), np.int32(levels), scale, codes)
+    return torch.from_numpy(scale), torch.from_numpy(codes).T
+
+
+def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool, loops: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d, dmin (S,), sc, m (subs, S) of types with a minimum."""
     scales, lows = _by_super(found.scale, subs), _by_super(found.low, subs)
     if weighted:
         total = _by_super(found.total, subs)
-        (d, sc), (dmin, m) = (best_positive(v, total, recipe.levels) for v in (scales, lows))
+        (d, sc), (dmin, m) = (_positive(v, total, recipe.levels, loops) for v in (scales, lows))
         if recipe.top == 31:
             sc, m = sc.clamp(max=63), m.clamp(max=63)
     else:
@@ -185,8 +200,11 @@ def _first_largest(scales: Tensor) -> Tensor:
     """(subs, S) -> (S,): the first scale of largest magnitude; zero where all are NaN or zero."""
     import torch
 
-    size = torch.where(torch.isnan(scales), 0.0, scales).abs()
-    return torch.where(size.amax(0) > 0, scales.gather(0, size.argmax(0, keepdim=True)).squeeze(0), 0.0)
+    value = size = torch.zeros_like(scales[0])
+    for scale in scales:
+        larger = scale.abs() > size
+        value, size = torch.where(larger, scale, value), torch.where(larger, scale.abs(), size)
+    return value
 
 
 def _centred_levels(recipe: Recipe, found: Found, subs: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,11 +254,46 @@ def _loops() -> Any:
         return None
 
 
+def _compiled(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
+    """What ``search`` defines, for blocks (B, n)."""
+    import numpy as np
+    import torch
+
+    weighted, width = importance is not None, recipe.kind.sub
+    x, q = blocks.numpy(), np.empty(0, np.float32) if importance is None else importance.numpy()
+    found, top, mean, kept = np.empty((5, len(x)), np.float32), np.float32(recipe.top), np.float32(recipe.mean), None
+    if weighted:
+        mode = 4 if recipe.mean else 3
+    else:
+        mode = 0 if not recipe.affine else 1 if recipe.levels == 15 else 2
+    if recipe.affine:
+        tries = np.array(recipe.tries(weighted), np.float32)
+        loops.affine(x, q, found, tries, top, mode, mean, mode == 1, width)
+    elif mode == 0 and recipe.top == 4:
+        kept = np.empty(x.shape, np.uint8)
+        loops.descend(x, found, kept, top, width)
+    else:
+        loops.centred(x, q, found, np.array(centred_tries(recipe.top), np.float32), top, mode, mean, width)
+    scale, low, iscale, origin, total = torch.from_numpy(found)
+    return Found(scale, low, iscale, origin, total, None if kept is None else torch.from_numpy(kept).T)
+
+
+def _compiled_codes(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
+    """What ``code`` defines, as (B, n)."""
+    import numpy as np
+    import torch
+
+    kept = np.empty((0, recipe.kind.sub), np.uint8) if found.codes is None else found.codes.T.numpy()
+    out = np.empty(blocks.shape, np.uint8)
+    limits = [np.float32(limit) for limit in recipe.limits]
+    loops.codes(blocks.numpy(), scale.numpy(), low.numpy(), found.iscale.numpy(), found.origin.numpy(), kept, out, *limits, recipe.kind.sub)
+    return torch.from_numpy(out)
+
+
 def _searched(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
     """Step 1 of blocks (B, n), importance (columns,) for each row of whole super-blocks."""
     if loops is not None:
-        made: Found = loops.search(recipe, blocks, importance)
-        return made
+        return _compiled(recipe, blocks, importance, loops)
     q = None
     if importance is not None:
         spread = importance.reshape(-1, recipe.kind.sub)
@@ -250,8 +303,7 @@ def _searched(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: 
 
 def _coded(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
     if loops is not None:
-        made: Tensor = loops.code(recipe, blocks, scale, low, found)
-        return made
+        return _compiled_codes(recipe, blocks, scale, low, found, loops)
     return code(recipe, blocks.T.contiguous(), scale, low, found).T.contiguous()
 
 
@@ -271,10 +323,12 @@ def importance_of(values: Tensor | None, columns: int) -> Tensor | None:
 
 def _bounded(recipe: Recipe, x: Tensor) -> Tensor:
     """``x``; ``WouldLose('f16-overflow')`` where not even the largest d, sub-scale and code reach a weight (and sums could overflow)."""
+    import torch
+
     largest = 65504.0 * max(abs(recipe.kind.sub_grid.lowest), recipe.kind.sub_grid.highest) * (recipe.top + 1)
-    if x.numel() and float(x.abs().max()) > largest:
-        name = recipe.kind.name
-        raise WouldLose("f16-overflow", f"a weight of {float(x.abs().max()):g} is beyond {name}", hint="write bf16 or f32 instead")
+    extreme = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
+    if extreme > largest:
+        raise WouldLose("f16-overflow", f"a weight of {extreme:g} is beyond {recipe.kind.name}", hint="write bf16 or f32 instead")
     return x
 
 
@@ -291,7 +345,7 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     blocks = x.reshape(-1, kind.sub)
     found = _searched(recipe, blocks, q, loops)
     if recipe.affine:
-        d, dmin, sc, m = _affine_levels(recipe, found, subs, weighted)
+        d, dmin, sc, m = _affine_levels(recipe, found, subs, weighted, loops)
         halves = [half(d, "scale"), half(dmin, "minimum")]
         low = _spread(halves[1], m)
     else:

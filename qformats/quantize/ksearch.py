@@ -28,6 +28,7 @@ __all__ = [
     "nearest",
     "ordered_sum",
     "over",
+    "positive_tries",
     "rebuilt",
     "root",
     "steps",
