@@ -17,7 +17,7 @@ import numpy as np
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["affine", "centred", "codes", "descend", "positive"]
+__all__ = ["affine", "centred", "codes", "descend", "positive", "to_largest"]
 
 Array = np.ndarray[Any, Any]
 u8, i32, f32 = np.uint8, np.int32, np.float32
@@ -372,6 +372,19 @@ def descend(x: Array, found: Array, kept: Array, top: Any, width: int) -> None:
                 found[r, b] = _ZERO
             for i in range(width):
                 kept[b, i] = u8(0) if empty else u8(i32(work[_L + i * LANES + j] + top))
+
+
+@compiled
+def to_largest(x: Array, top: Any, limit: Any, scale: Array, code: Array) -> None:
+    """``_to_largest`` of x (S, n): ``scale`` float32 (S,), ``code`` int32 (S, n) bytes of at most ``limit``."""
+    for s in range(x.shape[0]):
+        largest = _ZERO
+        for i in range(x.shape[1]):
+            largest = x[s, i] if x[s, i] > largest else largest
+        inverse = f32(top) / largest if largest > _ZERO else _ZERO
+        scale[s] = largest / f32(top)
+        for i in range(x.shape[1]):
+            code[s, i] = min(_nearest(inverse * x[s, i]) & 255, limit)
 
 
 @compiled

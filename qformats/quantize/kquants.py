@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "Recipe", "quantize"]
 
+CHUNK = 1 << 18  # weights in one go: what lies between the searches stays in the cache
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -141,19 +143,28 @@ def _largest(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, 0.0).amax(0)
 
 
-def _to_largest(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
+def _to_largest(values: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
     """float32 d (S,) and codes (subs, S) for the largest value to get the highest code."""
+    import numpy as np
     import torch
 
+    limit = levels if levels == 63 else 255
+    if loops is not None:
+        x = values.T.contiguous().numpy()
+        scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
+        loops.to_largest(x, np.int32(levels), np.int32(limit), scale, codes)
+        return torch.from_numpy(scale), torch.from_numpy(codes).T
     largest = _largest(values)
     inverse = torch.where(largest > 0, over(float(levels), largest), 0.0)
-    return largest / torch.full_like(largest, levels), (nearest(inverse * values) & 255).clamp(max=levels if levels == 63 else 255)
+    return largest / torch.full_like(largest, levels), (nearest(inverse * values) & 255).clamp(max=limit)
 
 
 def _stored(recipe: Recipe, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     """sc and m (subs, S) as they are read back from the bytes ggml packs them into: codes beyond the grid spill over as they do there."""
     import torch
 
+    if not sc.numel() or max(int(sc.max()), int(m.max())) <= recipe.levels:
+        return sc, m
     if recipe.levels == 15:
         packed = (sc | (m << 4)) & 255
         return packed & 15, packed >> 4
@@ -187,13 +198,13 @@ def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool, loop
         if recipe.top == 31:
             sc, m = sc.clamp(max=63), m.clamp(max=63)
     else:
-        (d, sc), (dmin, m) = (_to_largest(v, recipe.levels) for v in (scales, lows))
+        (d, sc), (dmin, m) = (_to_largest(v, recipe.levels, loops) for v in (scales, lows))
     return d, dmin, *_stored(recipe, sc, m)
 
 
 def _by_super(values: Tensor, subs: int) -> Tensor:
     """(B,) -> (subs, S)."""
-    return values.reshape(-1, subs).T.contiguous()
+    return values.reshape(-1, subs).T
 
 
 def _first_largest(scales: Tensor) -> Tensor:
@@ -321,14 +332,17 @@ def importance_of(values: Tensor | None, columns: int) -> Tensor | None:
     return single
 
 
-def _bounded(recipe: Recipe, x: Tensor) -> Tensor:
-    """``x``; ``WouldLose('f16-overflow')`` where not even the largest d, sub-scale and code reach a weight (and sums could overflow)."""
+def _bounded(recipe: Recipe, weights: Tensor) -> Tensor:
+    """float32 weights; as ``checked``, and ``WouldLose('f16-overflow')`` where not even the largest d, sub-scale and code reach one."""
     import torch
 
+    x = weights.to(torch.float32).contiguous()
     largest = 65504.0 * max(abs(recipe.kind.sub_grid.lowest), recipe.kind.sub_grid.highest) * (recipe.top + 1)
-    extreme = max(abs(float(end)) for end in torch.aminmax(x)) if x.numel() else 0.0
-    if extreme > largest:
-        raise WouldLose("f16-overflow", f"a weight of {extreme:g} is beyond {recipe.kind.name}", hint="write bf16 or f32 instead")
+    ends = [abs(float(end)) for end in torch.aminmax(x)] if x.numel() else []
+    if not all(end <= largest for end in ends):  # a NaN is not
+        checked(weights)
+        extreme, name = max(ends), recipe.kind.name
+        raise WouldLose("f16-overflow", f"a weight of {extreme:g} is beyond {name}", hint="write bf16 or f32 instead")
     return x
 
 
@@ -337,12 +351,23 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     import torch
 
     recipe = RECIPES[storage.type]
-    kind, x = recipe.kind, _bounded(recipe, checked(weights).contiguous())
+    x = _bounded(recipe, weights)
     n, k = int(x.shape[0]), int(x.shape[1])
     q = importance_of(importance, k)
-    subs, weighted = SUPER // kind.sub, q is not None
     loops = _loops() if x.device.type == "cpu" else None
-    blocks = x.reshape(-1, kind.sub)
+    rows = max(1, CHUNK // max(k, 1))
+    parts = [_planes(recipe, x[at : at + rows], q, loops) for at in range(0, max(n, 1), rows)]
+    codes, sc, m, d, dmin = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
+    assert codes is not None and sc is not None and d is not None
+    return to_tensor(recipe.kind, codes, sc, m, d, dmin)
+
+
+def _planes(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """codes, sc, m, d, dmin of some rows (n, K), in the order and shapes of ``to_tensor``."""
+    import torch
+
+    kind, n, k = recipe.kind, int(x.shape[0]), int(x.shape[1])
+    subs, weighted, blocks = SUPER // kind.sub, q is not None, x.reshape(-1, kind.sub)
     found = _searched(recipe, blocks, q, loops)
     if recipe.affine:
         d, dmin, sc, m = _affine_levels(recipe, found, subs, weighted, loops)
@@ -353,11 +378,12 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
         halves, m, low = [half(d, "scale")], None, torch.zeros_like(found.scale)
         found = replace(found, iscale=torch.where(nothing.repeat_interleave(subs), 0.0, found.iscale))
     scale = _spread(halves[0], sc - (kind.sub_zero or 0))
-    codes = _coded(recipe, blocks, scale, low, found, loops)
+    codes = _coded(recipe, blocks, scale, low, found, loops).reshape(n, k)
     grid = torch.int8 if kind.sub_grid.signed else torch.uint8
-    planes = [None if v is None else v.T.reshape(n, k // kind.sub).to(grid).contiguous() for v in (sc, m)]
+    small = [None if v is None else v.T.reshape(n, k // kind.sub).to(grid) for v in (sc, m)]
     flat = [h.reshape(n, k // SUPER) for h in halves]
-    return to_tensor(kind, codes.reshape(n, k), planes[0], planes[1], flat[0], flat[1] if m is not None else None)  # type: ignore[arg-type]
+    assert small[0] is not None
+    return codes, small[0], small[1], flat[0], flat[1] if recipe.affine else None
 
 
 def _spread(values: Tensor, codes: Tensor) -> Tensor:
