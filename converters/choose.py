@@ -32,7 +32,8 @@ FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
 NEEDS_CONSENT = "needs --allow-requantize or a named type"
-_FALLBACKS = {"q4_k": "q5_0"}  # llama.cpp's choice where a row is not whole super-blocks (src/llama-quant.cpp)
+# llama.cpp's choices where a row is not whole super-blocks (src/llama-quant.cpp)
+_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
 

@@ -46,7 +46,7 @@ def half(scale: Tensor, what: str) -> Tensor:
     import torch
 
     rounded = scale.to(torch.float16)
-    if bool(torch.isinf(rounded).any()):
+    if not bool(torch.isfinite(rounded).all()):
         raise WouldLose(
             "f16-overflow", f"a {what} of {float(scale.abs().max()):g} exceeds 65504, the largest float16", hint="write bf16 or f32 instead"
         )

@@ -298,7 +298,9 @@ def _zero_param(zero: Tensor, a: Affine, group: int) -> Param:
 def _two_level(a: Affine, storage: Storage) -> Fit:
     """K-quants from sources with one scale over whole super-blocks: unit sub-scales, the zero point as integer sub-offset."""
     assert storage.sub_scale is not None and storage.group is not None
-    _, _, highest = storage.sub_scale
+    sub, _, highest = storage.sub_scale
+    if sub != 32:  # Q2_K, Q3_K, Q6_K
+        raise Refused("its sub-scales would need a search")
     inner = Storage(storage.type, storage.grid, storage.group, storage.bits_per_weight, storage.scale_dtypes, True, (0, highest))
     if a.width % storage.group and a.width < a.k:
         raise Refused(f"one scale spans {a.width} columns, not {storage.group}")

@@ -390,3 +390,11 @@ def test_table_of_re_encodings(source: Source, to: str, fits: bool) -> None:
         target = Target(target.format, target.type, {**target.options, "group": str(source.group)})
     fitted = [check_exact(wide, storage) for storage in storages(target, wide.tensor())]
     assert any(fitted) == fits
+
+
+@pytest.mark.parametrize("kind", ["q2_k", "q3_k", "q6_k"])
+def test_types_with_sub_blocks_of_16_take_no_codes(kind: str) -> None:
+    source = one(4, 11, group=256)
+    (storage,) = storages(Target("gguf", kind), source.tensor())
+    with pytest.raises(Refused, match="would need a search"):
+        fit(source.tensor(), storage, rounding=True)

@@ -11,9 +11,9 @@ import torch
 
 from qformats.errors import BadFile, Unsupported, WouldLose
 from qformats.formats import ggml as blocks
-from qformats.formats.ggml.kquants import KQUANTS
 from qformats.formats.ggml.legacy import LEGACY
 from qformats.quantize import can_quantize, ggml, rtn
+from qformats.scheme import Integer, Storage
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "ggml"
 TYPES = list(LEGACY)
@@ -92,9 +92,10 @@ def test_scales_beyond_fp16_are_refused(name: str) -> None:
 
 
 def test_other_types_and_ragged_rows_are_refused() -> None:
-    assert not can_quantize(KQUANTS["Q4_K"].storage)
+    unknown = Storage("two-level", Integer(4), 256, 4.5, sub_scale=(32, 63, 63))
+    assert not can_quantize(unknown)
     with pytest.raises(Unsupported) as caught:
-        rtn(torch.zeros(1, 256), KQUANTS["Q4_K"].storage)
+        rtn(torch.zeros(1, 256), unknown)
     assert caught.value.code == "no-quantizer"
     with pytest.raises(Unsupported) as caught:
         rtn(torch.zeros(1, 48), LEGACY["Q4_0"].storage)

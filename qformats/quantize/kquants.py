@@ -1,0 +1,393 @@
+"""ggml's K-quantizers: Q2_K Q3_K Q4_K Q5_K Q6_K from floats, without and with importances, the same bytes as llama.cpp writes.
+
+Source: ``quantize_row_q2_K_ref`` … ``quantize_row_q6_K_ref`` (no importances) and ``quantize_row_q2_K_impl`` … (with them) in
+``ggml/src/ggml-quants.c`` of llama.cpp v0.5.0, compiled without contraction to fused multiply-adds. For each super-block of 256:
+
+1. every sub-block gets a scale (and a minimum) by a search over its weights (``ksearch``), each error weighted:
+
+   | type       | plain                     | with importances q                    | search                        |
+   |------------|---------------------------|---------------------------------------|-------------------------------|
+   | Q4_K, Q5_K | rms of the sub-block + |x| | q sqrt(2 mean x^2 of super-block + x^2) | ``best_affine``               |
+   | Q2_K       | |x|, absolute errors      | q sqrt(mean x^2 of super-block + x^2) | ``best_affine``               |
+   | Q3_K       | x^2                       | q sqrt(2 mean x^2 of super-block + x^2) | ``descend``, ``best_centred`` |
+   | Q6_K       | x^2                       | q                                     | ``best_centred``              |
+
+2. these scales and minima are rounded to codes under d and dmin of the super-block: to the largest of them, or, with importances
+   (not Q6_K), by another search weighted with each sub-block's sum of weights;
+3. codes are rounded under the scale and minimum as stored; where that scale is zero, the search's own codes stay.
+
+The torch functions are the definition; ``qformats.loops.kquantize`` does steps 1 and 3 with blocks in SIMD lanes.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from qformats.errors import BadFile, UsageError, WouldLose
+from qformats.formats.ggml.kquants import KQUANTS, SUPER, KQuant, to_tensor
+from qformats.quantize.affine import checked, half
+from qformats.quantize.ksearch import (
+    EPSILON,
+    Found,
+    best_affine,
+    best_centred,
+    best_positive,
+    centred_tries,
+    descend,
+    nearest,
+    ordered_sum,
+    over,
+    positive_tries,
+    rebuilt,
+    root,
+    steps,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qformats.scheme import Storage
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["RECIPES", "Recipe", "quantize"]
+
+CHUNK = 1 << 18  # weights in one go: what lies between the searches stays in the cache
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How one type is searched. ``plain`` and ``weighted``: (first, delta, count) of the numerators tried without, with importances.
+
+    ``mean``: how many times the super-block's mean square joins x^2 in the weights made of importances, 0 if they are used alone.
+    """
+
+    kind: KQuant
+    plain: tuple[float, float, int] = (0.0, 0.0, 0)
+    weighted: tuple[float, float, int] = (-0.9, 0.05, 36)
+    mean: float = 2.0
+
+    @property
+    def affine(self) -> bool:
+        return self.kind.has_offset
+
+    @property
+    def top(self) -> int:
+        """The highest code, or its half plus one half where codes lie around a zero point."""
+        return self.kind.grid.highest if self.affine else self.kind.zero_point or 0
+
+    @property
+    def levels(self) -> int:
+        """The highest sub-scale of types with a minimum: 15 or 63."""
+        return self.kind.sub_grid.highest
+
+    def tries(self, weighted: bool) -> tuple[float, ...]:
+        return steps(*(self.weighted if weighted else self.plain), self.top)
+
+    @property
+    def limits(self) -> tuple[int, int, int]:
+        """Lowest and highest code around zero, and what is added to store it."""
+        return (0, self.top, 0) if self.affine else (-self.top, self.top - 1, self.top)
+
+
+RECIPES = {
+    recipe.kind.name.lower(): recipe
+    for recipe in (
+        Recipe(KQUANTS["Q2_K"], (-0.5, 0.1, 15), mean=1.0),
+        Recipe(KQUANTS["Q3_K"]),
+        Recipe(KQUANTS["Q4_K"], (-1.0, 0.1, 20)),
+        Recipe(KQUANTS["Q5_K"], (-0.5, 0.1, 15)),
+        Recipe(KQUANTS["Q6_K"], mean=0.0),
+    )
+}
+
+
+# ---------------------------------------------------------------- step 1: a scale and a minimum for each sub-block
+
+
+def _weights(recipe: Recipe, x: Tensor, importance: Tensor | None) -> Tensor:
+    """(n, B) weights of the errors; ``importance`` is (n, B) too."""
+    if importance is None and not recipe.affine:
+        return x * x
+    if importance is None and recipe.levels == 15:
+        return x.abs()
+    if importance is None:
+        return root(ordered_sum(x * x) / 32) + x.abs()
+    if not recipe.mean:
+        return importance
+    subs = SUPER // recipe.kind.sub
+    whole = x.T.reshape(-1, SUPER).T  # (256, B / subs)
+    sigma = recipe.mean * ordered_sum(whole * whole) / SUPER
+    return importance * root(sigma.repeat_interleave(subs) + x * x)
+
+
+def search(recipe: Recipe, x: Tensor, importance: Tensor | None) -> Found:
+    """Step 1 for x (n, B); the definition of ``qformats.loops.kquantize``."""
+    w = _weights(recipe, x, importance)
+    if recipe.affine:
+        return best_affine(x, w, recipe.top, recipe.tries(importance is not None), importance is None and recipe.levels == 15)
+    if importance is None and recipe.top == 4:
+        return descend(x, recipe.top)
+    return best_centred(x, w, recipe.top)
+
+
+# ---------------------------------------------------------------- step 2: sub-scales as codes
+
+
+def _largest(values: Tensor) -> Tensor:
+    """(subs, S) -> (S,), at least plus zero; NaN never counts."""
+    import torch
+
+    return torch.where(values > 0, values, 0.0).amax(0)
+
+
+def _to_largest(values: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
+    """float32 d (S,) and codes (subs, S) for the largest value to get the highest code."""
+    import numpy as np
+    import torch
+
+    limit = levels if levels == 63 else 255
+    if loops is not None:
+        x = values.T.contiguous().numpy()
+        scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
+        loops.to_largest(x, np.int32(levels), np.int32(limit), scale, codes)
+        return torch.from_numpy(scale), torch.from_numpy(codes).T
+    largest = _largest(values)
+    inverse = torch.where(largest > 0, over(float(levels), largest), 0.0)
+    return largest / torch.full_like(largest, levels), (nearest(inverse * values) & 255).clamp(max=limit)
+
+
+def _stored(recipe: Recipe, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    """sc and m (subs, S) as they are read back from the bytes ggml packs them into: codes beyond the grid spill over as they do there."""
+    import torch
+
+    if not sc.numel() or max(int(sc.max()), int(m.max())) <= recipe.levels:
+        return sc, m
+    if recipe.levels == 15:
+        packed = (sc | (m << 4)) & 255
+        return packed & 15, packed >> 4
+
+    def spilled(v: Tensor) -> Tensor:
+        high = ((v[:4] >> 6) | (v[4:] >> 4)) & 3
+        return torch.cat([v[:4] & 63, (v[4:] & 15) | (high << 4)])
+
+    return spilled(sc), spilled(m)
+
+
+def _positive(values: Tensor, weights: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
+    """``best_positive`` of (subs, S)."""
+    import numpy as np
+    import torch
+
+    if loops is None:
+        return best_positive(values, weights, levels)
+    x, w = values.T.contiguous().numpy(), weights.T.contiguous().numpy()
+    scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
+    loops.positive(x, w, np.array(positive_tries(levels), np.float32), np.int32(levels), scale, codes)
+    return torch.from_numpy(scale), torch.from_numpy(codes).T
+
+
+def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool, loops: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d, dmin (S,), sc, m (subs, S) of types with a minimum."""
+    scales, lows = _by_super(found.scale, subs), _by_super(found.low, subs)
+    if weighted:
+        total = _by_super(found.total, subs)
+        (d, sc), (dmin, m) = (_positive(v, total, recipe.levels, loops) for v in (scales, lows))
+        if recipe.top == 31:
+            sc, m = sc.clamp(max=63), m.clamp(max=63)
+    else:
+        (d, sc), (dmin, m) = (_to_largest(v, recipe.levels, loops) for v in (scales, lows))
+    return d, dmin, *_stored(recipe, sc, m)
+
+
+def _by_super(values: Tensor, subs: int) -> Tensor:
+    """(B,) -> (subs, S)."""
+    return values.reshape(-1, subs).T
+
+
+def _first_largest(scales: Tensor) -> Tensor:
+    """(subs, S) -> (S,): the first scale of largest magnitude; zero where all are NaN or zero."""
+    import torch
+
+    value = size = torch.zeros_like(scales[0])
+    for scale in scales:
+        larger = scale.abs() > size
+        value, size = torch.where(larger, scale, value), torch.where(larger, scale.abs(), size)
+    return value
+
+
+def _centred_levels(recipe: Recipe, found: Found, subs: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """d (S,), sc (subs, S) as stored, and which super-blocks are all zeros (S,)."""
+    import torch
+
+    scales = _by_super(found.scale, subs)
+    if recipe.top == 4 and weighted:
+        again = best_centred(scales, _by_super(found.total, subs), 32)
+        sc = torch.where(again.iscale != 0, rebuilt(scales, again.iscale, again.origin, -32, 31) + 32, 0)
+        return again.scale, sc, torch.zeros_like(again.scale, dtype=torch.bool)
+    extreme = _first_largest(scales)
+    if recipe.top == 4:
+        nothing = extreme == 0
+        iscale = over(-32.0, extreme)
+        sc = ((nearest(iscale * scales) + 128) & 255) - 128
+        sc = torch.where(nothing, 0, sc.clamp(-32, 31) + 32)
+    else:
+        nothing = extreme.abs() < EPSILON
+        iscale = over(-128.0, extreme)
+        sc = torch.where(nothing, 0, nearest(iscale * scales).clamp(max=127))
+    return torch.where(nothing, 0.0, over(1.0, iscale)), sc, nothing & (recipe.top == 32)
+
+
+# ---------------------------------------------------------------- step 3: codes
+
+
+def code(recipe: Recipe, x: Tensor, scale: Tensor, low: Tensor, found: Found) -> Tensor:
+    """Codes (n, B) uint8 under the stored ``scale`` and ``low`` (B,); the search's own where ``scale`` is zero."""
+    import torch
+
+    lowest, highest, add = recipe.limits
+    final = nearest((x + low) / scale).clamp(lowest, highest) + add
+    if found.codes is not None:
+        kept = found.codes.to(torch.int32)
+    else:
+        kept = torch.where(found.iscale != 0, rebuilt(x, found.iscale, found.origin, lowest, highest) + add, 0)
+    return torch.where(scale != 0, final, kept).to(torch.uint8)
+
+
+@cache
+def _loops() -> Any:
+    """``qformats.loops.kquantize``, or None where numba cannot be imported."""
+    try:
+        return importlib.import_module("qformats.loops.kquantize")
+    except ImportError:
+        return None
+
+
+def _compiled(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
+    """What ``search`` defines, for blocks (B, n)."""
+    import numpy as np
+    import torch
+
+    weighted, width = importance is not None, recipe.kind.sub
+    x, q = blocks.numpy(), np.empty(0, np.float32) if importance is None else importance.numpy()
+    found, top, mean, kept = np.empty((5, len(x)), np.float32), np.float32(recipe.top), np.float32(recipe.mean), None
+    if weighted:
+        mode = 4 if recipe.mean else 3
+    else:
+        mode = 0 if not recipe.affine else 1 if recipe.levels == 15 else 2
+    if recipe.affine:
+        tries = np.array(recipe.tries(weighted), np.float32)
+        loops.affine(x, q, found, tries, top, mode, mean, mode == 1, width)
+    elif mode == 0 and recipe.top == 4:
+        kept = np.empty(x.shape, np.uint8)
+        loops.descend(x, found, kept, top, width)
+    else:
+        loops.centred(x, q, found, np.array(centred_tries(recipe.top), np.float32), top, mode, mean, width)
+    scale, low, iscale, origin, total = torch.from_numpy(found)
+    return Found(scale, low, iscale, origin, total, None if kept is None else torch.from_numpy(kept).T)
+
+
+def _compiled_codes(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
+    """What ``code`` defines, as (B, n)."""
+    import numpy as np
+    import torch
+
+    kept = np.empty((0, recipe.kind.sub), np.uint8) if found.codes is None else found.codes.T.numpy()
+    out = np.empty(blocks.shape, np.uint8)
+    limits = [np.float32(limit) for limit in recipe.limits]
+    loops.codes(blocks.numpy(), scale.numpy(), low.numpy(), found.iscale.numpy(), found.origin.numpy(), kept, out, *limits, recipe.kind.sub)
+    return torch.from_numpy(out)
+
+
+def _searched(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
+    """Step 1 of blocks (B, n), importance (columns,) for each row of whole super-blocks."""
+    if loops is not None:
+        return _compiled(recipe, blocks, importance, loops)
+    q = None
+    if importance is not None:
+        spread = importance.reshape(-1, recipe.kind.sub)
+        q = spread.repeat(len(blocks) // len(spread), 1).T.contiguous()
+    return search(recipe, blocks.T.contiguous(), q)
+
+
+def _coded(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
+    if loops is not None:
+        return _compiled_codes(recipe, blocks, scale, low, found, loops)
+    return code(recipe, blocks.T.contiguous(), scale, low, found).T.contiguous()
+
+
+def importance_of(values: Tensor | None, columns: int) -> Tensor | None:
+    """float32 (columns,) importances; ``UsageError('importance')`` for another shape, ``BadFile('not-finite')`` for NaN, inf, negatives."""
+    import torch
+
+    if values is None:
+        return None
+    if tuple(values.shape) != (columns,):
+        raise UsageError("importance", f"importances of shape {tuple(values.shape)}, expected one for each of {columns} columns")
+    single = values.to(torch.float32).contiguous()
+    if not bool(torch.isfinite(single).all()) or bool((single < 0).any()):
+        raise BadFile("not-finite", "importances must be finite and not negative", hint="compute the importance matrix again")
+    return single
+
+
+def _bounded(recipe: Recipe, weights: Tensor) -> Tensor:
+    """float32 weights; as ``checked``, and ``WouldLose('f16-overflow')`` where not even the largest d, sub-scale and code reach one."""
+    import torch
+
+    x = weights.to(torch.float32).contiguous()
+    largest = 65504.0 * max(abs(recipe.kind.sub_grid.lowest), recipe.kind.sub_grid.highest) * (recipe.top + 1)
+    ends = [abs(float(end)) for end in torch.aminmax(x)] if x.numel() else []
+    if not all(end <= largest for end in ends):  # a NaN is not
+        checked(weights)
+        extreme, name = max(ends), recipe.kind.name
+        raise WouldLose("f16-overflow", f"a weight of {extreme:g} is beyond {name}", hint="write bf16 or f32 instead")
+    return x
+
+
+def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
+    """float (N, K), K a multiple of 256 -> the canonical tensor of the K-quant ``storage`` names; ``importance``: (K,) or None."""
+    import torch
+
+    recipe = RECIPES[storage.type]
+    x = _bounded(recipe, weights)
+    n, k = int(x.shape[0]), int(x.shape[1])
+    q = importance_of(importance, k)
+    loops = _loops() if x.device.type == "cpu" else None
+    rows = max(1, CHUNK // max(k, 1))
+    parts = [_planes(recipe, x[at : at + rows], q, loops) for at in range(0, max(n, 1), rows)]
+    codes, sc, m, d, dmin = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
+    assert codes is not None and sc is not None and d is not None
+    return to_tensor(recipe.kind, codes, sc, m, d, dmin)
+
+
+def _planes(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """codes, sc, m, d, dmin of some rows (n, K), in the order and shapes of ``to_tensor``."""
+    import torch
+
+    kind, n, k = recipe.kind, int(x.shape[0]), int(x.shape[1])
+    subs, weighted, blocks = SUPER // kind.sub, q is not None, x.reshape(-1, kind.sub)
+    found = _searched(recipe, blocks, q, loops)
+    if recipe.affine:
+        d, dmin, sc, m = _affine_levels(recipe, found, subs, weighted, loops)
+        halves = [half(d, "scale"), half(dmin, "minimum")]
+        low = _spread(halves[1], m)
+    else:
+        d, sc, nothing = _centred_levels(recipe, found, subs, weighted)
+        halves, m, low = [half(d, "scale")], None, torch.zeros_like(found.scale)
+        found = replace(found, iscale=torch.where(nothing.repeat_interleave(subs), 0.0, found.iscale))
+    scale = _spread(halves[0], sc - (kind.sub_zero or 0))
+    codes = _coded(recipe, blocks, scale, low, found, loops).reshape(n, k)
+    grid = torch.int8 if kind.sub_grid.signed else torch.uint8
+    small = [None if v is None else v.T.reshape(n, k // kind.sub).to(grid) for v in (sc, m)]
+    flat = [h.reshape(n, k // SUPER) for h in halves]
+    assert small[0] is not None
+    return codes, small[0], small[1], flat[0], flat[1] if recipe.affine else None
+
+
+def _spread(values: Tensor, codes: Tensor) -> Tensor:
+    """d (S,) fp16 times codes (subs, S) -> float32 (B,), as they are read back."""
+    import torch
+
+    return (values.to(torch.float32) * codes.to(torch.float32)).T.reshape(-1)
