@@ -97,6 +97,8 @@ class Chooser:
         """The job of one target tensor."""
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
+        if quantized and any(s.transposed for s in tensor.sources):
+            return self._dequantize(tensor, self._named(tensor, dense=False))
         if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
             return self._from_codes(tensor)
         if tensor.leaf == "weight" and quantized:
@@ -147,7 +149,7 @@ class Chooser:
             return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
-            plain = all(s.index is None for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
+            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
             kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
             if tensor.shift:
                 kind, why = self._float_kind(tensor, dtype)

@@ -160,6 +160,21 @@ def _source_range(source: SourceRows, low: int, high: int) -> tuple[int, int, np
     return first, last, wanted - first
 
 
+def _read_columns(module: Module, checkpoint: Checkpoint, rows: int, first: int, last: int) -> Tensor:
+    """Columns ``first:last`` of a weight of ``rows`` rows as rows, in floats; the whole weight is read."""
+    import torch
+
+    from qformats import registry
+    from qformats.formats.dense import read_float
+
+    if checkpoint.is_quantized(module.name):
+        whole = registry.format_module(module.match.format).read(module, 0, rows).dequantize(torch.float32)
+    else:
+        whole = read_float(module.parts["weight"])
+    columns: Tensor = whole.t()[first:last].contiguous()
+    return columns
+
+
 def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: int, last: int, job: Job, codes: bool) -> Any:
     import torch
 
@@ -167,6 +182,8 @@ def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: 
     from qformats.formats.dense import read_float
 
     module = slab.module(source.module)
+    if source.transposed:
+        return _read_columns(module, checkpoint, job.map.shape[-1], first, last)
     if source.leaf == "weight" and checkpoint.is_quantized(source.module):
         tensor = registry.format_module(module.match.format).read(module, first, last, codes=codes)
         order = job.orders.get(source.module)

@@ -23,19 +23,15 @@ LAYER = "transformer.h.{i}."
 
 
 def _derive(full: dict[str, Any]) -> None:
-    """Key-value heads, feed-forward size and the number of norms, as transformers derives them."""
+    """Key-value heads, feed-forward size and the number of norms, as transformers derives them; ``Unsupported('config-value')``."""
+    if not full["new_decoder_architecture"] and not full["parallel_attn"]:
+        raise Unsupported("config-value", "config field 'parallel_attn' is False; llama.cpp's 'falcon' always computes as with True")
     heads = positive(full, "num_attention_heads")
     if not full["new_decoder_architecture"]:
         full["num_key_value_heads"] = 1 if full["multi_query"] else heads
     full.setdefault("num_key_value_heads", heads)
     full["intermediate_size"] = full.get("ffn_hidden_size", 4 * positive(full, "hidden_size"))
     full["two_norms"] = bool(full["new_decoder_architecture"]) and full.get("num_ln_in_parallel_attn", 2) == 2
-
-
-def _checks(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    if not full["new_decoder_architecture"] and not full["parallel_attn"]:
-        raise Unsupported("config-value", "config field 'parallel_attn' is False; llama.cpp's 'falcon' always computes as with True")
-    return []
 
 
 def _rebuild(config: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -85,5 +81,4 @@ FALCON = Architecture(
     plain_rope=False,
     complete=_derive,
     adjust=_rebuild,
-    own_keys=_checks,
 )  # fmt: skip

@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 Parts = Mapping[str, Mapping[str, Shape]]
 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias")
+_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -39,7 +39,8 @@ class SourceRows:
 
     ``index``: (stop - start,) int64 or None for "in order". ``period``: rows ``k·period:(k+1)·period`` of the piece come only from
     the same rows of the source (1 for "in order", head_dim for a rotary permutation, 0 when the whole piece is needed).
-    An empty ``module`` stands for ``stop - start`` rows of zeros (padding of an embedding).
+    ``transposed``: the rows meant are the source's columns. An empty ``module`` stands for ``stop - start`` rows of zeros (padding of
+    an embedding).
     """
 
     module: str
@@ -48,6 +49,7 @@ class SourceRows:
     stop: int
     index: np.ndarray[Any, np.dtype[np.int64]] | None = None
     period: int = 1
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,8 @@ class TensorMap:
     """One target tensor: ``sources`` concatenated along rows, then ``shift`` added to every value in float32.
 
     ``target`` is the base name without leaf, ``shape`` the logical one: (N, K), (E, N, K) or (K,). ``kind`` is one of ``linear``,
-    ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``bias``, ``rope``. ``constant``: the float32 values of a
+    ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv1d`` (inputs as
+    rows). ``constant``: the float32 values of a
     computed tensor, which has no sources.
     """
 
@@ -88,7 +91,7 @@ class Rule:
     ``hf`` and ``gguf`` are names with ``{i}`` for the layer and ``{e}`` for the expert. ``shape`` spells the weight's shape in the
     letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
     ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
-    ``unless`` name the config flag with which, or without which, the tensor exists.
+    ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
     ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
     """
 
@@ -101,6 +104,7 @@ class Rule:
     bias: bool | str = False
     when: str = ""
     unless: str = ""
+    transposed: bool = False
     resizable: bool = False
     fused: tuple[str, int, int] | None = None
 
@@ -199,9 +203,16 @@ def _rows(shape: Shape) -> int:
     return count
 
 
-def _canonical_hf(parts: Parts) -> dict[str, str]:
-    """Map plain module names (``model.layers.0…``) to those of the checkpoint, which may sit under ``language_model``."""
+def _canonical_hf(parts: Parts, rules: tuple[Rule, ...]) -> dict[str, str]:
+    """Map plain module names (``model.layers.0…``) to those of the checkpoint, which may sit under ``language_model``.
+
+    A checkpoint of the base model alone has names without the first word (``layers.0…``), as that of GPT-2 itself.
+    """
     names: dict[str, str] = {}
+    first = rules[0].hf
+    prefix = first.partition(".")[0] + "."
+    if first not in parts and first.removeprefix(prefix) in parts:
+        return {name if name == "lm_head" else prefix + name: name for name in parts}
     for module in parts:
         name = module.removeprefix("language_model.")
         if name.startswith("model.language_model."):
@@ -225,7 +236,7 @@ def map_to_gguf(
                 dropped[f"{module}.{leaf}"] = "a buffer that the model computes itself"
             else:
                 kept.setdefault(module, {})[leaf] = shape
-    sources = _Sources(kept, _canonical_hf(kept))
+    sources = _Sources(kept, _canonical_hf(kept, rules))
     for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
         sources.drop(name, "tied: the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []
@@ -243,7 +254,11 @@ def map_to_gguf(
 def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     made: list[TensorMap] = []
     name, target = rule.hf.format(i=layer), rule.gguf.format(i=layer)
-    if (found := sources.take(name, "weight")) is not None:
+    found = sources.take(name, "weight")
+    if found is not None and rule.transposed:
+        _check_shape(f"{found[0]}.weight", found[1], rule.sizes(dims)[::-1])
+        made.append(_transposed(target, found[0], rule.sizes(dims), rule.kind))
+    elif found is not None:
         module, shape = found
         expected = rule.sizes(dims)
         piece = _whole(module, "weight", shape, rule, dims, inverse=False)
@@ -256,6 +271,10 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
         _check_shape(f"{module}.bias", shape, rule.sizes(dims)[:1])
         made.append(TensorMap(target, "bias", shape, (_whole(module, "bias", shape, rule, dims, False),), 0.0, "bias"))
     return made
+
+
+def _transposed(target: str, module: str, shape: Shape, kind: str) -> TensorMap:
+    return TensorMap(target, "weight", shape, (SourceRows(module, "weight", 0, shape[0], transposed=True),), 0.0, kind)
 
 
 def _experts_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
@@ -318,7 +337,11 @@ def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *,
 def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     made: list[TensorMap] = []
     base, expected = rule.gguf.format(i=layer), rule.sizes(dims)
-    if (found := sources.take(base, "weight")) is not None:
+    found = sources.take(base, "weight")
+    if found is not None and rule.transposed:
+        _check_shape(f"{base}.weight", found[1], expected)
+        made.append(_transposed(rule.hf.format(i=layer), base, expected[::-1], "conv1d"))
+    elif found is not None:
         shape = expected if expected[:1] == (1,) and found[1] == expected[1:] else found[1]  # older files hold one row as a vector
         if rule.resizable and len(shape) == 2 and shape[0] < expected[0]:
             pieces = [SourceRows(base, "weight", 0, shape[0]), SourceRows("", "", 0, expected[0] - shape[0])]

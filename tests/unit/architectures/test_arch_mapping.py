@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qformats.architectures import FAMILIES, Mapped, TensorMap, find
-from qformats.architectures.rows import inverse_order, rope_order
+from qformats.architectures.rows import inverse_order, qkv_order, rope_order
 from qformats.errors import BadFile, QFormatError, Unsupported
 
 BASE: dict[str, Any] = {
@@ -43,7 +43,7 @@ def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str,
         for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
             shape = rule.sizes(binding.dims)
             for expert in range(shape[0] if "{e}" in rule.hf else 1):
-                leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape}
+                leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape[::-1] if rule.transposed else shape}
                 if rule.bias and bias:
                     leaves["bias"] = shape[:1]
                 parts[rule.hf.format(i=layer, e=expert)] = leaves
@@ -69,7 +69,8 @@ def build_one(tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, A
         if not piece.module:
             pieces.append(np.zeros((piece.stop - piece.start, width), np.float32))
             continue
-        rows = values[piece.module, piece.leaf].reshape(-1, width)[piece.start : piece.stop]
+        stored = values[piece.module, piece.leaf]
+        rows = (stored.T if piece.transposed else stored).reshape(-1, width)[piece.start : piece.stop]
         if piece.index is not None:
             assert np.array_equal(np.sort(piece.index), np.arange(len(rows)))
             period = piece.period or len(rows)
@@ -210,6 +211,39 @@ def test_experts_that_llama_cpp_would_weigh_otherwise_are_refused(change: dict[s
     with pytest.raises(Unsupported) as caught:
         find(config).bind(config)
     assert caught.value.code == "config-value"
+
+
+def test_names_of_a_base_model_and_its_masks() -> None:
+    config = config_of("gpt2")
+    binding, parts = find(config).bind(config), hf_parts("gpt2", config, bias=True)
+    bare = {name.removeprefix("transformer."): leaves for name, leaves in parts.items()}
+    bare["h.0.attn"] = {"bias": (1, 1, 8, 8)}
+    mapped = binding.to_gguf(bare)
+    assert [t.name for t in mapped.tensors] == [t.name for t in binding.to_gguf(parts).tensors]
+    assert mapped.dropped == {"h.0.attn.bias": "a buffer that the model computes itself"}
+
+
+def test_one_row_may_be_stored_as_a_vector() -> None:
+    config = config_of("qwen2_moe", num_hidden_layers=1)
+    binding, parts = find(config).bind(config), hf_parts("qwen2_moe", config)
+    stored = gguf_parts(binding.to_gguf(parts))
+    stored["blk.0.ffn_gate_inp_shexp"] = {"weight": (24,)}
+    found = {t.target: t for t in binding.to_hf(stored).tensors}["model.layers.0.mlp.shared_expert_gate"]
+    assert found.shape == (1, 24) and [(s.start, s.stop) for s in found.sources] == [(0, 1)]
+
+
+def test_a_fused_projection_is_regrouped_as_llama_cpps_converter_does() -> None:
+    stored = np.arange(8 * 4 * 3).reshape(32, 3)  # 4 heads and 2 key-value heads of 4
+    grouped = stored.reshape(2, 4, 4, 3)
+    expected = np.concatenate([part.reshape(-1, 3) for part in (grouped[:, :-2], grouped[:, -2], grouped[:, -1])])
+    order = qkv_order(4, 2, 4)
+    assert np.array_equal(stored[order], expected)
+    assert np.array_equal(stored[order][inverse_order(order)], stored)
+
+
+def test_heads_that_llama_cpp_does_not_know_are_refused() -> None:
+    with pytest.raises(Unsupported, match="head_dim"):
+        find(config_of("granite")).bind(config_of("granite", hidden_size=24))
 
 
 def test_producers_of_act_order() -> None:

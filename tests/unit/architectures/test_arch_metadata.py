@@ -19,7 +19,7 @@ FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "architectures"
 SCATTERED = ("glm4", "phi", "phi3_long")  # llama.cpp writes some keys of these before or between those of another part
 NAMED = {"glm4": "glm4"}  # rules that have several names: a real vocabulary is known by its hash
 LOST = {  # what a GGUF does not say
-    "mistral_spm": ("architectures", "model_type"), "mixtral": ("head_dim",), "falcon": ("max_position_embeddings",),
+    "mistral_spm": ("architectures", "model_type"), "mixtral": ("head_dim",), "falcon": ("max_position_embeddings",), "gpt2": ("n_inner",),
 }  # fmt: skip
 CASES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 
