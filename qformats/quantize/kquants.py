@@ -27,7 +27,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.errors import BadFile, UsageError, WouldLose
-from qformats.formats.ggml.kquants import KQUANTS, SUPER, KQuant, to_tensor
+from qformats.formats.ggml.kquants import KQUANTS, SUPER, KQuant
 from qformats.quantize.affine import checked, half
 from qformats.quantize.ksearch import (
     EPSILON,
@@ -359,7 +359,7 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     parts = [_planes(recipe, x[at : at + rows], q, loops) for at in range(0, max(n, 1), rows)]
     codes, sc, m, d, dmin = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
     assert codes is not None and sc is not None and d is not None
-    return to_tensor(recipe.kind, codes, sc, m, d, dmin)
+    return recipe.kind.to_tensor(codes, sc, m, d, dmin)
 
 
 def _planes(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
