@@ -21,17 +21,13 @@ import numpy as np
 
 from qformats.loops import codebooks, ggml_small
 from qformats.loops.compiled import compiled
-from qformats.loops.half import half_of, word
+from qformats.loops.half import FILL, GATHER, ONES, PICK, half_of, word
 
 __all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, u64, i8, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.float32
 
-_ONES = u64(0x0101010101010101)
-_PICK = u64(0x8040201008040201)  # byte i keeps bit i
-_FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
-_GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
 _FIFTH = u64(0x1010101010101010)
 
 
@@ -71,7 +67,7 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
             if head == 4:
                 m[b] = word(blocks[b, 2], blocks[b, 3])
             for i in range(4):
-                words[b, i] = ((((u64(blocks[b, head + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+                words[b, i] = ((((u64(blocks[b, head + i]) * ONES) & PICK) + FILL) >> u64(3)) & _FIFTH
             for j in range(half):
                 c = blocks[b, head + 4 + j]
                 codes[b, j] |= u8(c & u8(15))
@@ -84,7 +80,7 @@ def _fives(head: int) -> tuple[Callable[..., None], Callable[..., None]]:
             if head == 4:
                 blocks[b, 2], blocks[b, 3] = u8(m[b]), u8(m[b] >> u16(8))
             for i in range(4):
-                blocks[b, head + i] = u8((((words[b, i] >> u64(4)) & _ONES) * _GATHER) >> u64(56))
+                blocks[b, head + i] = u8((((words[b, i] >> u64(4)) & ONES) * GATHER) >> u64(56))
             for j in range(half):
                 blocks[b, head + 4 + j] = u8(u8(codes[b, j] & u8(15)) | u8(codes[b, half + j] << u8(4)))
 
@@ -253,7 +249,7 @@ def dequantize5(blocks: Array, out: Array, fifth: Array, words: Array, half: int
     for b in range(blocks.shape[0]):
         d = half_of(blocks[b, 0], blocks[b, 1])
         for i in range(4):
-            words[i] = ((((u64(blocks[b, 2 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+            words[i] = ((((u64(blocks[b, 2 + i]) * ONES) & PICK) + FILL) >> u64(3)) & _FIFTH
         for j in range(half):
             c = blocks[b, 6 + j]
             out[b, j] = (f32(u8(u8(c & u8(15)) | fifth[j])) - f32(16)) * d
@@ -266,7 +262,7 @@ def dequantize5m(blocks: Array, out: Array, fifth: Array, words: Array, half: in
     for b in range(blocks.shape[0]):
         d, m = half_of(blocks[b, 0], blocks[b, 1]), half_of(blocks[b, 2], blocks[b, 3])
         for i in range(4):
-            words[i] = ((((u64(blocks[b, 4 + i]) * _ONES) & _PICK) + _FILL) >> u64(3)) & _FIFTH
+            words[i] = ((((u64(blocks[b, 4 + i]) * ONES) & PICK) + FILL) >> u64(3)) & _FIFTH
         for j in range(half):
             c = blocks[b, 8 + j]
             out[b, j] = f32(u8(u8(c & u8(15)) | fifth[j])) * d + m

@@ -13,17 +13,13 @@ from typing import Any
 import numpy as np
 
 from qformats.loops.compiled import compiled
-from qformats.loops.half import half_of, word
+from qformats.loops.half import FILL, GATHER, ONES, PICK, half_of, word
 
 __all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, u64, i32, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32
 
-_ONES = u64(0x0101010101010101)
-_PICK = u64(0x8040201008040201)  # byte i keeps bit i
-_FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
-_GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
 _EVEN = u64(0x00FF00FF00FF00FF)
 _DOUBLED = u32(0xC8643210)  # nibble i is twice the e2m1 value of code i
 _NL0, _NL1, _NL2, _NL3 = (  # kvalues_iq4nl, four signed bytes a word
@@ -167,7 +163,7 @@ def dequantize_nv(blocks: Array, out: Array, half: int) -> None:
 @compiled
 def _eight(byte: Any) -> Any:
     """The bits of a byte as eight bytes 0 or 1."""
-    return u64(((((u64(byte) * _ONES) & _PICK) + _FILL) >> u64(7)) & _ONES)
+    return u64(((((u64(byte) * ONES) & PICK) + FILL) >> u64(7)) & ONES)
 
 
 @compiled
@@ -193,7 +189,7 @@ def pack1(blocks: Array, words: Array, d: Array, width: int) -> None:
     for b in range(blocks.shape[0]):
         blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
         for j in range(width):
-            blocks[b, 2 + j] = u8(((words[b, j] & _ONES) * _GATHER) >> u64(56))
+            blocks[b, 2 + j] = u8(((words[b, j] & ONES) * GATHER) >> u64(56))
 
 
 @compiled

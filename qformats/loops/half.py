@@ -1,4 +1,4 @@
-"""Two bytes of a block as an fp16, inside compiled loops."""
+"""What the loops over blocks share: two bytes as an fp16, and the constants that turn eight bits into eight bytes and back."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import numpy as np
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["half_of", "word"]
+__all__ = ["FILL", "GATHER", "ONES", "PICK", "half_of", "word"]
 
-u16, u32, f32 = np.uint16, np.uint32, np.float32
+u16, u32, u64, f32 = np.uint16, np.uint32, np.uint64, np.float32
+
+ONES = u64(0x0101010101010101)
+PICK = u64(0x8040201008040201)  # byte i keeps bit i
+FILL = u64(0x7F7F7F7F7F7F7F7F)  # carries any set bit of a byte into its bit 7
+GATHER = u64(0x0102040810204080)  # multiplying eight 0/1 bytes by it collects them in the top byte
 _SUBNORMAL = f32(2.0**-24)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from qformats.loops.compiled import compiled
+
 __all__ = ["pack_columns", "pack_interleaved", "pack_rows", "unpack_columns", "unpack_interleaved", "unpack_rows"]
 
 Array = np.ndarray[Any, Any]
@@ -22,19 +24,8 @@ _DEPTH = 1024  # words of one column in the transposing buffer: long runs, since
 _PITCH = _DEPTH + 16  # a cache line more, so that the columns of the buffer do not share cache sets
 
 
-def _compile(function: Any, inline: bool = False) -> Any:
-    """Compile with an on-disk cache where one can be written, quietly without where not."""
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
-    if inline:
-        return njit(inline="always", **options)(function)
-    try:
-        return njit(cache=True, **options)(function)
-    except RuntimeError:  # numba has no locator for the cache when no directory is writable
-        return njit(**options)(function)
-
-
 def _inline(function: Any) -> Any:
-    return _compile(function, inline=True)
+    return njit(inline="always", nogil=True, error_model="numpy")(function)
 
 
 @_inline
@@ -117,7 +108,7 @@ def _gather_line(source: Array, bits: int, target: Array) -> None:
                 held -= 32
 
 
-@_compile
+@compiled
 def unpack_rows(words: Array, bits: int, out: Array) -> None:
     """uint32 words (n, W) -> uint64 (n, C), eight codes each: ``unpack_stream(words, bits, 8 * C)``."""
     width = words.shape[1]
@@ -127,14 +118,14 @@ def unpack_rows(words: Array, bits: int, out: Array) -> None:
         _spread_line(line, bits, out[row])
 
 
-@_compile
+@compiled
 def pack_rows(codes: Array, bits: int, out: Array) -> None:
     """uint64 (n, C), eight codes each -> uint32 words (n, C * bits / 4): ``pack_stream(codes, bits)``."""
     for row in range(codes.shape[0]):
         _gather_line(codes[row], bits, out[row])
 
 
-@_compile
+@compiled
 def unpack_columns(words: Array, step: int, height: int, bits: int, out: Array) -> None:
     """uint32 words (W, n), row r at ``words[r * step]`` -> uint64 (n, C), eight codes each: ``unpack_stream(words.T, bits, 8 * C)``."""
     width, chunks = out.shape
@@ -153,7 +144,7 @@ def unpack_columns(words: Array, step: int, height: int, bits: int, out: Array) 
                 _spread_line(buffer[j], bits, out[column + j, chunk : chunk + count])
 
 
-@_compile
+@compiled
 def pack_columns(codes: Array, bits: int, out: Array) -> None:
     """uint64 (n, C), eight codes each -> uint32 words (C * bits / 4, n): ``pack_stream(codes, bits).T``."""
     width, chunks = codes.shape
@@ -171,7 +162,7 @@ def pack_columns(codes: Array, bits: int, out: Array) -> None:
                     out[first + row, column + j] = buffer[j, row]
 
 
-@_compile
+@compiled
 def unpack_interleaved(words: Array, step: int, height: int, out: Array) -> None:
     """uint32 AWQ words (K, W), row r at ``words[r * step]`` -> uint8 (8 W, K): ``reorder(unpack_stream(…), AWQ_REVERSE).T``."""
     width = out.shape[0] // 8
@@ -194,7 +185,7 @@ def unpack_interleaved(words: Array, step: int, height: int, out: Array) -> None
                         target[k] = np.uint8((line[k] >> shift) & np.uint32(15))
 
 
-@_compile
+@compiled
 def pack_interleaved(codes: Array, out: Array) -> None:
     """uint8 (8 W, K) -> uint32 AWQ words (K, W): ``pack_stream(reorder(codes.T, AWQ_ORDER), 4)``."""
     height, width = out.shape
