@@ -1,12 +1,17 @@
 """New codes from floats: the only place in the library that rounds weights.
 
-Map: ``ggml`` and ``kquants`` (its searches: ``ksearch``) hold the block quantizers whose bytes equal llama.cpp's, ``affine`` min-max
-round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities.
+Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``)
+whose bytes equal llama.cpp's; ``affine`` is min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the
+storage. All refuse NaN and infinities. A family module has
+
+- ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
+  that cannot do without;
+- ``quantize(weights, storage, importance)``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported
 from qformats.quantize import affine, ggml, kquants
@@ -17,23 +22,53 @@ if TYPE_CHECKING:
     from qformats.scheme import Storage
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["can_quantize", "rtn"]
+__all__ = ["can_quantize", "needs_importance", "rtn", "uses_importance"]
+
+
+class Family(Protocol):
+    """What a family module has."""
+
+    TYPES: frozenset[str]
+    WEIGHTED: frozenset[str]
+    NEEDY: frozenset[str]
+
+    def quantize(self, weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor: ...
+
+
+FAMILIES: tuple[Family, ...] = (ggml, kquants)
+
+
+def _family(storage: Storage) -> Family | None:
+    return next((family for family in FAMILIES if storage.type in family.TYPES), None)
 
 
 def can_quantize(storage: Storage) -> bool:
     """Whether ``rtn`` knows a quantizer for ``storage``."""
-    blocks = storage.type in ggml.QUANTIZERS or storage.type in kquants.RECIPES
-    return blocks or (storage.sub_scale is None and storage.offset is None and "float" not in storage.options)
+    affine_form = storage.sub_scale is None and storage.offset is None and "float" not in storage.options
+    return _family(storage) is not None or affine_form
+
+
+def uses_importance(storage: Storage) -> bool:
+    """Whether importances change what ``rtn`` makes of ``storage``."""
+    family = _family(storage)
+    return family is not None and storage.type in family.WEIGHTED
+
+
+def needs_importance(storage: Storage) -> bool:
+    """Whether ``rtn`` refuses ``storage`` without importances."""
+    family = _family(storage)
+    return family is not None and storage.type in family.NEEDY
 
 
 def rtn(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
-    """Round ``weights`` (float, (N, K)) in ``storage``'s own form; ``importance`` (float, (K,)) weighs the errors of K-quants.
+    """Round ``weights`` (float, (N, K)) in ``storage``'s own form; ``importance`` (float, (K,)) weighs the errors of each column.
 
     Each row and group goes by itself, so any row range gives the same codes.
-    For q4_0, q4_1, q5_0, q5_1, q8_0 and q2_k … q6_k the written bytes equal llama.cpp's; for affine integer types see
-    ``affine.quantize``. Raises ``BadFile('not-finite')``, ``WouldLose('f16-overflow')`` where a scale exceeds fp16,
-    ``UsageError('importance')`` for importances of another shape, ``Unsupported`` with ``no-quantizer`` for other types, with
-    ``no-importance`` where importances would be ignored and with ``k-multiple`` for rows that are not whole blocks.
+    For the types of ggml the written bytes equal llama.cpp's; for affine integer types see ``affine.quantize``.
+    Raises ``BadFile('not-finite')``, ``WouldLose('f16-overflow')`` where a scale exceeds fp16, ``UsageError('importance')`` for
+    importances of another shape, ``Unsupported`` with ``no-quantizer`` for other types, with ``no-importance`` where importances
+    would be ignored (``uses_importance``), ``importance-needed`` where they are missing (``needs_importance``) and with
+    ``k-multiple`` for rows that are not whole blocks.
 
     >>> import torch
     >>> from qformats.formats.ggml.legacy import LEGACY
@@ -41,16 +76,18 @@ def rtn(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> 
     >>> t.codes[0, 0].item(), t.codes[0, -1].item()
     (-127, 127)
     """
+    family = _family(storage)
     if not can_quantize(storage):
-        known = ", ".join(sorted((*ggml.QUANTIZERS, *kquants.RECIPES)))
+        known = ", ".join(sorted(name for family in FAMILIES for name in family.TYPES))
         raise Unsupported("no-quantizer", f"there is no quantizer for {storage.type}", hint=f"choose one of {known}, or an integer type")
     if weights.shape[-1] % storage.k_multiple:
         raise Unsupported("k-multiple", f"rows of {weights.shape[-1]} weights are not a multiple of {storage.k_multiple}")
-    if storage.type in kquants.RECIPES:
-        return kquants.quantize(weights, storage, importance)
-    if importance is not None:
-        known = ", ".join(sorted(kquants.RECIPES))
+    if importance is not None and not uses_importance(storage):
+        known = ", ".join(sorted(name for family in FAMILIES for name in family.WEIGHTED))
         raise Unsupported(
             "no-importance", f"{storage.type} is rounded without importances", hint=f"leave them out, or choose one of {known}"
         )
-    return ggml.quantize(weights, storage) if storage.type in ggml.QUANTIZERS else affine.quantize(weights, storage)
+    if importance is None and needs_importance(storage):
+        hint = "give an importance matrix (`qconvert imatrix` computes one), or choose a larger type"
+        raise Unsupported("importance-needed", f"{storage.type} cannot be made without an importance matrix", hint=hint)
+    return affine.quantize(weights, storage) if family is None else family.quantize(weights, storage, importance)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["QUANTIZERS", "quantize"]
+__all__ = ["NEEDY", "QUANTIZERS", "TYPES", "WEIGHTED", "quantize"]
 
 BLOCK = 32
 
@@ -90,6 +90,9 @@ QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]] 
     "q5_1": lambda x: _with_minimum(x, 5),
     "q8_0": _bytes,
 }
+TYPES = frozenset(QUANTIZERS)
+WEIGHTED: frozenset[str] = frozenset()
+NEEDY: frozenset[str] = frozenset()
 
 
 @cache
@@ -116,7 +119,7 @@ def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Ten
     return torch.from_numpy(codes).reshape(blocks.shape), torch.from_numpy(d).reshape(shape), low
 
 
-def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
+def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
     """float (N, K) -> the canonical tensor of a legacy ggml type (K a multiple of 32)."""
     from qformats.tensor import Param, QuantizedTensor, constant
 

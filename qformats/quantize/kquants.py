@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from qformats.scheme import Storage
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["RECIPES", "Recipe", "quantize"]
+__all__ = ["NEEDY", "RECIPES", "TYPES", "WEIGHTED", "Recipe", "quantize"]
 
 CHUNK = 1 << 18  # weights in one go: what lies between the searches stays in the cache
 
@@ -102,6 +102,8 @@ RECIPES = {
         Recipe(KQUANTS["Q6_K"], mean=0.0),
     )
 }
+TYPES = WEIGHTED = frozenset(RECIPES)
+NEEDY: frozenset[str] = frozenset()
 
 
 # ---------------------------------------------------------------- step 1: a scale and a minimum for each sub-block
