@@ -59,10 +59,11 @@ def type_name(number: int, *, path: str | None = None, tensor: str | None = None
 def tensor_nbytes(
     dtype: str, shape: Sequence[int], *, path: str | None = None, tensor: str | None = None, offset_bytes: int | None = None
 ) -> int:
-    """Return the bytes of a ggml tensor; ``shape`` in row-major order, ``()`` is one element, a zero dimension is zero bytes.
+    """Return the bytes of a ggml tensor; ``shape`` in row-major order, ``()`` is one element.
 
     Raises ``Unsupported('gguf-type-unknown')`` for a name not in ``GGML_TYPES`` and ``BadFile`` for more than four dimensions
-    (``gguf-dims``), a negative or overflowing size (``gguf-size``) or a ragged last dimension (``gguf-row-size``).
+    (``gguf-dims``), one of zero (``gguf-dimension-zero``: llama.cpp divides by it), a negative or overflowing size (``gguf-size``)
+    or a ragged last dimension (``gguf-row-size``).
 
     >>> tensor_nbytes("Q4_0", (2, 64))
     72
@@ -79,7 +80,9 @@ def tensor_nbytes(
     count = 1
     for size in shape:
         if not 0 <= size <= MAX_ELEMENTS:
-            raise bad("gguf-size", f"dimension {size} is outside 0 to 2^63 - 1")
+            raise bad("gguf-size", f"dimension {size} is outside 1 to 2^63 - 1")
+        if not size:
+            raise bad("gguf-dimension-zero", f"shape {tuple(shape)} has a dimension of zero, which loaders divide by")
         count *= size
     if count >= MAX_ELEMENTS or count // block * block_nbytes >= MAX_ELEMENTS:
         raise bad("gguf-size", f"shape {tuple(shape)} has {count} elements, which overflows 63 bits")

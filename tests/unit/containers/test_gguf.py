@@ -130,14 +130,11 @@ def test_type_table_where_the_reference_lacks_or_errs() -> None:
     assert {number for number, _, _ in GGML_TYPES.values()} | set(REMOVED_TYPES) == set(range(43))
 
 
-def test_zero_sizes_and_scalars_follow_ggml() -> None:
+def test_scalars_have_a_size_and_nothing_is_empty() -> None:
     assert tensor_nbytes("F32", ()) == 4
-    assert tensor_nbytes("Q4_0", (0, 32)) == 0
-    planned = layout_gguf({}, [TensorInfo("none", "F32", (0, 3)), TensorInfo("one", "F32", (1,))])
-    opened = open_gguf(MemorySource(planned.header + bytes(planned.size - len(planned.header))))
-    assert opened.tensors["none"].read() == b""
-    assert opened.tensors["none"].array().shape == (0, 3)
-    assert opened.tensors["one"].offset == opened.tensors["none"].offset
+    with pytest.raises(BadFile) as caught:
+        layout_gguf({}, [TensorInfo("none", "F32", (0, 3)), TensorInfo("one", "F32", (1,))])
+    assert caught.value.code == "gguf-dimension-zero"
 
 
 def test_no_padding_is_needed_after_the_last_tensor() -> None:
