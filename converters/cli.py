@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from converters import commands_convert, commands_show
+from converters import commands_convert, commands_lora, commands_show
 from converters.output import Output
 from qformats import registry
 from qformats.errors import QFormatError, UsageError
@@ -31,6 +31,8 @@ COMMANDS: dict[str, click.Command] = {
     "dequantize": commands_convert.dequantize,
     "verify": commands_convert.verify,
     "formats": commands_show.formats,
+    "lora-to-gguf": commands_lora.lora_to_gguf,
+    "gguf-to-lora": commands_lora.gguf_to_lora,
 }
 
 

@@ -18,7 +18,7 @@ from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
 from qformats.containers.source import FileSource
-from qformats.errors import BadFile, QFormatError
+from qformats.errors import BadFile, QFormatError, Unsupported
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -126,7 +126,12 @@ class Checkpoint:
         from qformats import architectures
 
         if self.gguf is not None:
+            kind = self.gguf.metadata.get("general.type")
+            if kind is not None and kind.value == "adapter":
+                raise Unsupported("adapter", "is an adapter, not a model", path=self.path, hint="qconvert gguf-to-lora converts it")
             return architectures.find_gguf(self.gguf.metadata).bind_gguf(self.gguf.metadata, self.raw)
+        if not self.config and (self.path / "adapter_config.json").is_file():
+            raise Unsupported("adapter", "is an adapter, not a model", path=self.path, hint="qconvert lora-to-gguf converts it")
         if not self.config:
             raise BadFile("config-missing", "no config.json beside the weights", path=self.path, hint="add the model's config.json")
         return architectures.find(dict(self.config)).bind(dict(self.config))

@@ -92,6 +92,8 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_detokenize": (_i32, [_ptr, C.POINTER(_i32), _i32, C.c_char_p, _i32, _bool, _bool]),
     "llama_batch_init": (_Batch, [_i32, _i32, _i32]), "llama_batch_free": (None, [_Batch]), "llama_decode": (_i32, [_ptr, _Batch]),
     "llama_get_logits": (C.POINTER(_f32), [_ptr]), "llama_get_memory": (_ptr, [_ptr]), "llama_memory_clear": (None, [_ptr, _bool]),
+    "llama_adapter_lora_init": (_ptr, [_ptr, C.c_char_p]),
+    "llama_set_adapters_lora": (_i32, [_ptr, C.POINTER(_ptr), _size, C.POINTER(_f32)]),
     "llama_model_free": (None, [_ptr]), "llama_free": (None, [_ptr]), "llama_model_desc": (_i32, [_ptr, C.c_char_p, _size]),
     "llama_model_quantize": (_u32, [C.c_char_p, C.c_char_p, C.POINTER(_QuantizeParams)]), "llama_backend_init": (None, []),
 }  # fmt: skip
@@ -238,6 +240,14 @@ class Llama:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def set_adapter(self, path: str | Path, scale: float = 1.0) -> None:
+        """Apply a LoRA adapter from now on."""
+        adapter = self._lib.llama_adapter_lora_init(self._model, str(path).encode())
+        if not adapter:
+            raise RuntimeError(f"llama.cpp cannot load the adapter {path}")
+        if self._lib.llama_set_adapters_lora(self._context, (_ptr * 1)(adapter), 1, (_f32 * 1)(scale)):
+            raise RuntimeError("llama.cpp cannot apply the adapter")
 
     @property
     def description(self) -> str:
