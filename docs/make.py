@@ -1,4 +1,4 @@
-"""Write what the documentation generates from the code: the README's capability matrix and ``docs/errors.md``.
+"""Write what the documentation generates from the code: the README's tables and ``docs/errors.md``.
 
     python docs/make.py            # write
     python docs/make.py --check    # exit 1 if something is out of date
@@ -131,8 +131,11 @@ def _md(text: str) -> str:
 def pages() -> dict[Path, str]:
     """Every generated file's path and current text."""
     readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for name, table in matrix.SECTIONS.items():
+        text = matrix.replace_between(text, name, table())
     return {
-        readme: matrix.replace_between(readme.read_text(encoding="utf-8"), matrix.matrix()),
+        readme: text,
         ROOT / "docs" / "errors.md": errors_page(),
     }
 

@@ -31,7 +31,8 @@ class Architecture:
 
     ``defaults`` are transformers' own for fields that a config.json may leave out; ``nullable`` ones mean none by null, not their
     default. ``fixed`` config fields must have one of the given values because llama.cpp has no key for them; ``ignored`` ones are
-    reported as dropped where they differ from the value llama.cpp assumes. ``before`` and ``after`` are the GGUF keys around the rotary
+    reported as dropped where they differ from the value llama.cpp assumes; ``lacks``: sentences on what llama.cpp or transformers has
+    no part for. ``before`` and ``after`` are the GGUF keys around the rotary
     ones, in llama.cpp's order; ``first_own_key`` is the first one that the family adds behind the common ones. ``told_by``: a GGUF key
     that tells it from another family of the same GGUF name. ``names``: the config's own words for the usual field names; ``complete``
     fills in what transformers derives of others. ``writes_head_dim``: transformers always has a head size for this family; without
@@ -55,6 +56,7 @@ class Architecture:
     rebuilt: Mapping[str, Any]
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     ignored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
     nullable: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     token_ids: Mapping[str, int | str] = field(default_factory=dict)

@@ -44,8 +44,7 @@ def _family(storage: Storage) -> Family | None:
 
 def can_quantize(storage: Storage) -> bool:
     """Whether ``rtn`` knows a quantizer for ``storage``."""
-    affine_form = storage.sub_scale is None and storage.offset is None and "float" not in storage.options
-    return _family(storage) is not None or affine_form
+    return _family(storage) is not None or affine.fits(storage)
 
 
 def uses_importance(storage: Storage) -> bool:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["checked", "quantize"]
+__all__ = ["checked", "fits", "quantize"]
 
 
 def checked(weights: Tensor) -> Tensor:
@@ -39,6 +39,11 @@ def checked(weights: Tensor) -> Tensor:
             hint="the source is damaged or overflowed; nothing finite stands for it",
         )
     return weights.to(torch.float32)
+
+
+def fits(storage: Storage) -> bool:
+    """Whether ``quantize`` is for ``storage``: integers with one scale a group, which formats name ``int`` and their width."""
+    return storage.type.startswith("int") and storage.sub_scale is None and storage.offset is None
 
 
 def half(scale: Tensor, what: str) -> Tensor:

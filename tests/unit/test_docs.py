@@ -11,6 +11,8 @@ import pytest
 
 from converters import matrix
 from qformats import registry
+from qformats.architectures import FAMILIES
+from qformats.formats.ggml import BLOCK_TYPES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,9 +65,15 @@ def test_matrix_names_every_format_type_and_pair() -> None:
     assert all(f"`{a}-to-{b}`" in text for a, b in matrix.pairs())
 
 
+def test_tables_name_every_block_type_and_family() -> None:
+    types, models = matrix.ggml_types(), matrix.models()
+    assert all(f"\n| {name} | " in types for name in BLOCK_TYPES)
+    assert all(f"\n| {family.name} | " in models and f"`{family.gguf}`" in models for family in FAMILIES)
+
+
 def test_text_without_markers_is_refused() -> None:
     with pytest.raises(ValueError, match="lacks the markers"):
-        matrix.replace_between("nothing here", "body")
+        matrix.replace_between("nothing here", "matrix", "body")
 
 
 @pytest.mark.parametrize("package", ["qformats", "converters"])
