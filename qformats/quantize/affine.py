@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["checked", "quantize"]
+__all__ = ["bounded", "checked", "half", "quantize"]
 
 
 def checked(weights: Tensor) -> Tensor:
@@ -39,6 +39,18 @@ def checked(weights: Tensor) -> Tensor:
             hint="the source is damaged or overflowed; nothing finite stands for it",
         )
     return weights.to(torch.float32)
+
+
+def bounded(weights: Tensor, largest: float, name: str) -> Tensor:
+    """float32 weights; as ``checked``, and ``WouldLose('f16-overflow')`` where one is beyond ``largest``, the most ``name`` can hold."""
+    import torch
+
+    x = weights.to(torch.float32).contiguous()
+    ends = [abs(float(end)) for end in torch.aminmax(x)] if x.numel() else []
+    if not all(end <= largest for end in ends):  # a NaN is not
+        checked(weights)
+        raise WouldLose("f16-overflow", f"a weight of {max(ends):g} is beyond {name}", hint="write bf16 or f32 instead")
+    return x
 
 
 def half(scale: Tensor, what: str) -> Tensor:
