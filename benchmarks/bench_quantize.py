@@ -3,10 +3,10 @@
     python benchmarks/bench_quantize.py [TYPE ...] [--rows 4096] [--columns 4096] [--repeats 5] [--seconds 60]
 
 Types (default: every ggml type that has a quantizer) without importances and, where they count, with them. Each figure is the best of
-``--repeats``, both sides in turns, fewer where a type takes more than ``--seconds``, two at least. Ours runs over row ranges as a
-conversion does, each written into one warm buffer; llama.cpp gets one call over all rows into another. "first call" is ours before
-anything is compiled or cached by this process (delete numba's cache folders to see the compilation itself). Exit code 1 if bytes differ.
-Needs llama.cpp's libraries (see tests/real/llamacpp.py).
+``--repeats`` in CPU time of the one thread, so that other load counts little; both sides in turns, fewer where a type takes more than
+``--seconds``, two at least. Ours runs over row ranges as a conversion does, each written into one warm buffer; llama.cpp gets one call
+over all rows into another. "first call" is ours before anything is compiled or cached by this process (delete numba's cache folders to
+see the compilation itself). Exit code 1 if bytes differ. Needs llama.cpp's libraries (see tests/real/llamacpp.py).
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ def quantize_row(name: str, weights: Array, importance: Array | None, repeats: i
         "ours": lambda: ours(name, weights, importance, made),
         "llama": lambda: theirs(name, weights, importance, reference),
     }
-    once = best(sides, 1)
+    once = best(sides, 1, time.thread_time)
     more = min(repeats, max(2, int(seconds / sum(once.values())))) - 1
-    again = best(sides, more)
+    again = best(sides, more, time.thread_time)
     rate = {side: weights.size / min(once[side], again[side]) / 1e6 for side in sides}
     different = int((made != reference).reshape(-1, kind.nbytes).any(-1).sum())
     way = "-" if importance is None else "yes"

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qformats.quantize.affine import bounded, checked, half
+from qformats.quantize.affine import bounded, checked, finite, half
 from qformats.quantize.kquants import importance_of
 from qformats.quantize.ksearch import over
 from qformats.quantize.legacy_search import TOPS, searched
@@ -127,14 +127,19 @@ def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Ten
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
     """float (N, K) -> the canonical tensor of a legacy ggml type (K a multiple of 32); ``importance``: (K,) or None."""
+    import torch
+
     from qformats.tensor import Param, QuantizedTensor, constant
 
     name, m = storage.type, None
     n, k = int(weights.shape[0]), int(weights.shape[1])
     if importance is None:
-        w = checked(weights)
-        loops, blocks = _loops() if w.device.type == "cpu" else None, w.reshape(n, k // BLOCK, BLOCK)
+        loops = _loops() if weights.device.type == "cpu" else None
+        w = checked(weights) if loops is None else weights.to(torch.float32)
+        blocks = w.reshape(n, k // BLOCK, BLOCK)
         codes, d, m = QUANTIZERS[name](blocks) if loops is None else _compiled(loops, blocks, storage)
+        if not finite(d):  # as the loops make it for every block with a NaN or an infinity
+            checked(w)
     else:
         w = bounded(weights, 65504.0 * (TOPS[name] + 1), name.upper())
         q = importance_of(importance, k)

@@ -23,7 +23,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.ternary import TERNARY
-from qformats.quantize.affine import checked, half
+from qformats.quantize.affine import checked, finite, half
 from qformats.quantize.ksearch import ordered_sum, over
 
 if TYPE_CHECKING:
@@ -89,8 +89,12 @@ def _rounded(name: str, blocks: Tensor, loops: Any) -> tuple[Tensor, Tensor]:
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
     """float (N, K), K whole blocks -> the canonical tensor of the type; ``BadFile('not-finite')``, ``WouldLose('f16-overflow')``."""
+    import torch
+
     kind = TERNARY[storage.type.upper()]
-    x = checked(weights).contiguous()
+    x = weights.to(torch.float32).contiguous()
     n, k = int(x.shape[0]), int(x.shape[1])
     codes, d = _rounded(storage.type, x.reshape(-1, kind.block), _loops() if x.device.type == "cpu" else None)
+    if not finite(d):  # as it is for every block with a NaN or an infinity
+        checked(x)
     return kind.to_tensor(codes.reshape(n, k), half(d, "scale").reshape(n, k // kind.block))
