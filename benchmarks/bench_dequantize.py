@@ -1,6 +1,6 @@
-"""Dequantize, quantize and re-pack ggml blocks on one thread, against llama.cpp's library, gguf-py and memset, in one run.
+"""Dequantize and re-pack ggml blocks on one thread, against llama.cpp's library, gguf-py and memset, in one run.
 
-    python benchmarks/bench_dequantize.py [--rows 1024] [--columns 4096] [--repeats 15] [--skip-quantize | --only-quantize]
+    python benchmarks/bench_dequantize.py [--rows 1024] [--columns 4096] [--repeats 15]
 
 Each figure is the best of ``--repeats``, all sides interleaved, into one warm buffer; llama.cpp gets one call over all rows. Rates are
 10^9 weights a second. The gate (last column) is the lower of 0.7 x llama.cpp and 0.6 x memset of the same floats, never below gguf-py.
@@ -27,23 +27,20 @@ import torch  # noqa: E402
 
 from qformats.formats import ggml  # noqa: E402
 from qformats.formats.ggml.iquants import IQUANTS  # noqa: E402
-from qformats.formats.ggml.kquants import KQUANTS  # noqa: E402
-from qformats.formats.ggml.legacy import LEGACY  # noqa: E402
 from qformats.loops import ggml as loops  # noqa: E402
-from qformats.quantize import rtn  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 Sides = dict[str, Callable[[], object]]
 
 
-def best(sides: Sides, repeats: int) -> dict[str, float]:
-    """The fastest seconds of each side, taken in turns so that a noisy moment hits all."""
+def best(sides: Sides, repeats: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
+    """The fastest seconds of each side by ``clock``, taken in turns so that a noisy moment hits all."""
     found = dict.fromkeys(sides, float("inf"))
     for _ in range(repeats):
         for name, run in sides.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            found[name] = min(found[name], time.perf_counter() - began)
+            found[name] = min(found[name], clock() - began)
     return found
 
 
@@ -100,24 +97,6 @@ def pack_row(name: str, weights: Array, repeats: int) -> None:
     print(row([name, *(weights.size / s / 1e9 for s in seconds.values()), "yes" if same else "NO"]), flush=True)
 
 
-def quantize_row(name: str, weights: Array, importance: Array | None, repeats: int) -> None:
-    storage, tensor = ggml.BLOCK_TYPES[name].storage, torch.from_numpy(weights)
-    weighted = None if importance is None else torch.from_numpy(importance)
-
-    def ours() -> Array:
-        quantized = rtn(tensor, storage, weighted)
-        return ggml.write(storage, quantized, 0, quantized.shape)[0].array
-
-    began = time.perf_counter()
-    made = ours()
-    cold = time.perf_counter() - began
-    seconds = best({"ours": ours, "llama": lambda: llamacpp.quantize_rows(weights, name, importance)}, repeats)
-    rate = {side: weights.size / s / 1e6 for side, s in seconds.items()}
-    same = np.array_equal(made, llamacpp.quantize_rows(weights, name, importance))
-    kind = name if importance is None else f"{name}, importances"
-    print(row([kind, rate["ours"], rate["llama"], rate["ours"] / rate["llama"], cold, "yes" if same else "NO"]), flush=True)
-
-
 def header(*titles: str) -> None:
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
 
@@ -137,20 +116,12 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--skip-quantize", action="store_true")
-    parser.add_argument("--only-quantize", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rng = np.random.default_rng(0)
     weights = rng.normal(0, 0.02, (options.rows, options.columns)).astype(np.float32)
     print(f"{options.rows} x {options.columns} weights, one thread, best of {options.repeats}, 10^9 weights/s")
-    passed = [] if options.only_quantize else blocks_rows(weights, options.repeats)
-    if not options.skip_quantize:
-        header("quantize to blocks, 10^6 weights/s", "qformats", "llama.cpp", "/ llama.cpp", "first call, s", "same bytes")
-        importance = np.exp(rng.normal(0, 1, options.columns)).astype(np.float32)
-        rows = [(name, None) for name in LEGACY] + [(name, q) for name in KQUANTS for q in (None, importance)]
-        for name, q in rows:
-            quantize_row(name, weights, q, 3 if name in KQUANTS else max(3, options.repeats // 3))
+    passed = blocks_rows(weights, options.repeats)
     return 0 if all(passed) else 1
 
 

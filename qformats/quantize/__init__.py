@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported
-from qformats.quantize import affine, ggml, kquants
+from qformats.quantize import affine, ggml, kquants, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ class Family(Protocol):
     def quantize(self, weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor: ...
 
 
-FAMILIES: tuple[Family, ...] = (ggml, kquants)
+FAMILIES: tuple[Family, ...] = (ggml, kquants, tables, ternary)
 
 
 def _family(storage: Storage) -> Family | None:

@@ -22,20 +22,27 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["checked", "fits", "quantize"]
+__all__ = ["bounded", "checked", "finite", "fits", "half", "quantize"]
+
+
+def finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    import torch
+
+    return not values.numel() or all(bool(torch.isfinite(end)) for end in torch.aminmax(values))  # both ends are NaN if any value is
 
 
 def checked(weights: Tensor) -> Tensor:
     """``weights`` as float32; ``BadFile('not-finite')`` with the first place of a NaN or an infinity."""
     import torch
 
-    if weights.numel() and not all(bool(torch.isfinite(end)) for end in torch.aminmax(weights)):  # both ends are NaN if any weight is
-        finite = torch.isfinite(weights)
-        row, column = (~finite).reshape(-1, weights.shape[-1]).nonzero()[0].tolist()
+    if not finite(weights):
+        good = torch.isfinite(weights)
+        row, column = (~good).reshape(-1, weights.shape[-1]).nonzero()[0].tolist()
         value = float(weights.reshape(-1, weights.shape[-1])[row, column])
         raise BadFile(
             "not-finite",
-            f"{int((~finite).sum())} weights are NaN or infinite, the first at row {row}, column {column} ({value})",
+            f"{int((~good).sum())} weights are NaN or infinite, the first at row {row}, column {column} ({value})",
             hint="the source is damaged or overflowed; nothing finite stands for it",
         )
     return weights.to(torch.float32)
@@ -46,16 +53,28 @@ def fits(storage: Storage) -> bool:
     return storage.type.startswith("int") and storage.sub_scale is None and storage.offset is None
 
 
+def bounded(weights: Tensor, largest: float, name: str) -> Tensor:
+    """float32 weights; as ``checked``, and ``WouldLose('f16-overflow')`` where one is beyond ``largest``, the most ``name`` can hold."""
+    import torch
+
+    x = weights.to(torch.float32).contiguous()
+    ends = [abs(float(end)) for end in torch.aminmax(x)] if x.numel() else []
+    if not all(end <= largest for end in ends):  # a NaN is not
+        checked(weights)
+        raise WouldLose("f16-overflow", f"a weight of {max(ends):g} is beyond {name}", hint="write bf16 or f32 instead")
+    return x
+
+
 def half(scale: Tensor, what: str) -> Tensor:
     """Round float32 to float16, to nearest even; ``WouldLose('f16-overflow')`` instead of an infinity."""
     import torch
 
-    rounded = scale.to(torch.float16)
-    if not bool(torch.isfinite(rounded).all()):
+    ends = [float(end) for end in torch.aminmax(scale)] if scale.numel() else []
+    if not all(abs(end) < 65520 for end in ends):  # half way to what would come next; a NaN is not below it
         raise WouldLose(
             "f16-overflow", f"a {what} of {float(scale.abs().max()):g} exceeds 65504, the largest float16", hint="write bf16 or f32 instead"
         )
-    return rounded
+    return scale.to(torch.float16)
 
 
 def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:

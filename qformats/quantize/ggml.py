@@ -1,4 +1,4 @@
-"""ggml's round-to-nearest block quantizers: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, the same bytes as llama.cpp writes without an importance matrix.
+"""ggml's block quantizers: Q4_0 Q4_1 Q5_0 Q5_1 Q8_0, the same bytes as llama.cpp writes. With importances see ``legacy_search``.
 
 Source: ``quantize_row_q4_0_ref`` … ``quantize_row_q8_0_ref`` in ``ggml/src/ggml-quants.c`` of llama.cpp v0.5.0 (what
 ``ggml_quantize_chunk`` calls), in float32, with weights divided by the scale before it is rounded. Blocks of 32:
@@ -21,7 +21,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qformats.quantize.affine import checked, half
+from qformats.quantize.affine import bounded, checked, finite, half
+from qformats.quantize.kquants import importance_of
+from qformats.quantize.ksearch import over
+from qformats.quantize.legacy_search import TOPS, searched
 from qformats.scheme import Storage, Tile
 
 if TYPE_CHECKING:
@@ -44,14 +47,14 @@ def _first(x: Tensor, mask: Tensor) -> Tensor:
 def _inverse(d: Tensor) -> Tensor:
     import torch
 
-    return torch.where(d != 0, 1.0 / d, torch.zeros(())).unsqueeze(-1)
+    return torch.where(d != 0, over(1.0, d), 0.0).unsqueeze(-1)
 
 
 def _truncate(codes: Tensor, highest: int) -> Tensor:
     """C's conversion to an integer, then the upper limit; infinities and NaN become 0 as on x86."""
     import torch
 
-    return torch.where(torch.isfinite(codes), codes, torch.zeros(())).clamp(0, highest).to(torch.uint8)
+    return torch.where(torch.isfinite(codes), codes, 0.0).clamp(0, highest).to(torch.uint8)
 
 
 def _centred(x: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
@@ -59,15 +62,17 @@ def _centred(x: Tensor, bits: int) -> tuple[Tensor, Tensor, None]:
 
     size = x.abs()
     largest = size.amax(-1)
-    extreme = torch.where(largest > 0, _first(x, size == largest.unsqueeze(-1)), torch.zeros(()))
+    extreme = torch.where(largest > 0, _first(x, size == largest.unsqueeze(-1)), 0.0)
     d = extreme / -float(1 << (bits - 1))
     codes = x * _inverse(d) + (float(1 << (bits - 1)) + 0.5)
     return _truncate(codes, (1 << bits) - 1), d, None
 
 
 def _with_minimum(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    import torch
+
     low = _first(x, x == x.amin(-1, keepdim=True))
-    d = (x.amax(-1) - low) / float((1 << bits) - 1)
+    d = (x.amax(-1) - low + 0.0) / torch.full_like(low, (1 << bits) - 1)  # of zeros of both signs the difference is +0
     codes = (x - low.unsqueeze(-1)) * _inverse(d) + 0.5
     return _truncate(codes, (1 << bits) - 1), d, low
 
@@ -75,11 +80,12 @@ def _with_minimum(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 def _bytes(x: Tensor) -> tuple[Tensor, Tensor, None]:
     import torch
 
-    d = x.abs().amax(-1) / 127.0
+    largest = x.abs().amax(-1)
+    d = largest / torch.full_like(largest, 127)
     scaled = x * _inverse(d)
-    scaled = torch.where(torch.isfinite(scaled), scaled, torch.zeros(()))
+    scaled = torch.where(torch.isfinite(scaled), scaled, 0.0)
     whole = torch.trunc(scaled)
-    codes = whole + torch.where((scaled - whole).abs() >= 0.5, torch.sign(scaled), torch.zeros(()))
+    codes = whole + torch.where((scaled - whole).abs() >= 0.5, torch.sign(scaled), 0.0)
     return codes.to(torch.int8), d, None
 
 
@@ -91,7 +97,7 @@ QUANTIZERS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]] 
     "q8_0": _bytes,
 }
 TYPES = frozenset(QUANTIZERS)
-WEIGHTED: frozenset[str] = frozenset()
+WEIGHTED = frozenset(TOPS)
 NEEDY: frozenset[str] = frozenset()
 
 
@@ -120,14 +126,26 @@ def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Ten
 
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
-    """float (N, K) -> the canonical tensor of a legacy ggml type (K a multiple of 32)."""
+    """float (N, K) -> the canonical tensor of a legacy ggml type (K a multiple of 32); ``importance``: (K,) or None."""
+    import torch
+
     from qformats.tensor import Param, QuantizedTensor, constant
 
-    w = checked(weights)
-    n, k = int(w.shape[0]), int(w.shape[1])
-    loops = _loops()
-    blocks = w.reshape(n, k // BLOCK, BLOCK)
-    codes, d, m = QUANTIZERS[storage.type](blocks) if loops is None else _compiled(loops, blocks, storage)
+    name, m = storage.type, None
+    n, k = int(weights.shape[0]), int(weights.shape[1])
+    if importance is None:
+        loops = _loops() if weights.device.type == "cpu" else None
+        w = checked(weights) if loops is None else weights.to(torch.float32)
+        blocks = w.reshape(n, k // BLOCK, BLOCK)
+        codes, d, m = QUANTIZERS[name](blocks) if loops is None else _compiled(loops, blocks, storage)
+        if not finite(d):  # as the loops make it for every block with a NaN or an infinity
+            checked(w)
+    else:
+        w = bounded(weights, 65504.0 * (TOPS[name] + 1), name.upper())
+        q = importance_of(importance, k)
+        assert q is not None
+        codes, d, low = searched(name, w, q)
+        m = low if storage.offset else None
     block = Tile((1, BLOCK))
     zero = constant(storage.zero_point, (n, k)) if isinstance(storage.zero_point, int) else None
     offset = None if m is None else Param(half(m, "minimum"), block)

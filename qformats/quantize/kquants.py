@@ -26,9 +26,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from qformats.errors import BadFile, UsageError, WouldLose
+from qformats.errors import BadFile, UsageError
 from qformats.formats.ggml.kquants import KQUANTS, SUPER, KQuant
-from qformats.quantize.affine import checked, half
+from qformats.quantize.affine import bounded, half
 from qformats.quantize.ksearch import (
     EPSILON,
     Found,
@@ -336,16 +336,8 @@ def importance_of(values: Tensor | None, columns: int) -> Tensor | None:
 
 def _bounded(recipe: Recipe, weights: Tensor) -> Tensor:
     """float32 weights; as ``checked``, and ``WouldLose('f16-overflow')`` where not even the largest d, sub-scale and code reach one."""
-    import torch
-
-    x = weights.to(torch.float32).contiguous()
     largest = 65504.0 * max(abs(recipe.kind.sub_grid.lowest), recipe.kind.sub_grid.highest) * (recipe.top + 1)
-    ends = [abs(float(end)) for end in torch.aminmax(x)] if x.numel() else []
-    if not all(end <= largest for end in ends):  # a NaN is not
-        checked(weights)
-        extreme, name = max(ends), recipe.kind.name
-        raise WouldLose("f16-overflow", f"a weight of {extreme:g} is beyond {name}", hint="write bf16 or f32 instead")
-    return x
+    return bounded(weights, largest, recipe.kind.name)
 
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:

@@ -115,7 +115,10 @@ def best_affine(x: Tensor, w: Tensor, top: int, tries: tuple[float, ...], absolu
     """
     import torch
 
-    low, high = x.amin(0).clamp(max=0.0), x.amax(0)
+    low, high = x[0], x.amax(0)
+    for row in x[1:]:
+        low = torch.where(row < low, row, low)  # of several zeros the first one's sign counts
+    low = torch.where(low > 0, 0.0, low)
     empty = high == low
     total = w[0].clone()
     for term in w[1:]:

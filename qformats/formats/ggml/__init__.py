@@ -55,7 +55,8 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, *KQUANTS)  # what weights can become; only Q4_K and Q5_K can take the codes of other formats, floats become any
+TARGETS = (*LEGACY, *KQUANTS, *TABLES, "IQ4_XS", *TERNARY)  # what floats can become
+OWN_CODES = (*TABLES, "IQ4_XS", "Q1_0", "TQ1_0")  # those whose codes stand for more than ``Storage`` says, so never another format's codes
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
 BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS, **TABLES, **TERNARY}
@@ -143,7 +144,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     if name in floats.FLOATS:
         return [floats.storage(name)]
     if name in TARGETS:
-        return [BLOCK_TYPES[name].storage]
+        storage = BLOCK_TYPES[name].storage
+        return [replace(storage, options={"codes": "own"}) if name in OWN_CODES else storage]
     known = ", ".join(n.lower() for n in (*TARGETS, *floats.FLOATS))
     raise UsageError("target-type", f"gguf type {target.type!r} cannot be written", hint=f"types: {known}")
 
