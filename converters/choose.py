@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from qformats.quantize.imatrix import ImportanceMatrix
     from qformats.tensor import QuantizedTensor
 
 __all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
@@ -47,6 +48,7 @@ class PlanOptions:
     tensor_types: tuple[tuple[str, str], ...] = ()
     pre_tokenizer: str | None = None
     header_only: bool = False
+    imatrix: ImportanceMatrix | None = None
 
     def __post_init__(self) -> None:
         for pattern, _ in self.tensor_types:
@@ -63,6 +65,7 @@ class PlanOptions:
             "allow_requantize": self.allow_requantize,
             "tensor_types": [list(pair) for pair in self.tensor_types],
             "pre_tokenizer": self.pre_tokenizer,
+            **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
         }
 
 

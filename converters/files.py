@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from converters.choose import PlanOptions
 from converters.digests import DIGESTS_KEY, placeholder
 from converters.gguf_record import kept_keys, restored_metadata
+from converters.importances import metadata_keys
 from converters.jobs import Job
 from converters.mapping import linear_modules
 from converters.outputs import Output, gguf_output, safetensors_output
@@ -53,6 +54,7 @@ def build_output(
         metadata = _gguf_metadata(checkpoint, options, jobs)
         if restore is not None and restore.metadata is not None:
             metadata = restored_metadata(restore.metadata, metadata, checkpoint.side_files(), jobs)
+        metadata.update(metadata_keys(options.imatrix))
         metadata[PROVENANCE_KEY] = Value("str", record)
         metadata[DIGESTS_KEY] = Value("str", placeholder([""]))
         alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
