@@ -136,7 +136,7 @@ class Chooser:
     # ------------------------------------------------------------ floats
 
     def _from_floats(self, tensor: TensorMap) -> Job:
-        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module} or {"F32"}
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf} or {"F32"}
         kept = self._verbatim(tensor, found)
         if kept is not None:
             return kept
@@ -242,7 +242,7 @@ class Chooser:
         return True
 
     def _float_kind(self, tensor: TensorMap, dtype: str) -> tuple[str, str]:
-        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module}
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf}
         widening = all((a, dtype) in {("F16", "F32"), ("BF16", "F32")} or a == dtype for a in found)
         if widening and not tensor.shift:
             return "exact", f"{'/'.join(sorted(found))} values are {dtype} values"

@@ -39,8 +39,8 @@ class SourceRows:
 
     ``index``: (stop - start,) int64 or None for "in order". ``period``: rows ``k·period:(k+1)·period`` of the piece come only from
     the same rows of the source (1 for "in order", head_dim for a rotary permutation, 0 when the whole piece is needed).
-    ``transposed``: the rows meant are the source's columns. An empty ``module`` stands for ``stop - start`` rows of zeros (padding of
-    an embedding).
+    ``transposed``: the rows meant are the source's columns. Empty ``module`` and ``leaf`` stand for ``stop - start`` rows of zeros
+    (padding of an embedding).
     """
 
     module: str
@@ -72,8 +72,8 @@ class TensorMap:
 
     @property
     def name(self) -> str:
-        """The full tensor name, ``target.leaf``."""
-        return f"{self.target}.{self.leaf}"
+        """The full tensor name, ``target.leaf``; the leaf alone where the name has no dot."""
+        return f"{self.target}.{self.leaf}" if self.target else self.leaf
 
 
 @dataclass(frozen=True, slots=True)
