@@ -31,6 +31,7 @@ def plan(
     pre_tokenizer: str | None = None,
     header_only: bool = False,
     imatrix: str | Path | None = None,
+    metadata: Iterable[str] = (),
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -38,7 +39,16 @@ def plan(
     """
     target = registry.parse_target(to) if isinstance(to, str) else to
     matrix = None if imatrix is None else read_imatrix(imatrix)
-    options = PlanOptions(target, exact, allow_requantize, tuple(tensor_types), pre_tokenizer, header_only, imatrix=matrix)
+    options = PlanOptions(
+        target,
+        exact,
+        allow_requantize,
+        tuple(tensor_types),
+        pre_tokenizer,
+        header_only,
+        imatrix=matrix,
+        metadata=tuple(metadata),
+    )
     return make_plan(source, options)
 
 
@@ -54,9 +64,11 @@ def convert(
     tensor_types: Iterable[tuple[str, str]] = (),
     pre_tokenizer: str | None = None,
     imatrix: str | Path | None = None,
+    metadata: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Report:
-    """Convert ``source`` into ``destination`` and report every tensor's kind. ``imatrix``: importances for new codes.
+    """Convert ``source`` into ``destination`` and report every tensor's kind.
+    ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -70,6 +82,7 @@ def convert(
         tensor_types=tensor_types,
         pre_tokenizer=pre_tokenizer,
         imatrix=imatrix,
+        metadata=metadata,
     )
     with planned.checkpoint:
         refuse_losses(planned)

@@ -40,7 +40,10 @@ _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins."""
+    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins.
+
+    ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
+    """
 
     target: Target
     exact: bool = False
@@ -49,6 +52,7 @@ class PlanOptions:
     pre_tokenizer: str | None = None
     header_only: bool = False
     imatrix: ImportanceMatrix | None = None
+    metadata: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, _ in self.tensor_types:
@@ -66,6 +70,7 @@ class PlanOptions:
             "tensor_types": [list(pair) for pair in self.tensor_types],
             "pre_tokenizer": self.pre_tokenizer,
             **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
+            **({"metadata": list(self.metadata)} if self.metadata else {}),
         }
 
 

@@ -81,7 +81,7 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
         return
     from converters.importances import same_imatrix
 
-    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"]:
+    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"] or flags["metadata"]:
         raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
     saved = _read_plan(plan_file)
     same_imatrix(saved["imatrix"], flags["imatrix"], plan_file)
@@ -239,6 +239,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
             "allow_requantize": bool(options["allow_requantize"]),
             "tensor_types": tuple((str(a), str(b)) for a, b in options["tensor_types"]),
             "pre_tokenizer": None if options["pre_tokenizer"] is None else str(options["pre_tokenizer"]),
+            "metadata": tuple(str(word) for word in options.get("metadata", ())),
         }
         found = {"options": wishes, "digest": str(saved["digest"]), "imatrix": recorded_imatrix(options)}
         depth = saved["depth"]

@@ -130,7 +130,9 @@ def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
         types = tuple((str(a), str(b)) for a, b in options["tensor_types"])
         target = registry.parse_target(options["to"])
         recorded_imatrix(options)
-        return PlanOptions(target, bool(options["exact"]), bool(options["allow_requantize"]), types, options["pre_tokenizer"])
+        words = tuple(str(word) for word in options.get("metadata", ()))
+        exact, requantize = bool(options["exact"]), bool(options["allow_requantize"])
+        return PlanOptions(target, exact, requantize, types, options["pre_tokenizer"], metadata=words)
     except (KeyError, TypeError, ValueError, QFormatError):
         return None
 

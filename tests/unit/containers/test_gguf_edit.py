@@ -282,6 +282,17 @@ def test_what_a_conversion_recorded_survives_cutting_and_merging_and_digests_end
     assert report.lossless
 
 
+def test_a_conversion_sets_keys_and_verifies_by_replay(tmp_path: Path) -> None:
+    source = model(tmp_path / "m.gguf", metadata={"a": Value("u8", 1)})
+    convert(source, tmp_path / "c.gguf", to="gguf", metadata=["a=2", "b:[str]=[\"x\"]"])
+    metadata = open_gguf(tmp_path / "c.gguf").metadata
+    assert (metadata["a"], metadata["b"].type, list(metadata["b"].value)) == (Value("u8", 2), "[str]", ["x"])
+    assert verify(source, tmp_path / "c.gguf", replay=True).ok
+    assert code(lambda: convert(source, tmp_path / "x.gguf", to="gguf", metadata=["a=300"])) == "metadata-value"
+    awq = FIXTURES / "awq" / "gemm-g32"
+    assert code(lambda: convert(awq, tmp_path / "x", to="gptq", metadata=["a=1"])) == "metadata-target"
+
+
 # ---------------------------------------------------------------- command line
 
 
@@ -297,6 +308,10 @@ def test_the_commands_do_the_same(tmp_path: Path) -> None:
     assert found.exit_code == 0 and len(json.loads(found.stdout)["files"]) == 1
     found = run("split", source, tmp_path / "m", "--max-tensors", 2)
     assert found.exit_code == 0 and "3 files" in found.stdout and "m-00003-of-00003.gguf" in found.stdout
+    plan = run("plan", source, "--to", "gguf", "--set-metadata", "general.name=Tiny", "--json")
+    (tmp_path / "plan.json").write_text(plan.stdout)
+    assert run("convert", source, tmp_path / "p.gguf", "--plan", tmp_path / "plan.json").exit_code == 0
+    assert open_gguf(tmp_path / "p.gguf").metadata["general.name"] == Value("str", "Tiny")
     assert run("merge", tmp_path / "m-00001-of-00003.gguf", tmp_path / "one.gguf").exit_code == 0
     assert (tmp_path / "one.gguf").read_bytes() == source.read_bytes()
     words = ("--set-metadata", "general.name=Tiny", "--rename-metadata", "general.name=x", "--rename-tensor", "t0=t9")
