@@ -92,7 +92,7 @@ class Rule:
     letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
     ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
     ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
-    ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
+    ``fused`` names the leaf of ``….experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
     """
 
     hf: str
