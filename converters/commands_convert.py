@@ -169,6 +169,10 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
     check_report(report, src, dst)
     wishes = Wishes(**flags)
+    if wishes.imatrix is not None:
+        from qformats.containers.atomic import check_not_same
+
+        check_not_same(wishes.imatrix, dst)
     registry.parse_target(wishes.to)
     from qformats.checkpoint import open_checkpoint
 

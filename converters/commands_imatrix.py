@@ -38,11 +38,13 @@ def imatrix(model: Path, text: Path, path: Path, overwrite: bool, as_json: bool,
     MODEL is any checkpoint that can be read; one that is no directory of floats is converted to one, in a temporary place. Needs
     transformers.
     """
+    from qformats.containers.atomic import check_not_same
     from qformats.quantize.imatrix import write_imatrix
     from qformats.runtime.activations import measure
 
     output = output_of(as_json, quiet)
     words = _read_text(text)
+    check_not_same([model, text], path)
     if path.exists() and not overwrite:
         raise OutputError("exists", "already exists", path=path, hint="choose another name or add --overwrite")
     with _floats(model, output) as directory, output.steps("imatrix", "chunks") as progress:

@@ -19,7 +19,7 @@ from converters.provenance import is_intact, tool_version
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.containers.source import FileSource
-from qformats.errors import BadFile, Mismatch, QFormatError
+from qformats.errors import BadFile, Mismatch, QFormatError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -92,6 +92,9 @@ def verify(
             options = None if record is None else _recorded_options(record)
             if options is None:
                 return _compare_values(checkpoint, found)
+            if found.gguf is not None and found.gguf.shards > 1:
+                message = "was written as one file and is split now, so its record does not speak of these bytes"
+                raise UsageError("verify-shards", message, path=where, hint="merge it first: qconvert merge")
             if not replay and _same_digests(checkpoint, found, count):
                 nbytes = sum(s.size for s in (*checkpoint.sources(), *found.sources()))
                 return VerifyResult(True, "digests", unseen=_unseen(record or {}), compared_nbytes=nbytes)

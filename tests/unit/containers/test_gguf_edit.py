@@ -273,6 +273,7 @@ def test_what_a_conversion_recorded_survives_cutting_and_merging_and_digests_end
     awq = FIXTURES / "awq" / "gemm-g32"
     convert(awq, tmp_path / "m.gguf", to="gguf")
     first = split_gguf(tmp_path / "m.gguf", tmp_path / "cut", max_tensors=4).paths[0]
+    assert code(lambda: verify(awq, first)) == "verify-shards"
     merge_gguf([first], tmp_path / "again.gguf")
     assert verify(awq, tmp_path / "again.gguf").method == "digests"
     edit_gguf(tmp_path / "m.gguf", tmp_path / "e.gguf", assignments=[parse_assignment("general.name=Other")])

@@ -236,5 +236,6 @@ def test_commands_take_the_matrix_and_plans_hold_it_to_its_word(model: Path, mad
     done = run("convert", model, tmp_path / "a.gguf", "--plan", tmp_path / "plan.json", "--imatrix", matrix)
     assert done.exit_code == 0 and "2 tensors rounded under the importances" in done.stdout
     assert (tmp_path / "a.gguf").read_bytes() == made[0].read_bytes()
+    assert run("quantize", model, matrix, "--to", "gguf:q4_k", "--imatrix", matrix, "--overwrite").exit_code == 4
     assert run("quantize", model, tmp_path / "b.gguf", "--to", "gguf:q4_k", "--imatrix", matrix, "--quiet").exit_code == 0
     assert run("verify", model, tmp_path / "b.gguf", "--replay", "--imatrix", matrix).exit_code == 0

@@ -155,6 +155,8 @@ def test_the_command_measures_directories_and_other_formats_alike(tmp_path: Path
     for name, entry in first.entries.items():
         np.testing.assert_allclose(entry.sums, second.entries[name].sums, rtol=1e-5)
     assert run("imatrix", DENSE / "llama", *words, "-o", tmp_path / "a.gguf").exit_code == 4
+    same = run("imatrix", tmp_path / "m.gguf", *words, "-o", tmp_path / "m.gguf", "--overwrite")
+    assert same.exit_code == 4 and "same-file" in same.stderr
 
 
 def test_the_command_refuses_texts_it_cannot_use(tmp_path: Path) -> None:
