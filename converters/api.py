@@ -13,6 +13,7 @@ from converters.verify import VerifyResult
 from converters.verify import verify as _verify
 from qformats import registry
 from qformats.formats.protocol import Target
+from qformats.quantize.imatrix import read_imatrix
 
 if TYPE_CHECKING:
     from converters.report import Report
@@ -29,13 +30,25 @@ def plan(
     tensor_types: Iterable[tuple[str, str]] = (),
     pre_tokenizer: str | None = None,
     header_only: bool = False,
+    imatrix: str | Path | None = None,
+    metadata: Iterable[str] = (),
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
     ``header_only`` reads headers and claims; otherwise parameters are read too (codes only where a rule asks) and the plan is final.
     """
     target = registry.parse_target(to) if isinstance(to, str) else to
-    options = PlanOptions(target, exact, allow_requantize, tuple(tensor_types), pre_tokenizer, header_only)
+    matrix = None if imatrix is None else read_imatrix(imatrix)
+    options = PlanOptions(
+        target,
+        exact,
+        allow_requantize,
+        tuple(tensor_types),
+        pre_tokenizer,
+        header_only,
+        imatrix=matrix,
+        metadata=tuple(metadata),
+    )
     return make_plan(source, options)
 
 
@@ -50,16 +63,26 @@ def convert(
     workers: int | None = None,
     tensor_types: Iterable[tuple[str, str]] = (),
     pre_tokenizer: str | None = None,
+    imatrix: str | Path | None = None,
+    metadata: Iterable[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
+    ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
     from converters.report import Report
 
     planned = plan(
-        source, to=to, exact=exact, allow_requantize=allow_requantize, tensor_types=tensor_types, pre_tokenizer=pre_tokenizer
+        source,
+        to=to,
+        exact=exact,
+        allow_requantize=allow_requantize,
+        tensor_types=tensor_types,
+        pre_tokenizer=pre_tokenizer,
+        imatrix=imatrix,
+        metadata=metadata,
     )
     with planned.checkpoint:
         refuse_losses(planned)
@@ -68,7 +91,16 @@ def convert(
 
 
 def verify(
-    source: str | Path, destination: str | Path, *, replay: bool = False, workers: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    destination: str | Path,
+    *,
+    replay: bool = False,
+    imatrix: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> VerifyResult:
-    """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``."""
-    return _verify(source, destination, replay=replay, workers=workers, progress=progress)
+    """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``.
+
+    ``imatrix``: the importance matrix it was made with, which a replay needs.
+    """
+    return _verify(source, destination, replay=replay, imatrix=imatrix, workers=workers, progress=progress)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from qformats.quantize.imatrix import ImportanceMatrix
     from qformats.tensor import QuantizedTensor
 
 __all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
@@ -39,7 +40,10 @@ _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins."""
+    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins.
+
+    ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
+    """
 
     target: Target
     exact: bool = False
@@ -47,6 +51,8 @@ class PlanOptions:
     tensor_types: tuple[tuple[str, str], ...] = ()
     pre_tokenizer: str | None = None
     header_only: bool = False
+    imatrix: ImportanceMatrix | None = None
+    metadata: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for pattern, _ in self.tensor_types:
@@ -63,6 +69,8 @@ class PlanOptions:
             "allow_requantize": self.allow_requantize,
             "tensor_types": [list(pair) for pair in self.tensor_types],
             "pre_tokenizer": self.pre_tokenizer,
+            **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
+            **({"metadata": list(self.metadata)} if self.metadata else {}),
         }
 
 
@@ -133,7 +141,7 @@ class Chooser:
     # ------------------------------------------------------------ floats
 
     def _from_floats(self, tensor: TensorMap) -> Job:
-        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module} or {"F32"}
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf} or {"F32"}
         kept = self._verbatim(tensor, found)
         if kept is not None:
             return kept
@@ -239,7 +247,7 @@ class Chooser:
         return True
 
     def _float_kind(self, tensor: TensorMap, dtype: str) -> tuple[str, str]:
-        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module}
+        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf}
         widening = all((a, dtype) in {("F16", "F32"), ("BF16", "F32")} or a == dtype for a in found)
         if widening and not tensor.shift:
             return "exact", f"{'/'.join(sorted(found))} values are {dtype} values"

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from converters import commands_convert, commands_lora, commands_show
+from converters import commands_convert, commands_gguf, commands_imatrix, commands_lora, commands_show
 from converters.output import Output
 from qformats import registry
 from qformats.errors import QFormatError, UsageError
@@ -30,6 +30,10 @@ COMMANDS: dict[str, click.Command] = {
     "quantize": commands_convert.quantize,
     "dequantize": commands_convert.dequantize,
     "verify": commands_convert.verify,
+    "imatrix": commands_imatrix.imatrix,
+    "split": commands_gguf.split,
+    "merge": commands_gguf.merge,
+    "edit": commands_gguf.edit,
     "formats": commands_show.formats,
     "lora-to-gguf": commands_lora.lora_to_gguf,
     "gguf-to-lora": commands_lora.gguf_to_lora,

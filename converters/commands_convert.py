@@ -79,9 +79,12 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
     if plan_file is None:
         _run(src, dst, {**flags, "to": to})
         return
-    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"]:
+    from converters.importances import same_imatrix
+
+    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"] or flags["metadata"]:
         raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
     saved = _read_plan(plan_file)
+    same_imatrix(saved["imatrix"], flags["imatrix"], plan_file)
     _run(src, dst, {**flags, **saved["options"]}, digest=saved["digest"])
 
 
@@ -118,15 +121,16 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
+@click.option("--imatrix", type=_PATH, metavar="FILE", help="The importance matrix that DST was made with, for a replay.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
 @output_flags
-def verify(src: Path, dst: Path, replay: bool, workers: int | None, as_json: bool, quiet: bool) -> None:
+def verify(src: Path, dst: Path, replay: bool, imatrix: Path | None, workers: int | None, as_json: bool, quiet: bool) -> None:
     """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record."""
     from converters.verify import verify as compare
 
     output = output_of(as_json, quiet)
     with output.progress("verify") as progress:
-        found = compare(src, dst, replay=replay, workers=workers, progress=progress)
+        found = compare(src, dst, replay=replay, imatrix=imatrix, workers=workers, progress=progress)
     data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
     output.result(data, lambda: _verify_lines(dst, found))
     if not found.ok:
@@ -165,6 +169,10 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
     check_report(report, src, dst)
     wishes = Wishes(**flags)
+    if wishes.imatrix is not None:
+        from qformats.containers.atomic import check_not_same
+
+        check_not_same(wishes.imatrix, dst)
     registry.parse_target(wishes.to)
     from qformats.checkpoint import open_checkpoint
 
@@ -222,6 +230,8 @@ def _check_source(checkpoint: Checkpoint, wanted: str, target: str) -> None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     """The options and digest of a saved plan; ``BadFile('plan-file')`` if it is none, ``UsageError('plan-depth')`` if not scanned."""
+    from converters.importances import recorded_imatrix
+
     try:
         if path.stat().st_size > MAX_PLAN_NBYTES:
             raise ValueError
@@ -233,8 +243,9 @@ def _read_plan(path: Path) -> dict[str, Any]:
             "allow_requantize": bool(options["allow_requantize"]),
             "tensor_types": tuple((str(a), str(b)) for a, b in options["tensor_types"]),
             "pre_tokenizer": None if options["pre_tokenizer"] is None else str(options["pre_tokenizer"]),
+            "metadata": tuple(str(word) for word in options.get("metadata", ())),
         }
-        found = {"options": wishes, "digest": str(saved["digest"])}
+        found = {"options": wishes, "digest": str(saved["digest"]), "imatrix": recorded_imatrix(options)}
         depth = saved["depth"]
     except OSError as error:
         raise BadFile("not-found", f"cannot read the plan: {error.strerror}", path=path) from None

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters import digests
+from converters.importances import expert_runs
 from converters.jobs import Job
 from converters.outputs import OutputPart
 from converters.plan import Plan
@@ -258,7 +259,7 @@ def _pieces(plan: Plan, task: _Task, errors: _Errors) -> Iterator[Piece]:
         if job.action in ("copy", "float"):
             yield _float_piece(job, value, start, errors)
         else:
-            yield from _code_pieces(plan, job, value, start, stop, errors)
+            yield from _code_pieces(plan, task, value, start, stop, errors)
 
 
 def _constant(job: Job) -> Tensor:
@@ -332,24 +333,35 @@ def _float_bytes(values: Tensor, job: Job) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------- codes
 
 
-def _code_pieces(plan: Plan, job: Job, value: Any, start: int, stop: int, errors: _Errors) -> list[Piece]:
-    import torch
-
+def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
+    job = task.job
     form = registry.format_module(job.format)
     assert job.storage is not None
     if job.action == "quantize":
-        from qformats.quantize import rtn
+        yield from _new_codes(task, value, start, stop, errors)
+        return
+    decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
+    tensor = finish(value, decision, reuse=True)
+    if job.map.target in plan.unsorted:
+        tensor = _unsort(tensor, *plan.unsorted[job.map.target])
+    yield from form.write(job.storage, tensor, start, job.map.shape)
 
-        weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
-        tensor: QuantizedTensor = rtn(weights.to(torch.float32) + job.map.shift, job.storage)
-        errors.add_tensor(job, start, weights, tensor)
-    else:
-        decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
-        tensor = finish(value, decision, reuse=True)
-        if job.map.target in plan.unsorted:
-            tensor = _unsort(tensor, *plan.unsorted[job.map.target])
-    pieces: list[Piece] = form.write(job.storage, tensor, start, job.map.shape)
-    return pieces
+
+def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
+    """Rows rounded, those of each expert under its own importances."""
+    import torch
+
+    from qformats.quantize import rtn
+
+    job = task.job
+    assert job.storage is not None
+    weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
+    for first, last, expert in expert_runs(job, start, stop, task.rows):
+        run = weights[first - start : last - start]
+        importance = None if job.importance is None else torch.from_numpy(job.importance[expert])
+        tensor = rtn(run.to(torch.float32) + job.map.shift, job.storage, importance)
+        errors.add_tensor(job, first, run, tensor)
+        yield from registry.format_module(job.format).write(job.storage, tensor, first, job.map.shape)
 
 
 def _hint(job: Job, start: int, stop: int) -> Hint | None:

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any
 from converters.choose import PlanOptions
 from converters.digests import DIGESTS_KEY, placeholder
 from converters.gguf_record import kept_keys, restored_metadata
+from converters.importances import metadata_keys
 from converters.jobs import Job
 from converters.mapping import linear_modules
+from converters.metadata_words import assigned, parse_assignment
 from converters.outputs import Output, gguf_output, safetensors_output
 from qformats import registry
 from qformats.checkpoint import PROVENANCE_KEY, Checkpoint
 from qformats.containers.gguf import Metadata, Value
-from qformats.errors import BadFile
+from qformats.errors import BadFile, UsageError
 from qformats.formats.protocol import Target
 
 if TYPE_CHECKING:
@@ -53,10 +55,16 @@ def build_output(
         metadata = _gguf_metadata(checkpoint, options, jobs)
         if restore is not None and restore.metadata is not None:
             metadata = restored_metadata(restore.metadata, metadata, checkpoint.side_files(), jobs)
+        metadata.update(metadata_keys(options.imatrix))
+        for word in options.metadata:
+            metadata = assigned(metadata, parse_assignment(word))
         metadata[PROVENANCE_KEY] = Value("str", record)
         metadata[DIGESTS_KEY] = Value("str", placeholder([""]))
         alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
         return gguf_output(metadata, jobs, alignment)
+    if options.metadata:
+        hint = "leave --set-metadata out, or name the target gguf"
+        raise UsageError("metadata-target", f"{options.target.format} has no keys of a GGUF to set", hint=hint)
     return safetensors_output(jobs, small, lambda names: {"format": "pt", PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
 
 

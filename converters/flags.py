@@ -61,12 +61,14 @@ def output_flags(function: F) -> F:
 
 
 def loss_flags(function: F) -> F:
-    """``--exact --allow-requantize --tensor-type --pre``: what a plan may do."""
+    """``--exact --allow-requantize --tensor-type --pre --imatrix --set-metadata``: what a plan may do."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
         click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
+        click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
+        click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
     )(function)  # fmt: skip
 
 
@@ -89,13 +91,26 @@ class Wishes:
     tensor_types: tuple[tuple[str, str], ...] = ()
     pre_tokenizer: str | None = None
     header: bool = False
+    imatrix: Path | None = None
+    metadata: tuple[str, ...] = ()
 
     def plan_options(self) -> PlanOptions:
-        """Raises ``UsageError`` for an unknown format, type or option."""
+        """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
         target = registry.parse_target(self.to)
         from converters.choose import PlanOptions
+        from qformats.quantize.imatrix import read_imatrix
 
-        return PlanOptions(target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header)
+        matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
+        return PlanOptions(
+            target,
+            self.exact,
+            self.allow_requantize,
+            tuple(self.tensor_types),
+            self.pre_tokenizer,
+            self.header,
+            imatrix=matrix,
+            metadata=tuple(self.metadata),
+        )
 
 
 def output_of(as_json: bool, quiet: bool) -> Output:

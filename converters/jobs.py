@@ -24,7 +24,7 @@ class Job:
 
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
-    module that was absorbed.
+    module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -43,6 +43,7 @@ class Job:
     notes: tuple[str, ...] = ()
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     hints: Mapping[str, Hint] = field(default_factory=dict)
+    importance: np.ndarray[Any, Any] | None = None
 
     @property
     def name(self) -> str:

@@ -118,6 +118,22 @@ class Output:
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+    @contextmanager
+    def steps(self, title: str, unit: str) -> Iterator[ProgressCallback | None]:
+        """Like ``progress``, for work that is counted in ``unit`` and not in bytes."""
+        if not self._is_watched():
+            yield None
+            return
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(escape(unit)), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(escape(printable(title)), total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def error_json(error: QFormatError) -> dict[str, Any]:
     """An error's fields as JSON data."""
     found: dict[str, Any] = {"code": error.code, "message": error.message, "path": error.path, "tensor": error.tensor, "hint": error.hint}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters import absorb, files, provenance
 from converters.choose import NEEDS_CONSENT, Chooser, PlanOptions
+from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
 from converters.outputs import Output
@@ -116,7 +117,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         blocks={} if restore is None else restore.blocks,
         orders=orders,
     )
-    jobs = _decide(chooser, tensors)
+    jobs, told = with_importances(_decide(chooser, tensors), options)
+    warnings.extend(told)
     all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
     jobs = _harmonize(target.name, jobs)
     small = files.side_files(checkpoint, options, jobs, restore)

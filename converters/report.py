@@ -11,6 +11,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from converters.importances import WEIGHTED
 from converters.output import count, size, table
 from qformats.errors import OutputError, UsageError, printable
 
@@ -59,7 +60,10 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class Report:
-    """What was planned (``seconds`` None) or done. ``dropped``: source tensors with no place in the target, with reasons."""
+    """What was planned (``seconds`` None) or done. ``dropped``: source tensors with no place in the target, with reasons.
+
+    ``imatrix``: file name of the importance matrix.
+    """
 
     source: str
     source_format: str
@@ -74,6 +78,7 @@ class Report:
     tool: str = ""
     destination: str | None = None
     seconds: float | None = None
+    imatrix: str | None = None
 
     @classmethod
     def build(cls, plan: Plan, outcome: Outcome | None = None, destination: str | Path | None = None) -> Report:
@@ -103,6 +108,7 @@ class Report:
             f"qformats {tool_version()}",
             None if destination is None else str(destination),
             None if outcome is None else outcome.seconds,
+            None if plan.options.imatrix is None else plan.options.imatrix.name,
         )
 
     @property
@@ -125,6 +131,11 @@ class Report:
     def weights(self) -> int:
         """Number of elements of all target tensors."""
         return sum(line.weights for line in self.tensors)
+
+    @property
+    def weighted(self) -> int:
+        """Number of tensors rounded under an importance matrix."""
+        return sum(WEIGHTED in line.rewrites for line in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
@@ -168,6 +179,8 @@ class Report:
                 else:
                     plain[note] += 1
         lines = [f"{t} would save {size(sum(n))} on {count(len(n), 'tensor')}: {how}" for (t, how), n in saved.items()]
+        if self.imatrix is not None:
+            lines.append(f"{count(self.weighted, 'tensor')} rounded under the importances of {self.imatrix}")
         return lines + [f"{count(number, 'tensor')}: {note}" for note, number in plain.items()]
 
     # ---------------------------------------------------------------- forms
@@ -184,6 +197,7 @@ class Report:
             "bits_per_weight": round(self.bits_per_weight, 4),
             "source_bits_per_weight": round(self.source_bits_per_weight, 4),
             "worst_error": self.worst_error,
+            "weighted": self.weighted,
             "notes": self.notes(),
             "tensors": tensors,
         }

@@ -142,7 +142,7 @@ def read_rows(
 def _read_piece(job: Job, slab: Slab, checkpoint: Checkpoint, source: SourceRows, low: int, high: int, codes: bool) -> Any:
     import torch
 
-    if not source.module:
+    if not (source.module or source.leaf):
         return torch.zeros(high - low, job.map.shape[-1])
     first, last, local = _source_range(source, low, high)
     value = _read_module(slab, checkpoint, source, first, last, job, codes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import digests
 from converters.choose import PlanOptions
 from converters.execute import Progress, run_jobs, worker_count
+from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
@@ -18,7 +19,7 @@ from converters.provenance import is_intact, tool_version
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.containers.source import FileSource
-from qformats.errors import BadFile, Mismatch, QFormatError
+from qformats.errors import BadFile, Mismatch, QFormatError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,12 +63,19 @@ class VerifyResult:
 
 
 def verify(
-    source: str | Path, destination: str | Path, *, replay: bool = False, workers: int | None = None, progress: Progress | None = None
+    source: str | Path,
+    destination: str | Path,
+    *,
+    replay: bool = False,
+    imatrix: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
 ) -> VerifyResult:
     """Compare ``destination`` with what its record says was made of ``source``; every flipped bit is found.
 
     Equal digests of both sides settle it at the speed of reading them. Where one differs, or with ``replay``, the conversion is done
-    again in memory and every byte compared, so that differences have a place.
+    again in memory and every byte compared, so that differences have a place; that takes the ``imatrix`` it was made with, if any:
+    ``UsageError`` (``imatrix-missing``, ``imatrix-other``).
     """
     where, count = Path(destination), worker_count(workers)
     with open_checkpoint(source) as checkpoint:
@@ -84,10 +92,16 @@ def verify(
             options = None if record is None else _recorded_options(record)
             if options is None:
                 return _compare_values(checkpoint, found)
+            if found.gguf is not None and found.gguf.shards > 1:
+                message = "was written as one file and is split now, so its record does not speak of these bytes"
+                raise UsageError("verify-shards", message, path=where, hint="merge it first: qconvert merge")
             if not replay and _same_digests(checkpoint, found, count):
                 nbytes = sum(s.size for s in (*checkpoint.sources(), *found.sources()))
                 return VerifyResult(True, "digests", unseen=_unseen(record or {}), compared_nbytes=nbytes)
-            return _compare_bytes(make_plan(checkpoint, options), found, record or {}, count, progress)
+            if record is not None and imatrix is None and not replay and recorded_imatrix(record["options"]) is not None:
+                return _without_imatrix(record)
+            matrix = same_imatrix(recorded_imatrix((record or {})["options"]), imatrix, where)
+            return _compare_bytes(make_plan(checkpoint, replace(options, imatrix=matrix)), found, record or {}, count, progress)
 
 
 def _same_digests(checkpoint: Checkpoint, found: Checkpoint, workers: int) -> bool:
@@ -96,6 +110,14 @@ def _same_digests(checkpoint: Checkpoint, found: Checkpoint, workers: int) -> bo
     if said is None or said.output != digests.of_found(found, said, workers):
         return False
     return said.source == digests.of_source(checkpoint, workers)
+
+
+def _without_imatrix(record: Mapping[str, Any]) -> VerifyResult:
+    """The digests differ, and the conversion cannot be done again to say where."""
+    name, _ = recorded_imatrix(record["options"]) or ("", "")
+    unseen = f"where: made with the importance matrix {name!r}, which a replay needs; give it with --imatrix"
+    entry = {"tensor": None, "file": None, "offset_bytes": None, "detail": "source or output is not what the digests say"}
+    return VerifyResult(False, "digests", [entry], [unseen, *_unseen(record)])
 
 
 def _has_lost_record(found: Checkpoint) -> bool:
@@ -110,7 +132,10 @@ def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
         options = record["options"]
         types = tuple((str(a), str(b)) for a, b in options["tensor_types"])
         target = registry.parse_target(options["to"])
-        return PlanOptions(target, bool(options["exact"]), bool(options["allow_requantize"]), types, options["pre_tokenizer"])
+        recorded_imatrix(options)
+        words = tuple(str(word) for word in options.get("metadata", ()))
+        exact, requantize = bool(options["exact"]), bool(options["allow_requantize"])
+        return PlanOptions(target, exact, requantize, types, options["pre_tokenizer"], metadata=words)
     except (KeyError, TypeError, ValueError, QFormatError):
         return None
 

@@ -39,8 +39,8 @@ class SourceRows:
 
     ``index``: (stop - start,) int64 or None for "in order". ``period``: rows ``k·period:(k+1)·period`` of the piece come only from
     the same rows of the source (1 for "in order", head_dim for a rotary permutation, 0 when the whole piece is needed).
-    ``transposed``: the rows meant are the source's columns. An empty ``module`` stands for ``stop - start`` rows of zeros (padding of
-    an embedding).
+    ``transposed``: the rows meant are the source's columns. Empty ``module`` and ``leaf`` stand for ``stop - start`` rows of zeros
+    (padding of an embedding).
     """
 
     module: str
@@ -72,8 +72,8 @@ class TensorMap:
 
     @property
     def name(self) -> str:
-        """The full tensor name, ``target.leaf``."""
-        return f"{self.target}.{self.leaf}"
+        """The full tensor name, ``target.leaf``; the leaf alone where the name has no dot."""
+        return f"{self.target}.{self.leaf}" if self.target else self.leaf
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class Rule:
     letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
     ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
     ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
-    ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
+    ``fused`` names the leaf of ``….experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
     """
 
     hf: str

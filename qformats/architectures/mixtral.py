@@ -27,9 +27,9 @@ MIXTRAL = Architecture(
     rules=(
         _SHARED[0],
         Rule(MOE + "gate", "blk.{i}.ffn_gate_inp", "EH", "router"),
-        Rule(MOE + "experts.{e}.w1", "blk.{i}.ffn_gate_exps", "EFH", "experts"),
-        Rule(MOE + "experts.{e}.w2", "blk.{i}.ffn_down_exps", "EHF", "experts"),
-        Rule(MOE + "experts.{e}.w3", "blk.{i}.ffn_up_exps", "EFH", "experts"),
+        Rule(MOE + "experts.{e}.w1", "blk.{i}.ffn_gate_exps", "EFH", "experts", fused=("gate_up_proj", 0, 2)),
+        Rule(MOE + "experts.{e}.w2", "blk.{i}.ffn_down_exps", "EHF", "experts", fused=("down_proj", 0, 1)),
+        Rule(MOE + "experts.{e}.w3", "blk.{i}.ffn_up_exps", "EFH", "experts", fused=("gate_up_proj", 1, 2)),
         *_SHARED[1:],
     ),
     before=ATTENTION,

@@ -45,6 +45,7 @@ __all__ = [
     "Value",
     "layout_gguf",
     "open_gguf",
+    "open_gguf_shards",
     "tensor_nbytes",
 ]
 
@@ -103,6 +104,20 @@ def open_gguf(path: str | Path | ByteSource) -> GGUFFile:
     if not isinstance(source, FileSource):
         raise BadFile("gguf-shard-name", f"is one of {count} shards; open it by its path", path=source.name)
     return _open_shards(first, count)
+
+
+def open_gguf_shards(paths: Sequence[str | Path]) -> GGUFFile:
+    """Open the shards at ``paths``, in any order and under any names, as one file; raises as ``open_gguf``."""
+    opened = [_open_one(FileSource(path)) for path in paths]
+    numbers = [_integer(file, "split.no") for file in opened]
+    files = [file for _, file in sorted(zip(numbers, opened), key=lambda pair: -1 if pair[0] is None else pair[0])]
+    count = _integer(files[0], "split.count") if files else None
+    if count != len(files):
+        where = files[0].name if files else None
+        raise BadFile("gguf-shard-missing", f"is one of {count} shards, {len(files)} were given", path=where, hint="give all shards")
+    for number, file in enumerate(files):
+        _check_shard(file, files[0], number, count)
+    return _merge(files[0].name, files)
 
 
 # reading one file

@@ -2,7 +2,7 @@
 
 Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``)
 whose bytes equal llama.cpp's; ``affine`` is min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the
-storage. All refuse NaN and infinities. A family module has
+storage. All refuse NaN and infinities; ``imatrix`` reads and writes files of importances. A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
   that cannot do without;

@@ -22,7 +22,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FTYPE", "GGML", "Llama", "available", "dequantize_rows", "dequantizer", "library_dir", "quantize_file", "quantize_rows"]
+__all__ = [
+    "EVAL_CALLBACK", "FTYPE", "GGML", "Llama", "Tensor", "available", "dequantize_rows", "dequantizer", "library_dir", "quantize_file",
+    "quantize_rows",
+]  # fmt: skip
 
 GGML = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
@@ -75,6 +78,35 @@ class _Batch(C.Structure):
     ]  # fmt: skip
 
 
+class _Importances(C.Structure):
+    _fields_ = [("name", C.c_char_p), ("data", _ptr), ("size", _size)]
+
+
+class Tensor(C.Structure):
+    """``struct ggml_tensor``."""
+
+    _fields_ = [
+        ("type", _i32), ("buffer", _ptr), ("ne", _i64 * 4), ("nb", _size * 4), ("op", _i32), ("op_params", _i32 * 16), ("flags", _i32),
+        ("src", _ptr * 10), ("view_src", _ptr), ("view_offs", _size), ("data", _ptr), ("name", C.c_char * 64), ("extra", _ptr),
+        ("padding", C.c_char * 8),
+    ]  # fmt: skip
+
+    def source(self, number: int) -> Tensor:
+        return C.cast(self.src[number], C.POINTER(Tensor)).contents
+
+    def floats(self) -> np.ndarray[Any, Any]:
+        """A copy of a float32 tensor in host memory, in torch order."""
+        if self.type != GGML["F32"]:
+            raise RuntimeError(f"{self.name!r} is no float32 tensor")
+        shape, strides = tuple(self.ne)[::-1], tuple(self.nb)[::-1]
+        span = sum((n - 1) * step for n, step in zip(shape, strides)) + 4
+        flat = np.ctypeslib.as_array(C.cast(self.data, C.POINTER(C.c_uint8)), (span,))
+        return np.ndarray(shape, np.float32, flat.data, 0, strides).copy()
+
+
+EVAL_CALLBACK = C.CFUNCTYPE(_bool, C.POINTER(Tensor), _bool, _ptr)
+
+
 class _TypeTraits(C.Structure):
     _fields_ = [
         ("type_name", C.c_char_p), ("blck_size", _i64), ("blck_size_interleave", _i64), ("type_size", _size), ("is_quantized", _bool),
@@ -99,7 +131,7 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
 }  # fmt: skip
 _BASE: dict[str, tuple[Any, list[Any]]] = {
     "ggml_quantize_chunk": (_size, [_i32, _ptr, _ptr, _i64, _i64, _i64, _ptr]), "ggml_quantize_requires_imatrix": (_bool, [_i32]),
-    "ggml_get_type_traits": (C.POINTER(_TypeTraits), [_i32]), "ggml_row_size": (_size, [_i32, _i64]),
+    "ggml_get_type_traits": (C.POINTER(_TypeTraits), [_i32]), "ggml_row_size": (_size, [_i32, _i64]), "ggml_op_desc": (C.c_char_p, [_ptr]),
 }  # fmt: skip
 
 
@@ -192,11 +224,25 @@ def dequantize_rows(blocks: np.ndarray[Any, Any], type_name: str, k: int) -> np.
     return out
 
 
-def quantize_file(src: str | Path, dst: str | Path, ftype: str, *, pure: bool = False, threads: int = 1, requantize: bool = True) -> None:
-    """``llama_model_quantize``: a GGUF into another GGUF of ``ftype``."""
+def quantize_file(
+    src: str | Path,
+    dst: str | Path,
+    ftype: str,
+    *,
+    pure: bool = False,
+    threads: int = 1,
+    requantize: bool = True,
+    imatrix: dict[str, np.ndarray[Any, Any]] | None = None,
+) -> None:
+    """``llama_model_quantize``: a GGUF into another GGUF of ``ftype``; ``imatrix``: float32 importances by tensor name."""
     llama = libraries()
     params = llama.llama_model_quantize_default_params()
     params.nthread, params.ftype, params.pure, params.allow_requantize = threads, FTYPE[ftype], pure, requantize
+    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in (imatrix or {}).items()}
+    entries = [_Importances(name.encode(), values.ctypes.data, values.size) for name, values in arrays.items()]
+    table = (_Importances * (len(entries) + 1))(*entries)
+    if imatrix is not None:
+        params.imatrix = C.addressof(table)
     status = llama.llama_model_quantize(str(src).encode(), str(dst).encode(), C.byref(params))
     if status:
         raise RuntimeError(f"llama_model_quantize returned {status}")
@@ -209,8 +255,16 @@ class Llama:
     """
 
     def __init__(
-        self, path: str | Path, n_ctx: int = 512, threads: int = 2, *, kv_type: str = "F32", flash_attention: bool = False
+        self,
+        path: str | Path,
+        n_ctx: int = 512,
+        threads: int = 2,
+        *,
+        kv_type: str = "F32",
+        flash_attention: bool = False,
+        on_tensor: Any = None,
     ) -> None:
+        """``on_tensor``: an ``EVAL_CALLBACK``, called for every tensor that is computed."""
         self._lib = libraries()
         self._context = self._model = None
         self._model = self._lib.llama_model_load_from_file(str(path).encode(), self._lib.llama_model_default_params())
@@ -221,6 +275,9 @@ class Llama:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = GGML[kv_type]
         params.flash_attn_type = 1 if flash_attention else 0
+        if on_tensor is not None:
+            params.cb_eval = C.cast(on_tensor, _ptr)
+        self._callback = on_tensor  # must outlive the context
         self.n_ctx = n_ctx
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:

@@ -57,7 +57,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_names_the_main_commands_and_says_that_there_are_more() -> None:
     text = ran("--help").stdout
     listed = re.findall(r"^  ([a-z][\w-]+)  ", text, re.MULTILINE)
-    assert listed[:7] == ["inspect", "plan", "convert", "quantize", "dequantize", "verify", "formats"]
+    assert listed[:6] == ["inspect", "plan", "convert", "quantize", "dequantize", "verify"]
     assert listed == [*cli.COMMANDS, "awq-to-gguf", "gptq-to-gguf", "gguf-to-gptq", "gguf-to-awq", "gguf-to-hf"]
     assert "Example: qconvert awq-to-gguf" in text and "Every X-to-Y" in " ".join(text.split())
 
