@@ -5,6 +5,8 @@ The definition they must equal, bit for bit, is ``defined`` in ``qformats.quanti
 weights lie transposed in a float32 workspace whose rows have one number for each lane; a last group that does not fill the lanes
 repeats its last super-block. Codes under the stored scales are rounded along the rows again.
 
+Counts and offsets are passed as int64, for numba compiles a function again for every literal integer.
+
 Rounding adds and takes away 1.5 * 2^23 where the quotient is bounded, and follows the bits (``nearest``) where it is not.
 """
 
@@ -20,7 +22,7 @@ from qformats.loops.vectors import LANES, any_lane, bytes_of, half, load, magnit
 __all__ = ["affine", "centred"]
 
 Array = np.ndarray[Any, Any]
-u8, i32, f32 = np.uint8, np.int32, np.float32
+u8, i32, i64, f32 = np.uint8, np.int32, np.int64, np.float32
 
 SUPER = 256
 # Rows of the workspace: the weights, then of one sub-block error weights and codes, then numbers of each sub-block, of each super-block.
@@ -36,15 +38,16 @@ _EPSILON = f32(1e-15)
 
 
 @compiled
-def _transpose(x: Array, work: Array, first: int) -> None:
+def _transpose(rows: Array, work: Array, to: Any, first: Any, last: Any, at: Any, width: Any) -> None:
+    """Columns ``at`` … of row ``first + j``, at most ``last`` and modulo their number, into lane j of rows ``to`` …."""
     for j in range(LANES):
-        s = min(first + j, x.shape[0] - 1)
-        for i in range(SUPER):
-            work[_X + i * LANES + j] = x[s, i]
+        s = min(first + j, last) % rows.shape[0]
+        for i in range(width):
+            work[to + i * LANES + j] = rows[s, at + i]
 
 
 @compiled
-def _squares(work: Array, at: int, width: int) -> Any:
+def _squares(work: Array, at: Any, width: Any) -> Any:
     """The sum of squares."""
     total = splat(_ZERO)
     for i in range(width):
@@ -54,16 +57,7 @@ def _squares(work: Array, at: int, width: int) -> Any:
 
 
 @compiled
-def _importances(q: Array, work: Array, first: int, last: int, at: int, width: int) -> None:
-    across = len(q) // SUPER
-    for j in range(LANES):
-        start = min(first + j, last) % across * SUPER + at
-        for i in range(width):
-            work[_W + i * LANES + j] = q[start + i]
-
-
-@compiled
-def _weigh(work: Array, at: int, width: int, mode: int, sigma: Any) -> None:
+def _weigh(work: Array, at: Any, width: Any, mode: int, sigma: Any) -> None:
     """Error weights of the sub-block whose first row is ``at``; modes 3 and 4 find its importances there.
 
     0: x^2, 1: |x|, 2: rms of the sub-block + |x|, 3: the importances q, 4: q * sqrt(sigma + x^2).
@@ -85,7 +79,7 @@ def _weigh(work: Array, at: int, width: int, mode: int, sigma: Any) -> None:
 
 
 @compiled
-def _round_affine(work: Array, at: int, width: int, iscale: Any, low: Any, top: Any) -> Any:
+def _round_affine(work: Array, at: Any, width: Any, iscale: Any, low: Any, top: Any) -> Any:
     """Codes into ``_L``; the weighted sums of code, code^2, code * x."""
     zero = splat(_ZERO)
     sum_l, sum_l2, sum_xl = zero, zero, zero
@@ -101,7 +95,7 @@ def _round_affine(work: Array, at: int, width: int, iscale: Any, low: Any, top: 
 
 
 @compiled
-def _error(work: Array, at: int, width: int, scale: Any, low: Any, absolute: bool) -> Any:
+def _error(work: Array, at: Any, width: Any, scale: Any, low: Any, absolute: bool) -> Any:
     """The weighted error of the codes in ``_L``."""
     total = splat(_ZERO)
     for i in range(width):
@@ -111,7 +105,7 @@ def _error(work: Array, at: int, width: int, scale: Any, low: Any, absolute: boo
 
 
 @compiled
-def _best_affine(work: Array, at: int, k: int, width: int, tries: Array, numerator: Any, absolute: bool) -> None:
+def _best_affine(work: Array, at: Any, k: Any, width: Any, tries: Array, numerator: Any, absolute: bool) -> None:
     """``best_affine`` into row ``k`` of ``_SCALE``, ``_LOW``, ``_ISCALE``, ``_ORIGIN``, ``_TOTAL``."""
     zero, one, huge, top = splat(_ZERO), splat(_ONE), splat(_HUGE), splat(numerator)
     low = high = load(work, at)
@@ -122,23 +116,22 @@ def _best_affine(work: Array, at: int, k: int, width: int, tries: Array, numerat
         low, high = where(v < low, v, low), where(v > high, v, high)
         total, sum_x = total + w, sum_x + w * v
     low = where(low > zero, zero, low)
-    iscale = top / (high - low)
-    scale = one / iscale
-    kept, origin = where(iscale <= huge, iscale, zero), low
-    _round_affine(work, at, width, kept, low, top)
-    best = _error(work, at, width, scale, low, absolute)
-    for t in range(len(tries)):
-        iscale = splat(tries[t]) / (high - low)
+    first, scale, new_low, best = zero == zero, one / (top / (high - low)), low, zero
+    kept = origin = new_scale = scale
+    for t in range(-1, len(tries)):  # -1: the scale of the range, not solved for
+        iscale = (top if t < 0 else splat(tries[t])) / (high - low)
         iscale = where(iscale <= huge, iscale, zero)
         sum_l, sum_l2, sum_xl = _round_affine(work, at, width, iscale, low, top)
         det = total * sum_l2 - sum_l * sum_l
-        new_scale, new_low = (total * sum_xl - sum_x * sum_l) / det, (sum_l2 * sum_x - sum_l * sum_xl) / det
-        positive = new_low > zero
-        new_scale, new_low = where(positive, sum_xl / sum_l2, new_scale), where(positive, zero, new_low)
+        if t >= 0:
+            new_scale, new_low = (total * sum_xl - sum_x * sum_l) / det, (sum_l2 * sum_x - sum_l * sum_xl) / det
+            positive = new_low > zero
+            new_scale, new_low = where(positive, sum_xl / sum_l2, new_scale), where(positive, zero, new_low)
         error = _error(work, at, width, new_scale, new_low, absolute)
-        better = (det > zero) & (error < best)
+        better = first | ((det > zero) & (error < best))
         best, scale, kept = where(better, error, best), where(better, new_scale, scale), where(better, iscale, kept)
         origin, low = where(better, low, origin), where(better, new_low, low)
+        first = zero != zero
     row = k * LANES
     store(work, _SCALE + row, scale)
     store(work, _LOW + row, zero - low)
@@ -148,7 +141,7 @@ def _best_affine(work: Array, at: int, k: int, width: int, tries: Array, numerat
 
 
 @compiled
-def _extreme(work: Array, at: int, width: int) -> Any:
+def _extreme(work: Array, at: Any, width: Any) -> Any:
     """The first number of largest magnitude in rows ``at`` …, and that magnitude."""
     value = size = splat(_ZERO)
     for i in range(width):
@@ -159,7 +152,7 @@ def _extreme(work: Array, at: int, width: int) -> Any:
 
 
 @compiled
-def _sums_centred(work: Array, at: int, weights: int, width: int, iscale: Any, lowest: Any, highest: Any) -> Any:
+def _sums_centred(work: Array, at: Any, weights: Any, width: Any, iscale: Any, lowest: Any, highest: Any) -> Any:
     """The weighted sums of x * code and code^2."""
     magic = splat(_MAGIC)
     sum_lx = sum_l2 = splat(_ZERO)
@@ -173,26 +166,23 @@ def _sums_centred(work: Array, at: int, weights: int, width: int, iscale: Any, l
 
 
 @compiled
-def _best_centred(work: Array, at: int, weights: int, width: int, tries: Array, top: Any) -> Any:
+def _best_centred(work: Array, at: Any, weights: Any, width: Any, tries: Array, top: Any) -> Any:
     """``best_centred``: scale and inverse scale."""
     zero, lowest, highest = splat(_ZERO), splat(-top), splat(top - _ONE)
     extreme, size = _extreme(work, at, width)
-    kept = lowest / extreme
-    sum_lx, sum_l2 = _sums_centred(work, at, weights, width, kept, lowest, highest)
-    scale = where(sum_l2 != zero, sum_lx / sum_l2, zero)
-    best = scale * sum_lx
-    for t in range(len(tries)):
-        iscale = splat(tries[t]) / extreme
+    first, scale, kept, best = zero == zero, zero, zero, zero
+    for t in range(-1, len(tries)):
+        iscale = (lowest if t < 0 else splat(tries[t])) / extreme
         sum_lx, sum_l2 = _sums_centred(work, at, weights, width, iscale, lowest, highest)
-        better = (sum_l2 > zero) & (sum_lx * sum_lx > best * sum_l2)
-        scale, kept = where(better, sum_lx / sum_l2, scale), where(better, iscale, kept)
-        best = where(better, scale * sum_lx, best)
+        better = first | ((sum_l2 > zero) & (sum_lx * sum_lx > best * sum_l2))
+        scale, kept = where(better, where(sum_l2 != zero, sum_lx / sum_l2, zero), scale), where(better, iscale, kept)
+        best, first = where(better, scale * sum_lx, best), zero != zero
     empty = size < splat(_EPSILON)
     return where(empty, zero, scale), where(empty, zero, kept)
 
 
 @compiled
-def _start_codes(work: Array, at: int, width: int, iscale: Any, lowest: Any, highest: Any) -> Any:
+def _start_codes(work: Array, at: Any, width: Any, iscale: Any, lowest: Any, highest: Any) -> Any:
     """Codes by the largest weight of every lane into ``_L``, and their sums."""
     sum_lx = sum_l2 = splat(_ZERO)
     for i in range(width):
@@ -206,7 +196,7 @@ def _start_codes(work: Array, at: int, width: int, iscale: Any, lowest: Any, hig
 
 
 @compiled
-def _descend(work: Array, kept: Array, at: int, k: int, width: int, top: Any) -> None:
+def _descend(work: Array, kept: Array, at: Any, k: Any, width: Any, top: Any) -> None:
     """``descend`` into row ``k`` of ``_SCALE``; codes into ``kept`` uint8 (256 * lanes,)."""
     zero, lowest, highest = splat(_ZERO), splat(-top), splat(top - _ONE)
     extreme, size = _extreme(work, at, width)
@@ -237,7 +227,7 @@ def _descend(work: Array, kept: Array, at: int, k: int, width: int, top: Any) ->
 
 
 @compiled
-def _largest(work: Array, values: int, subs: int) -> Any:
+def _largest(work: Array, values: Any, subs: Any) -> Any:
     largest = splat(_ZERO)
     for k in range(subs):
         v = load(work, values + k * LANES)
@@ -246,7 +236,7 @@ def _largest(work: Array, values: int, subs: int) -> Any:
 
 
 @compiled
-def _to_largest(work: Array, values: int, codes: int, subs: int, levels: Any, limit: Any) -> Any:
+def _to_largest(work: Array, values: Any, codes: Any, subs: Any, levels: Any, limit: Any) -> Any:
     """``_to_largest`` into rows ``codes`` …; the scales."""
     zero, highest = splat(_ZERO), splat(limit)
     largest = _largest(work, values, subs)
@@ -258,7 +248,7 @@ def _to_largest(work: Array, values: int, codes: int, subs: int, levels: Any, li
 
 
 @compiled
-def _error_positive(work: Array, values: int, subs: int, iscale: Any, top: Any, wrapped: bool) -> Any:
+def _error_positive(work: Array, values: Any, subs: Any, iscale: Any, top: Any, wrapped: bool) -> Any:
     """The weighted error of one inverse scale; codes are bytes if ``wrapped``, else bounded above by ``top``."""
     scale, total = splat(_ONE) / iscale, splat(_ZERO)
     for k in range(subs):
@@ -271,16 +261,15 @@ def _error_positive(work: Array, values: int, subs: int, iscale: Any, top: Any, 
 
 
 @compiled
-def _positive(work: Array, values: int, codes: int, subs: int, tries: Array, levels: Any) -> Any:
+def _positive(work: Array, values: Any, codes: Any, subs: Any, tries: Array, levels: Any) -> Any:
     """``best_positive`` into rows ``codes`` …, weighted with ``_TOTAL``; the scales."""
     zero, top = splat(_ZERO), splat(levels)
     largest = _largest(work, values, subs)
-    iscale = top / largest
-    best = _error_positive(work, values, subs, iscale, top, True)
-    for t in range(len(tries)):
-        attempt = splat(tries[t]) / largest
-        error = _error_positive(work, values, subs, attempt, top, False)
-        better = error < best
+    first, iscale, best = zero == zero, zero, zero
+    for t in range(-1, len(tries)):
+        attempt = (top if t < 0 else splat(tries[t])) / largest
+        error = _error_positive(work, values, subs, attempt, top, t < 0)
+        better, first = first | (error < best), zero != zero
         best, iscale = where(better, error, best), where(better, attempt, iscale)
     sum_lx = sum_l2 = zero
     for k in range(subs):
@@ -314,7 +303,7 @@ def _positive(work: Array, values: int, codes: int, subs: int, tries: Array, lev
 def _recentred(work: Array, tries: Array) -> None:
     """Q3_K with importances: the sub-scales by another search into ``_SC``, d into ``_D``."""
     zero, magic, lowest, highest = splat(_ZERO), splat(_MAGIC), splat(f32(-32)), splat(f32(31))
-    scale, iscale = _best_centred(work, _SCALE, _TOTAL, 16, tries, f32(32))
+    scale, iscale = _best_centred(work, i64(_SCALE), i64(_TOTAL), i64(16), tries, f32(32))
     for k in range(16):
         code = (iscale * load(work, _SCALE + k * LANES) + magic) - magic
         code = where(code > lowest, code, lowest)
@@ -327,7 +316,7 @@ def _recentred(work: Array, tries: Array) -> None:
 def _by_extreme(work: Array, top: Any) -> None:
     """The sub-scales under the largest of them into ``_SC``, d into ``_D``; Q3_K where ``top`` is 4, Q6_K where it is 32."""
     zero, byte = splat(_ZERO), splat(f32(128))
-    extreme, size = _extreme(work, _SCALE, 16)
+    extreme, size = _extreme(work, i64(_SCALE), i64(16))
     iscale = splat(f32(-32) if top == f32(4) else f32(-128)) / extreme
     full = extreme != zero if top == f32(4) else size >= splat(_EPSILON)
     for k in range(16):
@@ -349,7 +338,7 @@ def _by_extreme(work: Array, top: Any) -> None:
 
 
 @compiled
-def _code(flat: Array, codes: Array, start: int, width: int, d: Any, m: Any, bottom: Any, highest: Any, add: Any) -> None:
+def _code(flat: Array, codes: Array, start: int, width: Any, d: Any, m: Any, bottom: Any, highest: Any, add: Any) -> None:
     """Codes of one sub-block for a scale that is not zero."""
     scale, low, least, most, more = splat(d), splat(m), splat(bottom), splat(highest), splat(add)
     for i in range(0, width, LANES):
@@ -360,7 +349,7 @@ def _code(flat: Array, codes: Array, start: int, width: int, d: Any, m: Any, bot
 
 
 @compiled
-def _rebuild(flat: Array, codes: Array, start: int, width: int, iscale: Any, origin: Any, bottom: Any, highest: Any, add: Any) -> None:
+def _rebuild(flat: Array, codes: Array, start: int, width: Any, iscale: Any, origin: Any, bottom: Any, highest: Any, add: Any) -> None:
     """The search's own codes of one sub-block; zeros where it was empty."""
     inverse, low, least, most, more = splat(iscale), splat(origin), splat(bottom), splat(highest), splat(add)
     for i in range(0, width, LANES):
@@ -391,7 +380,7 @@ def _spill(work: Array, sc: Array, m: Array, s: int, j: int) -> None:
 def affine(
     x: Array, q: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, tries: Array, again: Array, mode: int, mean: Any, top: Any
 ) -> None:
-    """Q2_K, Q4_K, Q5_K: x float32 (S, 256), q (columns,) or (0,) -> uint8 codes (S, 256), sc and m (S, subs), float32 d and dmin (S,).
+    """Q2_K, Q4_K, Q5_K: x float32 (S, 256), q (columns / 256, 256) or (0, 256) -> uint8 codes (S, 256), sc and m (S, subs), float32 d and dmin (S,).
 
     ``tries`` and ``again``: the numerators of both searches; ``mode``: see ``_weigh``; ``mean``: how often sigma is the mean square.
     """
@@ -399,25 +388,26 @@ def affine(
     width, sigma, levels = SUPER // subs, splat(_ZERO), f32(15) if subs == 16 else f32(63)
     limit = f32(255) if subs == 16 else f32(63)
     for first in range(0, x.shape[0], LANES):
-        _transpose(x, work, first)
+        _transpose(x, work, i64(_X), first, last, i64(0), i64(SUPER))
         if mode == 4:
-            sigma = splat(mean) * _squares(work, _X, SUPER) / splat(f32(SUPER))
+            sigma = splat(mean) * _squares(work, i64(_X), i64(SUPER)) / splat(f32(SUPER))
         for k in range(subs):
             at = _X + k * width * LANES
             if mode >= 3:
-                _importances(q, work, first, last, k * width, width)
+                _transpose(q, work, i64(_W), first, last, k * width, width)
             _weigh(work, at, width, mode, sigma)
             _best_affine(work, at, k, width, tries, top, mode == 1)
-        if mode >= 3:
-            scale, low = _positive(work, _SCALE, _SC, subs, again, levels), _positive(work, _LOW, _M, subs, again, levels)
-            if top == f32(31):
-                for k in range(subs * 2):
-                    row = (_SC if k < subs else _M - subs * LANES) + k * LANES
-                    store(work, row, where(load(work, row) < splat(levels), load(work, row), splat(levels)))
-        else:
-            scale, low = _to_largest(work, _SCALE, _SC, subs, levels, limit), _to_largest(work, _LOW, _M, subs, levels, limit)
-        store(work, _D, half(scale))
-        store(work, _DMIN, half(low))
+        for low in range(2):
+            values, to, scale_at = (_SCALE, _SC, _D) if low == 0 else (_LOW, _M, _DMIN)
+            if mode >= 3:
+                scale = _positive(work, values, to, subs, again, levels)
+                if top == f32(31):
+                    for k in range(subs):
+                        code = load(work, to + k * LANES)
+                        store(work, to + k * LANES, where(code < splat(levels), code, splat(levels)))
+            else:
+                scale = _to_largest(work, values, to, subs, levels, limit)
+            store(work, scale_at, half(scale))
         for j in range(min(LANES, x.shape[0] - first)):
             s = first + j
             d[s], dmin[s] = work[_D + j], work[_DMIN + j]
@@ -435,18 +425,18 @@ def affine(
 def centred(x: Array, q: Array, codes: Array, sc: Array, d: Array, tries: Array, again: Array, mode: int, mean: Any, top: Any) -> None:
     """Q3_K (``top`` 4) and Q6_K (32), arguments as of ``affine``; without ``tries`` Q3_K's passes that move one code at a time."""
     work, kept, last, flat, coded = np.empty(WORKSPACE, f32), np.empty(SUPER * LANES, u8), x.shape[0] - 1, x.reshape(-1), codes.reshape(-1)
-    width, sigma, highest, zero = 16, splat(_ZERO), top - _ONE, f32(32) if top == f32(4) else _ZERO
+    width, sigma, highest, zero = SUPER // sc.shape[1], splat(_ZERO), top - _ONE, f32(32) if top == f32(4) else _ZERO
     for first in range(0, x.shape[0], LANES):
-        _transpose(x, work, first)
+        _transpose(x, work, i64(_X), first, last, i64(0), i64(SUPER))
         if mode == 4:
-            sigma = splat(mean) * _squares(work, _X, SUPER) / splat(f32(SUPER))
+            sigma = splat(mean) * _squares(work, i64(_X), i64(SUPER)) / splat(f32(SUPER))
         for k in range(16):
             at = _X + k * width * LANES
             if mode >= 3:
-                _importances(q, work, first, last, k * width, width)
+                _transpose(q, work, i64(_W), first, last, k * width, width)
             _weigh(work, at, width, mode, sigma)
             if len(tries):
-                scale, iscale = _best_centred(work, at, _W, width, tries, top)
+                scale, iscale = _best_centred(work, at, i64(_W), width, tries, top)
                 store(work, _SCALE + k * LANES, scale)
                 store(work, _ISCALE + k * LANES, iscale)
                 total = load(work, _W)

@@ -327,7 +327,7 @@ def compiled(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> Planes:
     import torch
 
     kind, weighted, f32 = recipe.kind, q is not None, np.float32
-    blocks, importance = x.numpy().reshape(-1, SUPER), np.empty(0, f32) if q is None else q.numpy()
+    blocks, importance = x.numpy().reshape(-1, SUPER), np.empty((0, SUPER), f32) if q is None else q.numpy().reshape(-1, SUPER)
     count, subs, low = len(blocks), SUPER // kind.sub, int(recipe.affine)
     codes, sc, d = np.empty((count, SUPER), np.uint8), np.empty((count, subs), np.uint8), np.empty(count, f32)
     m, dmin = np.empty((low * count, subs), np.uint8), np.empty(low * count, f32)
