@@ -182,45 +182,60 @@ def _best_centred(work: Array, at: Any, weights: Any, width: Any, tries: Array, 
 
 
 @compiled
-def _start_codes(work: Array, at: Any, width: Any, iscale: Any, lowest: Any, highest: Any) -> Any:
-    """Codes by the largest weight of every lane into ``_L``, and their sums."""
+def _start_codes(work: Array, at: Any, own: Any, width: Any, top: Any) -> Any:
+    """Codes by the largest weight of every lane into rows ``own`` … of ``_L``, their sums, and which lanes are empty."""
     sum_lx = sum_l2 = splat(_ZERO)
+    lowest, highest = splat(-top), splat(top - _ONE)
+    extreme, size = _extreme(work, at, width)
+    iscale = lowest / extreme
     for i in range(width):
-        v, w = load(work, at + i * LANES), load(work, _W + i * LANES)
+        v, w = load(work, at + i * LANES), load(work, _W + own + i * LANES)
         code = nearest(iscale * v)
         code = where(code > lowest, code, lowest)
         code = where(code < highest, code, highest)
-        store(work, _L + i * LANES, code)
+        store(work, _L + own + i * LANES, code)
         sum_lx, sum_l2 = sum_lx + w * v * code, sum_l2 + w * code * code
-    return sum_lx, sum_l2
+    return sum_lx, sum_l2, size < splat(_EPSILON)
+
+
+@compiled
+def _move_code(work: Array, at: Any, own: Any, sum_lx: Any, sum_l2: Any, lowest: Any, highest: Any) -> Any:
+    """One step of a pass: the sums after each lane's code moved where that lowers the error, and where it did."""
+    v, w, old, zero = load(work, at), load(work, _W + own), load(work, _L + own), splat(_ZERO)
+    wx = w * v
+    lx, l2 = sum_lx - wx * old, sum_l2 - w * old * old
+    code = nearest(v * l2 / lx)
+    code = where(code > lowest, code, lowest)
+    code = where(code < highest, code, highest)
+    new_lx, new_l2 = lx + wx * code, l2 + w * code * code
+    better = (lx > zero) & (code != old) & (new_l2 > zero) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
+    store(work, _L + own, where(better, code, old))
+    return where(better, new_lx, sum_lx), where(better, new_l2, sum_l2), better
 
 
 @compiled
 def _descend(work: Array, kept: Array, at: Any, k: Any, width: Any, top: Any) -> None:
-    """``descend`` into row ``k`` of ``_SCALE``; codes into ``kept`` uint8 (256 * lanes,)."""
-    zero, lowest, highest = splat(_ZERO), splat(-top), splat(top - _ONE)
-    extreme, size = _extreme(work, at, width)
-    sum_lx, sum_l2 = _start_codes(work, at, width, lowest / extreme, lowest, highest)
+    """``descend`` into rows ``k`` and ``k + 1`` of ``_SCALE``; codes into ``kept`` uint8 (256 * lanes,).
+
+    Every step waits for the one before, so two sub-blocks go side by side.
+    """
+    zero, lowest, highest, far = splat(_ZERO), splat(-top), splat(top - _ONE), width * LANES
+    lx0, l20, empty0 = _start_codes(work, at, far - far, width, top)
+    lx1, l21, empty1 = _start_codes(work, at + far, far, width, top)
     for _ in range(5):
         moved = zero != zero
         for i in range(width):
-            v, w, old = load(work, at + i * LANES), load(work, _W + i * LANES), load(work, _L + i * LANES)
-            wx = w * v
-            lx, l2 = sum_lx - wx * old, sum_l2 - w * old * old
-            code = nearest(v * l2 / lx)
-            code = where(code > lowest, code, lowest)
-            code = where(code < highest, code, highest)
-            new_lx, new_l2 = lx + wx * code, l2 + w * code * code
-            better = (lx > zero) & (code != old) & (new_l2 > zero) & (new_lx * new_lx * sum_l2 > sum_lx * sum_lx * new_l2)
-            store(work, _L + i * LANES, where(better, code, old))
-            sum_lx, sum_l2 = where(better, new_lx, sum_lx), where(better, new_l2, sum_l2)
-            moved = moved | better
+            own = i * LANES
+            lx0, l20, one = _move_code(work, at + own, own, lx0, l20, lowest, highest)
+            lx1, l21, other = _move_code(work, at + far + own, far + own, lx1, l21, lowest, highest)
+            moved = moved | one | other
         if not any_lane(moved):
             break
-    empty = size < splat(_EPSILON)
-    store(work, _SCALE + k * LANES, where(empty, zero, where(sum_l2 > zero, sum_lx / sum_l2, zero)))
-    for i in range(width):
-        store_bytes(kept, at + i * LANES, where(empty, zero, load(work, _L + i * LANES) + splat(top)))
+    store(work, _SCALE + k * LANES, where(empty0, zero, where(l20 > zero, lx0 / l20, zero)))
+    store(work, _SCALE + (k + 1) * LANES, where(empty1, zero, where(l21 > zero, lx1 / l21, zero)))
+    for i in range(width * 2):
+        code = load(work, _L + i * LANES) + splat(top)
+        store_bytes(kept, at + i * LANES, where(empty0 if i < width else empty1, zero, code))
 
 
 # ---------------------------------------------------------------- sub-scales as codes: every super-block in its lane
@@ -380,7 +395,7 @@ def _spill(work: Array, sc: Array, m: Array, s: int, j: int) -> None:
 def affine(
     x: Array, q: Array, codes: Array, sc: Array, m: Array, d: Array, dmin: Array, tries: Array, again: Array, mode: int, mean: Any, top: Any
 ) -> None:
-    """Q2_K, Q4_K, Q5_K: x float32 (S, 256), q (columns / 256, 256) or (0, 256) -> uint8 codes (S, 256), sc and m (S, subs), float32 d and dmin (S,).
+    """Q2_K, Q4_K, Q5_K: x (S, 256) and q (columns / 256 or 0, 256) -> uint8 codes (S, 256), sc and m (S, subs), float32 d, dmin (S,).
 
     ``tries`` and ``again``: the numerators of both searches; ``mode``: see ``_weigh``; ``mean``: how often sigma is the mean square.
     """
@@ -443,7 +458,8 @@ def centred(x: Array, q: Array, codes: Array, sc: Array, d: Array, tries: Array,
                 for i in range(1, width):
                     total = total + load(work, _W + i * LANES)
                 store(work, _TOTAL + k * LANES, total)
-            else:
+            elif k % 2 == 0:
+                _weigh(work, at, width * 2, mode, sigma)
                 _descend(work, kept, at, k, width, top)
         if len(again):
             _recentred(work, again)

@@ -125,7 +125,7 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
 
     w = checked(weights)
     n, k = int(w.shape[0]), int(w.shape[1])
-    loops = _loops()
+    loops = _loops() if w.device.type == "cpu" else None
     blocks = w.reshape(n, k // BLOCK, BLOCK)
     codes, d, m = QUANTIZERS[storage.type](blocks) if loops is None else _compiled(loops, blocks, storage)
     block = Tile((1, BLOCK))

@@ -283,7 +283,7 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     recipe = RECIPES[storage.type]
     x = _bounded(recipe, weights)
     n, k = int(x.shape[0]), int(x.shape[1])
-    q = importance_of(importance, k)
+    q = importance_of(None if importance is None else importance.to(x.device), k)
     loops = _loops() if x.device.type == "cpu" else None
     if loops is not None:
         codes, sc, m, d, dmin = compiled(recipe, x, q, loops)
