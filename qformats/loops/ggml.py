@@ -1,6 +1,6 @@
 """Compiled loops over ggml blocks: unpack, pack and dequantize Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q4_K Q5_K Q6_K, one pass over the bytes each.
 
-The tables at the end list those of ``codebooks`` and ``ggml_small`` too.
+The tables at the end list those of ``kblocks`` (Q2_K Q3_K), ``codebooks`` and ``ggml_small`` too.
 
 The definition each loop must equal bit for bit is the torch function of the same purpose in ``qformats.formats.ggml.legacy`` and
 ``kquants`` (``unpack_blocks``, ``pack_blocks``, ``dequantize_blocks``), where the byte layouts stand. Everything is serial, releases the
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from qformats.loops import codebooks, ggml_small
+from qformats.loops import codebooks, ggml_small, kblocks
 from qformats.loops.compiled import compiled
 from qformats.loops.half import FILL, GATHER, ONES, PICK, half_of, word
 
@@ -356,6 +356,7 @@ UNPACK: dict[str, Callable[..., None]] = {
     "Q5_K": lambda blocks, codes, sc, m, d, dmin: unpack5k(blocks, codes, sc, m, d, dmin, 32),
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: unpack6k(blocks, codes, sc, d, 32),
     **ggml_small.UNPACK,
+    **kblocks.UNPACK,
 }
 PACK: dict[str, Callable[..., None]] = {
     "Q4_0": _with_half(_pack40),
@@ -367,6 +368,7 @@ PACK: dict[str, Callable[..., None]] = {
     "Q5_K": lambda blocks, codes, sc, m, d, dmin: pack5k(blocks, codes, sc, m, d, dmin, 32),
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: pack6k(blocks, codes, sc, d, 32),
     **ggml_small.PACK,
+    **kblocks.PACK,
 }
 # type name -> loop over (blocks, out)
 DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
@@ -380,4 +382,5 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "Q6_K": lambda blocks, out: dequantize6k(blocks, out, 16),
     **codebooks.DEQUANTIZE,
     **ggml_small.DEQUANTIZE,
+    **kblocks.DEQUANTIZE,
 }

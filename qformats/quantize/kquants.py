@@ -16,7 +16,7 @@ Source: ``quantize_row_q2_K_ref`` … ``quantize_row_q6_K_ref`` (no importances)
    (not Q6_K), by another search weighted with each sub-block's sum of weights;
 3. codes are rounded under the scale and minimum as stored; where that scale is zero, the search's own codes stay.
 
-The torch functions are the definition; ``qformats.loops.kquantize`` does steps 1 and 3 with blocks in SIMD lanes.
+The torch functions are the definition (``defined``); ``qformats.loops.kquantize`` does the same with super-blocks in SIMD lanes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NEEDY", "RECIPES", "TYPES", "WEIGHTED", "Recipe", "quantize"]
 
-CHUNK = 1 << 18  # weights in one go: what lies between the searches stays in the cache
+CHUNK = 1 << 18  # weights the definition takes in one go: what lies between the searches stays in the cache
+Planes = tuple["Tensor", "Tensor", "Tensor", "Tensor", "Tensor"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,20 +146,13 @@ def _largest(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, 0.0).amax(0)
 
 
-def _to_largest(values: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
+def _to_largest(values: Tensor, levels: int) -> tuple[Tensor, Tensor]:
     """float32 d (S,) and codes (subs, S) for the largest value to get the highest code."""
-    import numpy as np
     import torch
 
-    limit = levels if levels == 63 else 255
-    if loops is not None:
-        x = values.T.contiguous().numpy()
-        scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
-        loops.to_largest(x, np.int32(levels), np.int32(limit), scale, codes)
-        return torch.from_numpy(scale), torch.from_numpy(codes).T
     largest = _largest(values)
     inverse = torch.where(largest > 0, over(float(levels), largest), 0.0)
-    return largest / torch.full_like(largest, levels), (nearest(inverse * values) & 255).clamp(max=limit)
+    return largest / torch.full_like(largest, levels), (nearest(inverse * values) & 255).clamp(max=levels if levels == 63 else 255)
 
 
 def _stored(recipe: Recipe, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,29 +172,16 @@ def _stored(recipe: Recipe, sc: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     return spilled(sc), spilled(m)
 
 
-def _positive(values: Tensor, weights: Tensor, levels: int, loops: Any) -> tuple[Tensor, Tensor]:
-    """``best_positive`` of (subs, S)."""
-    import numpy as np
-    import torch
-
-    if loops is None:
-        return best_positive(values, weights, levels)
-    x, w = values.T.contiguous().numpy(), weights.T.contiguous().numpy()
-    scale, codes = np.empty(len(x), np.float32), np.empty(x.shape, np.int32)
-    loops.positive(x, w, np.array(positive_tries(levels), np.float32), np.int32(levels), scale, codes)
-    return torch.from_numpy(scale), torch.from_numpy(codes).T
-
-
-def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool, loops: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _affine_levels(recipe: Recipe, found: Found, subs: int, weighted: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """d, dmin (S,), sc, m (subs, S) of types with a minimum."""
     scales, lows = _by_super(found.scale, subs), _by_super(found.low, subs)
     if weighted:
         total = _by_super(found.total, subs)
-        (d, sc), (dmin, m) = (_positive(v, total, recipe.levels, loops) for v in (scales, lows))
+        (d, sc), (dmin, m) = (best_positive(v, total, recipe.levels) for v in (scales, lows))
         if recipe.top == 31:
             sc, m = sc.clamp(max=63), m.clamp(max=63)
     else:
-        (d, sc), (dmin, m) = (_to_largest(v, recipe.levels, loops) for v in (scales, lows))
+        (d, sc), (dmin, m) = (_to_largest(v, recipe.levels) for v in (scales, lows))
     return d, dmin, *_stored(recipe, sc, m)
 
 
@@ -267,59 +248,6 @@ def _loops() -> Any:
         return None
 
 
-def _compiled(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
-    """What ``search`` defines, for blocks (B, n)."""
-    import numpy as np
-    import torch
-
-    weighted, width = importance is not None, recipe.kind.sub
-    x, q = blocks.numpy(), np.empty(0, np.float32) if importance is None else importance.numpy()
-    found, top, mean, kept = np.empty((5, len(x)), np.float32), np.float32(recipe.top), np.float32(recipe.mean), None
-    if weighted:
-        mode = 4 if recipe.mean else 3
-    else:
-        mode = 0 if not recipe.affine else 1 if recipe.levels == 15 else 2
-    if recipe.affine:
-        tries = np.array(recipe.tries(weighted), np.float32)
-        loops.affine(x, q, found, tries, top, mode, mean, mode == 1, width)
-    elif mode == 0 and recipe.top == 4:
-        kept = np.empty(x.shape, np.uint8)
-        loops.descend(x, found, kept, top, width)
-    else:
-        loops.centred(x, q, found, np.array(centred_tries(recipe.top), np.float32), top, mode, mean, width)
-    scale, low, iscale, origin, total = torch.from_numpy(found)
-    return Found(scale, low, iscale, origin, total, None if kept is None else torch.from_numpy(kept).T)
-
-
-def _compiled_codes(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
-    """What ``code`` defines, as (B, n)."""
-    import numpy as np
-    import torch
-
-    kept = np.empty((0, recipe.kind.sub), np.uint8) if found.codes is None else found.codes.T.numpy()
-    out = np.empty(blocks.shape, np.uint8)
-    limits = [np.float32(limit) for limit in recipe.limits]
-    loops.codes(blocks.numpy(), scale.numpy(), low.numpy(), found.iscale.numpy(), found.origin.numpy(), kept, out, *limits, recipe.kind.sub)
-    return torch.from_numpy(out)
-
-
-def _searched(recipe: Recipe, blocks: Tensor, importance: Tensor | None, loops: Any) -> Found:
-    """Step 1 of blocks (B, n), importance (columns,) for each row of whole super-blocks."""
-    if loops is not None:
-        return _compiled(recipe, blocks, importance, loops)
-    q = None
-    if importance is not None:
-        spread = importance.reshape(-1, recipe.kind.sub)
-        q = spread.repeat(len(blocks) // len(spread), 1).T.contiguous()
-    return search(recipe, blocks.T.contiguous(), q)
-
-
-def _coded(recipe: Recipe, blocks: Tensor, scale: Tensor, low: Tensor, found: Found, loops: Any) -> Tensor:
-    if loops is not None:
-        return _compiled_codes(recipe, blocks, scale, low, found, loops)
-    return code(recipe, blocks.T.contiguous(), scale, low, found).T.contiguous()
-
-
 def importance_of(values: Tensor | None, columns: int) -> Tensor | None:
     """float32 (columns,) importances; ``UsageError('importance')`` for another shape, ``BadFile('not-finite')`` for NaN, inf, negatives."""
     import torch
@@ -347,37 +275,69 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     recipe = RECIPES[storage.type]
     x = _bounded(recipe, weights)
     n, k = int(x.shape[0]), int(x.shape[1])
-    q = importance_of(importance, k)
+    q = importance_of(None if importance is None else importance.to(x.device), k)
     loops = _loops() if x.device.type == "cpu" else None
-    rows = max(1, CHUNK // max(k, 1))
-    parts = [_planes(recipe, x[at : at + rows], q, loops) for at in range(0, max(n, 1), rows)]
-    codes, sc, m, d, dmin = (None if plane[0] is None else torch.cat(plane) for plane in zip(*parts, strict=True))
-    assert codes is not None and sc is not None and d is not None
-    return recipe.kind.to_tensor(codes, sc, m, d, dmin)
+    if loops is not None:
+        codes, sc, m, d, dmin = compiled(recipe, x, q, loops)
+    else:
+        rows = max(1, CHUNK // max(k, 1))
+        parts = [defined(recipe, x[at : at + rows], q) for at in range(0, max(n, 1), rows)]
+        codes, sc, m, d, dmin = (torch.cat(plane) for plane in zip(*parts, strict=True))
+    sub, whole = (n, k // recipe.kind.sub), (n, k // SUPER)
+    low, least = (m.reshape(sub), dmin.reshape(whole)) if recipe.affine else (None, None)
+    return recipe.kind.to_tensor(codes.reshape(n, k), sc.reshape(sub), low, d.reshape(whole), least)
 
 
-def _planes(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    """codes, sc, m, d, dmin of some rows (n, K), in the order and shapes of ``to_tensor``."""
+def defined(recipe: Recipe, x: Tensor, q: Tensor | None) -> Planes:
+    """codes (S, 256), sc, m (S, subs), d and dmin float16 (S,) of rows (n, K) of S super-blocks.
+
+    m and dmin are empty where there is no minimum. Raises ``WouldLose('f16-overflow')``.
+    """
     import torch
 
-    kind, n, k = recipe.kind, int(x.shape[0]), int(x.shape[1])
-    subs, weighted, blocks = SUPER // kind.sub, q is not None, x.reshape(-1, kind.sub)
-    found = _searched(recipe, blocks, q, loops)
+    kind, subs = recipe.kind, SUPER // recipe.kind.sub
+    blocks = x.reshape(-1, kind.sub).T.contiguous()
+    spread = None if q is None else q.reshape(-1, kind.sub).repeat(len(x), 1).T.contiguous()
+    found = search(recipe, blocks, spread)
     if recipe.affine:
-        d, dmin, sc, m = _affine_levels(recipe, found, subs, weighted, loops)
-        halves = [half(d, "scale"), half(dmin, "minimum")]
-        low = _spread(halves[1], m)
+        d, dmin, sc, m = _affine_levels(recipe, found, subs, q is not None)
+        d, dmin = half(d, "scale"), half(dmin, "minimum")
+        low = _spread(dmin, m)
     else:
-        d, sc, nothing = _centred_levels(recipe, found, subs, weighted)
-        halves, m, low = [half(d, "scale")], None, torch.zeros_like(found.scale)
+        d, sc, nothing = _centred_levels(recipe, found, subs, q is not None)
+        d = half(d, "scale")
+        dmin, m, low = d[:0], sc[:, :0], torch.zeros_like(found.scale)
         found = replace(found, iscale=torch.where(nothing.repeat_interleave(subs), 0.0, found.iscale))
-    scale = _spread(halves[0], sc - (kind.sub_zero or 0))
-    codes = _coded(recipe, blocks, scale, low, found, loops).reshape(n, k)
-    grid = torch.int8 if kind.sub_grid.signed else torch.uint8
-    small = [None if v is None else v.T.reshape(n, k // kind.sub).to(grid) for v in (sc, m)]
-    flat = [h.reshape(n, k // SUPER) for h in halves]
-    assert small[0] is not None
-    return codes, small[0], small[1], flat[0], flat[1] if recipe.affine else None
+    codes = code(recipe, blocks, _spread(d, sc - (kind.sub_zero or 0)), low, found).T.reshape(-1, SUPER)
+    small = [v.T.to(torch.int8 if kind.sub_grid.signed else torch.uint8) for v in (sc, m)]
+    return codes, small[0], small[1], d, dmin
+
+
+def compiled(recipe: Recipe, x: Tensor, q: Tensor | None, loops: Any) -> Planes:
+    """What ``defined`` defines."""
+    import numpy as np
+    import torch
+
+    kind, weighted, f32 = recipe.kind, q is not None, np.float32
+    blocks, importance = x.numpy().reshape(-1, SUPER), np.empty((0, SUPER), f32) if q is None else q.numpy().reshape(-1, SUPER)
+    count, subs, low = len(blocks), SUPER // kind.sub, int(recipe.affine)
+    codes, sc, d = np.empty((count, SUPER), np.uint8), np.empty((count, subs), np.uint8), np.empty(count, f32)
+    m, dmin = np.empty((low * count, subs), np.uint8), np.empty(low * count, f32)
+    mean, top = f32(recipe.mean), f32(recipe.top)
+    if weighted:
+        mode = 4 if recipe.mean else 3
+    else:
+        mode = 0 if not recipe.affine else 1 if recipe.levels == 15 else 2
+    if recipe.affine:
+        tries, again = np.array(recipe.tries(weighted), f32), np.array(positive_tries(recipe.levels), f32)
+        loops.affine(blocks, importance, codes, sc, m, d, dmin, tries, again, mode, mean, top)
+    else:
+        passes, twice = not weighted and recipe.top == 4, weighted and recipe.top == 4
+        tries = np.array(() if passes else centred_tries(recipe.top), f32)
+        loops.centred(blocks, importance, codes, sc, d, tries, np.array(centred_tries(32) if twice else (), f32), mode, mean, top)
+    halves = half(torch.from_numpy(d), "scale"), half(torch.from_numpy(dmin), "minimum")
+    small = torch.from_numpy(sc.view(np.int8) if kind.sub_grid.signed else sc)
+    return torch.from_numpy(codes), small, torch.from_numpy(m), *halves
 
 
 def _spread(values: Tensor, codes: Tensor) -> Tensor:

@@ -53,25 +53,17 @@ def defined(x: Tensor, w: Tensor, top: int, affine: bool) -> tuple[Tensor, Tenso
 
 
 def compiled(x: Tensor, w: Tensor, top: int, affine: bool, loops: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """What ``defined`` says, by the K-quants' loops; their tails repeat a block eight places before, so there are eight at least."""
+    """What ``defined`` says."""
     import numpy as np
     import torch
 
-    count = len(x)
-    if count < 8:
-        x, w = (torch.cat([part, part.new_zeros(8 - count, BLOCK)]) for part in (x, w))
-    found, codes = np.empty((5, len(x)), np.float32), np.empty(tuple(x.shape), np.uint8)
-    tries, highest = np.array(_tries(top, affine), np.float32), np.float32(top)
-    weights, zero = w.flatten().numpy(), np.float32(0)
+    codes, scale, low = np.empty(tuple(x.shape), np.uint8), np.empty(len(x), np.float32), np.zeros(len(x), np.float32)
+    tries, highest, rows = np.array(_tries(top, affine), np.float32), np.float32(top), (x.contiguous().numpy(), w.contiguous().numpy())
     if affine:
-        loops.affine(x.numpy(), weights, found, tries, highest, 3, zero, False, BLOCK)
-        limits = zero, highest, zero
+        loops.affine_blocks(*rows, codes, scale, low, tries, highest)
     else:
-        loops.centred(x.numpy(), weights, found, tries, highest, 3, zero, BLOCK)
-        limits = -highest, np.float32(top - 1), highest
-    none = np.zeros(len(x), np.float32)
-    loops.codes(x.numpy(), none, none, found[2], found[3], np.empty((0, BLOCK), np.uint8), codes, *limits, BLOCK)
-    return torch.from_numpy(codes[:count]), torch.from_numpy(found[0, :count]), -torch.from_numpy(found[1, :count])
+        loops.centred_blocks(*rows, codes, scale, tries, highest)
+    return torch.from_numpy(codes), torch.from_numpy(scale), -torch.from_numpy(low)
 
 
 def searched(name: str, x: Tensor, importance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
