@@ -53,6 +53,8 @@ def spread(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
 
 def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool) -> tuple[Affine, Tensor | None]:
     """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart."""
+    if "codes" in storage.options:
+        raise Refused(f"the codes of {storage.type} are its own")
     if not isinstance(t.grid, Integer):
         raise Refused("the codes are not integers on a uniform grid")
     notes: list[str] = []

@@ -55,7 +55,7 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, *KQUANTS)  # what weights can become; only Q4_K and Q5_K can take the codes of other formats, floats become any
+TARGETS = (*LEGACY, *KQUANTS, *(name for name in IQUANTS if name != "IQ4_XS"))  # what weights can become
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 
 BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS, **TABLES, **TERNARY}
