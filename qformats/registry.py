@@ -41,7 +41,8 @@ ROWS: tuple[Row, ...] = (
         ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
-         "iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32")),
+         "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
+         "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """New codes from floats: the only place in the library that rounds weights.
 
-Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``)
-whose bytes equal llama.cpp's; ``affine`` is min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the
-storage. All refuse NaN and infinities; ``imatrix`` reads and writes files of importances. A family module has
+Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``,
+``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``affine`` is
+min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities;
+``imatrix`` reads and writes files of importances. A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
   that cannot do without;
@@ -14,7 +15,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported
-from qformats.quantize import affine, ggml, kquants, tables, ternary
+from qformats.quantize import affine, ggml, iquants, kquants, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +36,7 @@ class Family(Protocol):
     def quantize(self, weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor: ...
 
 
-FAMILIES: tuple[Family, ...] = (ggml, kquants, tables, ternary)
+FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary)
 
 
 def _family(storage: Storage) -> Family | None:

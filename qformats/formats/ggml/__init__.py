@@ -55,7 +55,7 @@ __all__ = [
 NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
-TARGETS = (*LEGACY, *KQUANTS, *TABLES, "IQ4_XS", *TERNARY)  # what floats can become
+TARGETS = (*LEGACY, *KQUANTS, *TABLES, *IQUANTS, *TERNARY)  # what floats can become
 OWN_CODES = (*TABLES, "IQ4_XS", "Q1_0", "TQ1_0")  # those whose codes stand for more than ``Storage`` says, so never another format's codes
 CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
 

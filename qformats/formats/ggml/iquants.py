@@ -255,8 +255,9 @@ class IQuant:
 
     @property
     def storage(self) -> Storage:
-        """Name and size; what a block holds is more than ``Storage`` has words for, so only ``scheme`` says it."""
-        return Storage(self.name.lower(), Integer(self.code_bits), self.sub, self.nbytes * 8 / SUPER, k_multiple=SUPER)
+        """Name and size; what a block holds is more than ``Storage`` has words for, so only ``scheme`` says it: the codes are its own."""
+        size = self.nbytes * 8 / SUPER
+        return Storage(self.name.lower(), Integer(self.code_bits), self.sub, size, k_multiple=SUPER, options={"codes": "own"})
 
     def scheme(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme of a weight ``shape`` (K last) in this type."""
