@@ -29,13 +29,18 @@ def plan(
     tensor_types: Iterable[tuple[str, str]] = (),
     pre_tokenizer: str | None = None,
     header_only: bool = False,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
     ``header_only`` reads headers and claims; otherwise parameters are read too (codes only where a rule asks) and the plan is final.
     """
     target = registry.parse_target(to) if isinstance(to, str) else to
-    options = PlanOptions(target, exact, allow_requantize, tuple(tensor_types), pre_tokenizer, header_only)
+    options = PlanOptions(
+        target, exact, allow_requantize, tuple(tensor_types), pre_tokenizer, header_only, output_tensor_type, token_embedding_type, pure
+    )
     return make_plan(source, options)
 
 
@@ -50,6 +55,9 @@ def convert(
     workers: int | None = None,
     tensor_types: Iterable[tuple[str, str]] = (),
     pre_tokenizer: str | None = None,
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
@@ -59,7 +67,15 @@ def convert(
     from converters.report import Report
 
     planned = plan(
-        source, to=to, exact=exact, allow_requantize=allow_requantize, tensor_types=tensor_types, pre_tokenizer=pre_tokenizer
+        source,
+        to=to,
+        exact=exact,
+        allow_requantize=allow_requantize,
+        tensor_types=tensor_types,
+        pre_tokenizer=pre_tokenizer,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        pure=pure,
     )
     with planned.checkpoint:
         refuse_losses(planned)

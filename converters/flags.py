@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,11 +61,14 @@ def output_flags(function: F) -> F:
 
 
 def loss_flags(function: F) -> F:
-    """``--exact --allow-requantize --tensor-type --pre``: what a plan may do."""
+    """``--exact --allow-requantize --tensor-type --pre`` and llama-quantize's own: what a plan may do."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
         click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
+        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
+        click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding (GGUF)."),
+        click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
     )(function)  # fmt: skip
 
@@ -89,13 +92,17 @@ class Wishes:
     tensor_types: tuple[tuple[str, str], ...] = ()
     pre_tokenizer: str | None = None
     header: bool = False
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option."""
         target = registry.parse_target(self.to)
         from converters.choose import PlanOptions
 
-        return PlanOptions(target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header)
+        planned = PlanOptions(target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header)
+        return replace(planned, output_tensor_type=self.output_tensor_type, token_embedding_type=self.token_embedding_type, pure=self.pure)
 
 
 def output_of(as_json: bool, quiet: bool) -> Output:

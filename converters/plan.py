@@ -14,10 +14,12 @@ from converters import absorb, files, provenance
 from converters.choose import NEEDS_CONSENT, Chooser, PlanOptions
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
+from converters.mixing import meant, mix_of
 from converters.outputs import Output
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import QFormatError, Unsupported, UsageError, WouldLose
+from qformats.formats.ggml import mixes
 from qformats.formats.protocol import Target
 from qformats.reencode import KINDS, Hint
 
@@ -115,6 +117,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         dtypes={} if restore is None else restore.dtypes,
         blocks={} if restore is None else restore.blocks,
         orders=orders,
+        mix=mix_of(checkpoint, options, tensors),
     )
     jobs = _decide(chooser, tensors)
     all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
@@ -138,7 +141,8 @@ def _module_warnings(checkpoint: Checkpoint) -> list[str]:
 
 def _restorable(checkpoint: Checkpoint, options: PlanOptions) -> provenance.Restore | None:
     """The record's help, where the target is the format it speaks of and nothing else was asked for."""
-    if options.target.options or options.target.type or not provenance.speaks_of(checkpoint, options.target.format):
+    named = options.target.options or options.target.type or options.output_tensor_type or options.token_embedding_type
+    if named or not provenance.speaks_of(checkpoint, options.target.format):
         return None
     return provenance.read_restore(checkpoint)
 
@@ -258,7 +262,11 @@ def _with_option(options: PlanOptions, key: str, value: str) -> PlanOptions:
 
 
 def refuse_losses(plan: Plan) -> None:
-    """Stop before anything is written: ``--exact`` allows no loss, and new codes need consent (``WouldLose``)."""
+    """Stop before anything is written: ``--exact`` allows no loss, and new codes need consent (``WouldLose``).
+
+    ``Unsupported('importance-needed')`` for types that cannot be made as planned without an importance matrix.
+    """
+    _refuse_blind(plan)
     if plan.options.exact:
         offenders = [j for j in plan.jobs if not j.lossless]
         if offenders:
@@ -266,6 +274,23 @@ def refuse_losses(plan: Plan) -> None:
     asking = [j for j in plan.jobs if NEEDS_CONSENT in j.notes]
     if asking:
         raise _loss("requantize", "would need new codes", asking, "add --allow-requantize, or name a type such as gguf:q8_0 or gguf:f16")
+
+
+def _refuse_blind(plan: Plan, *, with_imatrix: bool = False) -> None:
+    """Types of so few bits that neither this package nor llama.cpp rounds to them blindly."""
+    from qformats.quantize import needs_importance
+
+    kind = meant(plan.checkpoint, plan.options)
+    made = [job for job in plan.jobs if job.action == "quantize" and job.kind == "requantized" and job.storage is not None]
+    needy = [
+        job
+        for job in made
+        if (job.storage and needs_importance(job.storage)) or (kind and mixes.requires_imatrix(job.name, job.type.lower(), kind))
+    ]
+    if needy and not with_imatrix:
+        names = ", ".join(f"{job.name} ({job.type})" for job in needy[:5]) + (f" and {len(needy) - 5} more" if len(needy) > 5 else "")
+        hint = "give an importance matrix (`qconvert imatrix` computes one), or choose a larger type"
+        raise Unsupported("importance-needed", f"{len(needy)} tensors cannot be made without an importance matrix: {names}", hint=hint)
 
 
 def _loss(code: str, what: str, jobs: Sequence[Job], hint: str) -> QFormatError:

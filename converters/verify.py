@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +110,9 @@ def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
         options = record["options"]
         types = tuple((str(a), str(b)) for a, b in options["tensor_types"])
         target = registry.parse_target(options["to"])
-        return PlanOptions(target, bool(options["exact"]), bool(options["allow_requantize"]), types, options["pre_tokenizer"])
+        head, embedding = (name and str(name) for name in map(options.get, ("output_tensor_type", "token_embedding_type")))
+        planned = PlanOptions(target, bool(options["exact"]), bool(options["allow_requantize"]), types, options["pre_tokenizer"])
+        return replace(planned, output_tensor_type=head, token_embedding_type=embedding, pure=bool(options.get("pure")))
     except (KeyError, TypeError, ValueError, QFormatError):
         return None
 
