@@ -76,9 +76,7 @@ def file_types(k: int) -> list[str]:
 
 
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join(map(str, case)))
-@pytest.mark.parametrize(("k", "tied"), [
-    (256, True), (96, False), pytest.param(256, False, marks=pytest.mark.real_full), pytest.param(100, True, marks=pytest.mark.real_full),
-])  # fmt: skip
+@pytest.mark.parametrize(("k", "tied"), [(256, True), (96, False), (100, True)])
 def test_rules_are_llama_cpps(case: tuple[str, int, int, int, int], k: int, tied: bool, tmp_path: Path, llama: Any) -> None:
     path = write_model(tmp_path / "model.gguf", *case, k, tied)
     model, shapes, stored = content(path)
