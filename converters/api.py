@@ -32,6 +32,9 @@ def plan(
     header_only: bool = False,
     imatrix: str | Path | None = None,
     metadata: Iterable[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -48,6 +51,9 @@ def plan(
         header_only,
         imatrix=matrix,
         metadata=tuple(metadata),
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        pure=pure,
     )
     return make_plan(source, options)
 
@@ -65,6 +71,9 @@ def convert(
     pre_tokenizer: str | None = None,
     imatrix: str | Path | None = None,
     metadata: Iterable[str] = (),
+    output_tensor_type: str | None = None,
+    token_embedding_type: str | None = None,
+    pure: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
@@ -83,6 +92,9 @@ def convert(
         pre_tokenizer=pre_tokenizer,
         imatrix=imatrix,
         metadata=metadata,
+        output_tensor_type=output_tensor_type,
+        token_embedding_type=token_embedding_type,
+        pure=pure,
     )
     with planned.checkpoint:
         refuse_losses(planned)

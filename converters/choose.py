@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from converters.gguf_record import block_storage
 from converters.jobs import Job
+from converters.mixing import NO_MIX, Mix, check_options
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import INTEGER_TYPES, Checkpoint
 from qformats.errors import Unsupported, UsageError
+from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
 from qformats.reencode import KINDS, Fit, Hint, fit
 from qformats.rewrite import Refused, block_range
@@ -33,8 +35,6 @@ FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
 NEEDS_CONSENT = "needs --allow-requantize or a named type"
-# llama.cpp's choices where a row is not whole super-blocks (src/llama-quant.cpp)
-_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
 
@@ -43,6 +43,7 @@ class PlanOptions:
     """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins.
 
     ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
+    ``output_tensor_type``, ``token_embedding_type`` and ``pure`` are llama-quantize's options of these names, for GGUF targets.
     """
 
     target: Target
@@ -53,8 +54,12 @@ class PlanOptions:
     header_only: bool = False
     imatrix: ImportanceMatrix | None = None
     metadata: tuple[str, ...] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
 
     def __post_init__(self) -> None:
+        check_options(self)
         for pattern, _ in self.tensor_types:
             try:
                 re.compile(pattern)
@@ -62,7 +67,8 @@ class PlanOptions:
                 raise UsageError("tensor-type", f"{pattern!r} is not a regular expression: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """What a provenance record keeps."""
+        """What a provenance record keeps; options that came later only where they are used."""
+        later = {"output_tensor_type": self.output_tensor_type, "token_embedding_type": self.token_embedding_type, "pure": self.pure}
         return {
             "to": str(self.target),
             "exact": self.exact,
@@ -71,6 +77,7 @@ class PlanOptions:
             "pre_tokenizer": self.pre_tokenizer,
             **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
             **({"metadata": list(self.metadata)} if self.metadata else {}),
+            **{name: value for name, value in later.items() if value},
         }
 
 
@@ -80,7 +87,7 @@ class Chooser:
 
     ``storages_of``: storages from a provenance record by target module, ``hints`` likewise; ``dtypes``: float dtypes by target
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
-    2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders.
+    2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
     """
 
     checkpoint: Checkpoint
@@ -91,6 +98,7 @@ class Chooser:
     dtypes: Mapping[str, str] = field(default_factory=dict)
     blocks: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    mix: Mix = NO_MIX
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @cached_property
@@ -117,10 +125,13 @@ class Chooser:
 
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
         """The type the user named for this tensor, or None for the default rule."""
+        if tensor.name in self.mix.types:
+            return self.mix.types[tensor.name]
+        mixed = self.mix.file_type is not None
         for pattern, name in self.options.tensor_types:
-            if re.search(pattern, tensor.name) and (len(tensor.shape) > 1 or name.lower() in FLOAT_WORDS):
+            if re.search(pattern, tensor.name) and ((len(tensor.shape) > 1 and not mixed) or name.lower() in FLOAT_WORDS):
                 return name.lower()
-        kind = self.options.target.type
+        kind = None if mixed else self.options.target.type
         if kind is None or tensor.kind not in _MATRIX_KINDS or len(tensor.shape) < 2:
             return None
         if not dense or kind in FLOAT_WORDS:
@@ -134,6 +145,8 @@ class Chooser:
     def _target(self, kind: str | None) -> Target:
         target = self.options.target
         found = registry.row(target.format)
+        if kind is not None and kind not in found.types and self._gguf and mixes.is_block_type(kind):
+            raise Unsupported("no-quantizer", f"there is no quantizer for {kind}", hint=f"types: {', '.join(found.types)}")
         if kind is not None and kind not in found.types and kind not in FLOAT_WORDS:
             raise UsageError("target-type", f"{target.format} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
         return replace(target, type=kind)
@@ -147,7 +160,8 @@ class Chooser:
             return kept
         named = self._named(tensor, dense=True)
         if named is not None and named not in FLOAT_WORDS:
-            return self._quantize(tensor, named, "new codes from floats, as named")
+            as_what = "as named" if self.mix.file_type is None else f"as {self.mix.file_type.name.upper()} has them"
+            return self._quantize(tensor, named, f"new codes from floats, {as_what}")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
             job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
             ask = not self.options.allow_requantize and job.kind == "requantized"
@@ -207,6 +221,8 @@ class Chooser:
         if named is not None:
             return FLOAT_WORDS[named]
         source = next(iter(found)) if len(found) == 1 else "F32"
+        if self._gguf and named is None and self.mix.file_type is not None and self.checkpoint.gguf is not None and not tensor.shift:
+            return source  # what llama.cpp does not quantize, it copies
         if self._gguf:
             matrix = len(tensor.shape) >= 2 and tensor.kind in _MATRIX_KINDS
             return (source if source in ("F16", "BF16") else "F32") if matrix else "F32"
@@ -276,26 +292,39 @@ class Chooser:
 
     def _from_codes(self, tensor: TensorMap) -> Job:
         named = self._named(tensor, dense=False)
-        copied = self._same_bytes(tensor, named)
-        if copied is not None:
-            return copied
-        target = self._target(named)
-        row = registry.row(target.format)
+        kept = self._same_bytes(tensor, named) or self._in_the_type_that_was_named(tensor)
+        if kept is not None:
+            return kept
+        row = registry.row(self._target(named).format)
         if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
             return self._dequantize(tensor, named)
-        module = registry.format_module(row.name)
-        recorded = self.storages_of.get(tensor.target)
-        storages = [recorded] if recorded is not None else module.storages(target, self._scheme(tensor))
-        if named is not None and all(self._misfit(tensor, s) for s in storages):
-            storages = module.storages(replace(target, type=None), self._scheme(tensor))  # whatever fits this shape best
+        storages = self._storages(tensor, named)
         best, refusals = self._best(tensor, storages, row.name)
         if best is not None:
             return replace(best, notes=self._savings(tensor, best, storages))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
-        if named is not None or self.options.allow_requantize:
+        if (named is not None and not self.mix.asks) or self.options.allow_requantize:
             return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
-        job = self._quantize(tensor, _SAFE_TYPE if self._gguf else "int4", reason)
+        job = self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
+
+    def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
+        """The recorded storage, else those of the named type, else whatever fits this shape."""
+        target, scheme = self._target(named), self._scheme(tensor)
+        module = registry.format_module(target.format)
+        recorded = self.storages_of.get(tensor.target)
+        storages: list[Storage] = [recorded] if recorded is not None else module.storages(target, scheme)
+        if named is not None and all(self._misfit(tensor, s) for s in storages):
+            storages = module.storages(replace(target, type=None), scheme)
+        return storages
+
+    def _in_the_type_that_was_named(self, tensor: TensorMap) -> Job | None:
+        """Codes that the named block type holds exactly, whatever the file type of its name would make of the tensor."""
+        name = self.mix.kept
+        if name is None or name in FLOAT_WORDS or tensor.name not in self.mix.types or tensor.name in self.mix.overridden:
+            return None
+        found = self._same_bytes(tensor, name) or self._best(tensor, self._storages(tensor, name), "gguf", (False,))[0]
+        return found if found is not None and found.kind in ("copied", "exact") else None
 
     def _same_bytes(self, tensor: TensorMap, named: str | None) -> Job | None:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
@@ -326,13 +355,15 @@ class Chooser:
         return not self._gguf and tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of \
             and self.checkpoint.gguf is not None  # fmt: skip
 
-    def _best(self, tensor: TensorMap, storages: Sequence[Storage], format_name: str) -> tuple[Job | None, dict[str, str]]:
+    def _best(
+        self, tensor: TensorMap, storages: Sequence[Storage], format_name: str, roundings: Sequence[bool] = (False, True)
+    ) -> tuple[Job | None, dict[str, str]]:
         refusals: dict[str, str] = {}
         try:
             probe = None if self.options.header_only else self._probe(tensor)
         except Refused as refusal:
             return None, {"stacked": str(refusal)}
-        for rounding in (False, True):
+        for rounding in roundings:
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
                     if probe is None:
@@ -441,8 +472,9 @@ class Chooser:
         module = registry.format_module(target.format)
         scheme = self._scheme(tensor) if self._is_code_source(tensor) else _float_scheme(tensor.shape)
         storage = module.storages(target, scheme)[0]
-        if self._misfit(tensor, storage) and self._gguf and kind != _SAFE_TYPE:
-            return self._quantize(tensor, _FALLBACKS.get(kind, _SAFE_TYPE), f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
+        smaller = mixes.fallback(kind, tensor.shape[-1]) if self._gguf else kind
+        if smaller != kind and smaller not in FLOAT_WORDS:
+            return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
         if self._misfit(tensor, storage):
             codes = self._is_code_source(tensor)
             dtype = "F32" if codes else self._float_dtype(tensor, {"F16"}, None)

@@ -23,6 +23,10 @@ __all__ = ["convert", "dequantize", "pair", "plan", "quantize", "verify"]
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 MAX_PLAN_NBYTES = 1 << 30
+_PLANNED = (
+    "exact", "allow_requantize", "tensor_types", "pre_tokenizer", "metadata", "output_tensor_type", "token_embedding_type", "pure",
+)  # fmt: skip
+_LATER_WORDS = ("output_tensor_type", "token_embedding_type")
 _PATH = click.Path(path_type=Path)
 _TO = "FORMAT[:TYPE][,key=value…]"
 
@@ -79,10 +83,10 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
     if plan_file is None:
         _run(src, dst, {**flags, "to": to})
         return
+    if any(flags[name] for name in _PLANNED):
+        raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
     from converters.importances import same_imatrix
 
-    if flags["exact"] or flags["allow_requantize"] or flags["tensor_types"] or flags["pre_tokenizer"] or flags["metadata"]:
-        raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
     saved = _read_plan(plan_file)
     same_imatrix(saved["imatrix"], flags["imatrix"], plan_file)
     _run(src, dst, {**flags, **saved["options"]}, digest=saved["digest"])
@@ -146,7 +150,7 @@ def pair(source: str, target: str) -> click.Command:
     @click.command(f"{source}-to-{target}", short_help=f"Convert {row.title.split(' (')[0]} to {into.title.split(' (')[0]}.")
     @click.argument("src", type=_PATH)
     @click.argument("dst", type=_PATH)
-    @click.option("--type", "kind", metavar="TYPE", help=f"{', '.join(into.types)} (default: the smallest that keeps every code).")
+    @click.option("--type", "kind", metavar="TYPE", help=f"{_words(into)} (default: the smallest that keeps every code).")
     @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, hidden=not into.options, help=f"{', '.join(into.options)}.")
     @loss_flags
     @writing_flags
@@ -161,6 +165,11 @@ def pair(source: str, target: str) -> click.Command:
 
 
 # ---------------------------------------------------------------- what they share
+
+
+def _words(row: registry.Row) -> str:
+    """The types of a format, and one file type to stand for all."""
+    return ", ".join(row.types) + (", or a file type such as q4_k_m" if row.mixes else "")
 
 
 def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = None, digest: str | None = None) -> None:
@@ -242,6 +251,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
             "exact": bool(options["exact"]),
             "allow_requantize": bool(options["allow_requantize"]),
             "tensor_types": tuple((str(a), str(b)) for a, b in options["tensor_types"]),
+            "pure": bool(options.get("pure")),
+            **{name: None if options.get(name) is None else str(options[name]) for name in _LATER_WORDS},
             "pre_tokenizer": None if options["pre_tokenizer"] is None else str(options["pre_tokenizer"]),
             "metadata": tuple(str(word) for word in options.get("metadata", ())),
         }

@@ -14,6 +14,7 @@ from converters.importances import metadata_keys
 from converters.jobs import Job
 from converters.mapping import linear_modules
 from converters.metadata_words import assigned, parse_assignment
+from converters.mixing import meant
 from converters.outputs import Output, gguf_output, safetensors_output
 from qformats import registry
 from qformats.checkpoint import PROVENANCE_KEY, Checkpoint
@@ -29,7 +30,8 @@ __all__ = ["build_output", "side_files"]
 # llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
-    "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41,
+    "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 29, "IQ4_XS": 30, "IQ1_M": 31,
+    "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41,
 }  # fmt: skip
 _QUANTIZATION_VERSION = 2
 _CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
@@ -71,7 +73,11 @@ def build_output(
 # ---------------------------------------------------------------- GGUF
 
 
-def _file_type(jobs: Sequence[Job]) -> int:
+def _file_type(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]) -> int:
+    """The file type that was asked for, else that of the type most weights have."""
+    asked = meant(checkpoint, options)
+    if asked is not None:
+        return asked.number
     weights: Counter[str] = Counter()
     for job in jobs:
         if len(job.map.shape) > 1 and job.map.kind in ("linear", "experts"):
@@ -86,14 +92,17 @@ def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[
         return dict(
             checkpoint.binding.metadata(
                 checkpoint.side_files(),
-                file_type=_file_type(jobs),
+                file_type=_file_type(checkpoint, options, jobs),
                 quantization_version=_QUANTIZATION_VERSION,
                 pre=options.pre_tokenizer,
             )
         )
     kept = {k: checkpoint.gguf.metadata[k] for k in kept_keys(checkpoint.gguf.metadata)}
-    if "general.file_type" in kept and any(job.kind != "copied" for job in jobs):
-        kept["general.file_type"] = Value("u32", _file_type(jobs))
+    asked = meant(checkpoint, options) is not None
+    if asked or ("general.file_type" in kept and any(job.kind != "copied" for job in jobs)):
+        kept["general.file_type"] = Value("u32", _file_type(checkpoint, options, jobs))
+    if asked:
+        kept["general.quantization_version"] = Value("u32", _QUANTIZATION_VERSION)
     return kept
 
 

@@ -61,11 +61,14 @@ def output_flags(function: F) -> F:
 
 
 def loss_flags(function: F) -> F:
-    """``--exact --allow-requantize --tensor-type --pre --imatrix --set-metadata``: what a plan may do."""
+    """``--exact --allow-requantize --tensor-type --pre --imatrix --set-metadata`` and llama-quantize's own: what a plan may do."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
         click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
+        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
+        click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding (GGUF)."),
+        click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
@@ -93,6 +96,9 @@ class Wishes:
     header: bool = False
     imatrix: Path | None = None
     metadata: tuple[str, ...] = ()
+    output_tensor_type: str | None = None
+    token_embedding_type: str | None = None
+    pure: bool = False
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
@@ -102,15 +108,10 @@ class Wishes:
 
         matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
         return PlanOptions(
-            target,
-            self.exact,
-            self.allow_requantize,
-            tuple(self.tensor_types),
-            self.pre_tokenizer,
-            self.header,
-            imatrix=matrix,
-            metadata=tuple(self.metadata),
-        )
+            target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
+            imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
+            token_embedding_type=self.token_embedding_type, pure=self.pure,
+        )  # fmt: skip
 
 
 def output_of(as_json: bool, quiet: bool) -> Output:

@@ -15,11 +15,15 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def matrix() -> str:
-    """Two Markdown tables: the formats, and the commands between them."""
+    """Two Markdown tables: the formats, what whole files can be named as, and the commands between formats."""
     lines = ["| format | what it is | stored in | reads | writes | target types | options |", "|---|---|---|---|---|---|---|"]
     for row in registry.ROWS:
         types, options = (" ".join(f"`{word}`" for word in words) for words in (row.types, row.options))
         lines.append(f"| `{row.name}` | {row.title} | {row.container} | {_yes(row.reads)} | {_yes(row.writes)} | {types} | {options} |")
+    for row in registry.ROWS:
+        if row.mixes:
+            words = " ".join(f"`{word}`" for word in row.mixes)
+            lines += ["", f"`{row.name}` also takes file types, rules that give every tensor its type: {words}"]
     targets = [row.name for row in registry.ROWS if row.writes]
     known = set(pairs())
     lines += ["", "| from \\ to | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]

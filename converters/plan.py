@@ -15,10 +15,12 @@ from converters.choose import NEEDS_CONSENT, Chooser, PlanOptions
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
+from converters.mixing import meant, mix_of
 from converters.outputs import Output
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import QFormatError, Unsupported, UsageError, WouldLose
+from qformats.formats.ggml import mixes
 from qformats.formats.protocol import Target
 from qformats.reencode import KINDS, Hint
 
@@ -116,6 +118,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         dtypes={} if restore is None else restore.dtypes,
         blocks={} if restore is None else restore.blocks,
         orders=orders,
+        mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
     )
     jobs, told = with_importances(_decide(chooser, tensors), options)
     warnings.extend(told)
@@ -140,7 +143,8 @@ def _module_warnings(checkpoint: Checkpoint) -> list[str]:
 
 def _restorable(checkpoint: Checkpoint, options: PlanOptions) -> provenance.Restore | None:
     """The record's help, where the target is the format it speaks of and nothing else was asked for."""
-    if options.target.options or options.target.type or not provenance.speaks_of(checkpoint, options.target.format):
+    named = options.target.options or options.target.type or options.output_tensor_type or options.token_embedding_type
+    if named or not provenance.speaks_of(checkpoint, options.target.format):
         return None
     return provenance.read_restore(checkpoint)
 
@@ -260,7 +264,11 @@ def _with_option(options: PlanOptions, key: str, value: str) -> PlanOptions:
 
 
 def refuse_losses(plan: Plan) -> None:
-    """Stop before anything is written: ``--exact`` allows no loss, and new codes need consent (``WouldLose``)."""
+    """Stop before anything is written: ``--exact`` allows no loss, and new codes need consent (``WouldLose``).
+
+    ``Unsupported('importance-needed')`` for types that cannot be made as planned without an importance matrix.
+    """
+    _refuse_blind(plan)
     if plan.options.exact:
         offenders = [j for j in plan.jobs if not j.lossless]
         if offenders:
@@ -268,6 +276,17 @@ def refuse_losses(plan: Plan) -> None:
     asking = [j for j in plan.jobs if NEEDS_CONSENT in j.notes]
     if asking:
         raise _loss("requantize", "would need new codes", asking, "add --allow-requantize, or name a type such as gguf:q8_0 or gguf:f16")
+
+
+def _refuse_blind(plan: Plan) -> None:
+    """File types with so few bits that llama.cpp does not make them blindly."""
+    kind = meant(plan.checkpoint, plan.options)
+    blind = [job for job in plan.jobs if job.action == "quantize" and job.kind == "requantized" and job.importance is None]
+    needy = [job for job in blind if kind is not None and mixes.requires_imatrix(job.name, job.type.lower(), kind)]
+    if needy:
+        names = ", ".join(f"{job.name} ({job.type})" for job in needy[:5]) + (f" and {len(needy) - 5} more" if len(needy) > 5 else "")
+        hint = "give an importance matrix (`qconvert imatrix` computes one), or choose a larger type"
+        raise Unsupported("importance-needed", f"{len(needy)} tensors cannot be made without an importance matrix: {names}", hint=hint)
 
 
 def _loss(code: str, what: str, jobs: Sequence[Job], hint: str) -> QFormatError:

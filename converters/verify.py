@@ -135,7 +135,11 @@ def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
         recorded_imatrix(options)
         words = tuple(str(word) for word in options.get("metadata", ()))
         exact, requantize = bool(options["exact"]), bool(options["allow_requantize"])
-        return PlanOptions(target, exact, requantize, types, options["pre_tokenizer"], metadata=words)
+        head, embedding = (name and str(name) for name in map(options.get, ("output_tensor_type", "token_embedding_type")))
+        return PlanOptions(
+            target, exact, requantize, types, options["pre_tokenizer"], metadata=words, output_tensor_type=head,
+            token_embedding_type=embedding, pure=bool(options.get("pure")),
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, QFormatError):
         return None
 

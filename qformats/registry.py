@@ -20,7 +20,10 @@ __all__ = ["ROWS", "Row", "detect", "format_module", "names", "parse_target", "r
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it."""
+    """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it.
+
+    ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor.
+    """
 
     name: str
     module: str
@@ -29,6 +32,7 @@ class Row:
     methods: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
+    mixes: tuple[str, ...] = ()
     reads: bool = True
     writes: bool = True
 
@@ -42,7 +46,8 @@ ROWS: tuple[Row, ...] = (
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
-         "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32")),
+         "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
+        mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
@@ -97,16 +102,17 @@ def parse_target(text: str) -> Target:
     name, _, kind = head.partition(":")
     found = row(name)
     kind = kind.lower()
-    if kind and kind not in found.types:
-        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
+    known = (*found.types, *(name for name in found.mixes if name not in found.types))
+    if kind and kind not in known:
+        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"types: {', '.join(known)}")
     options: dict[str, str] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
-        if key in found.types and not kind:
+        if key in known and not kind:
             kind = key
         elif key not in found.options:
-            known = ", ".join(found.options) or "none"
-            raise UsageError("target-option", f"{found.name} has no option {key!r}", hint=f"options: {known}")
+            allowed = ", ".join(found.options) or "none"
+            raise UsageError("target-option", f"{found.name} has no option {key!r}", hint=f"options: {allowed}")
         else:
             options[key] = value
     return Target(found.name, kind or None, options)

@@ -10,6 +10,7 @@ through them, so that a version with another layout is refused and not misread.
         model.logits(ids)                       # float32 (n_tokens, n_vocab)
         model.nll(ids), model.greedy(ids, 20)
     quantize_rows(x, "Q4_0"); dequantize_rows(blocks, "Q4_0", k); quantize_file(src, dst, "Q4_K_M")
+    chosen_types(src, "Q4_K_M")                 # {tensor name: type}, nothing written
 """
 
 from __future__ import annotations
@@ -17,15 +18,26 @@ from __future__ import annotations
 import ctypes as C
 import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 __all__ = [
-    "EVAL_CALLBACK", "FTYPE", "GGML", "Llama", "Tensor", "available", "dequantize_rows", "dequantizer", "library_dir", "quantize_file",
+    "EVAL_CALLBACK",
+    "FTYPE",
+    "GGML",
+    "Llama",
+    "Tensor",
+    "available",
+    "chosen_types",
+    "dequantize_rows",
+    "dequantizer",
+    "library_dir",
+    "quantize_file",
     "quantize_rows",
-]  # fmt: skip
+]
 
 GGML = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q5_0": 6, "Q5_1": 7, "Q8_0": 8, "Q2_K": 10, "Q3_K": 11, "Q4_K": 12, "Q5_K": 13, "Q6_K": 14,
@@ -34,7 +46,9 @@ GGML = {
 }  # fmt: skip
 FTYPE = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K_S": 11, "Q3_K_M": 12, "Q3_K_L": 13,
-    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "IQ4_XS": 30, "BF16": 32,
+    "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16, "Q5_K_M": 17, "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "Q2_K_S": 21, "IQ3_XS": 22,
+    "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ3_M": 27, "IQ2_S": 28, "IQ2_M": 29, "IQ4_XS": 30, "IQ1_M": 31, "BF16": 32,
+    "TQ1_0": 36, "TQ2_0": 37, "MXFP4_MOE": 38, "Q1_0": 40, "Q2_0": 41,
 }  # fmt: skip
 
 _ptr, _i32, _i64, _u32, _bool, _f32, _size = C.c_void_p, C.c_int32, C.c_int64, C.c_uint32, C.c_bool, C.c_float, C.c_size_t
@@ -76,10 +90,6 @@ class _Batch(C.Structure):
         ("n_tokens", _i32), ("token", C.POINTER(_i32)), ("embd", _ptr), ("pos", C.POINTER(_i32)), ("n_seq_id", C.POINTER(_i32)),
         ("seq_id", C.POINTER(C.POINTER(_i32))), ("logits", C.POINTER(C.c_int8)),
     ]  # fmt: skip
-
-
-class _Importances(C.Structure):
-    _fields_ = [("name", C.c_char_p), ("data", _ptr), ("size", _size)]
 
 
 class Tensor(C.Structure):
@@ -135,6 +145,15 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
 }  # fmt: skip
 
 
+class _ImatrixData(C.Structure):
+    _fields_ = [("name", C.c_char_p), ("data", C.POINTER(_f32)), ("size", _size)]
+
+
+class _TensorOverride(C.Structure):
+    _fields_ = [("pattern", C.c_char_p), ("type", _i32)]
+
+
+_LINES: list[str] | None = None  # while a list, the log goes into it
 _KEEP_ALIVE: list[Any] = []  # the log callback must outlive the library
 
 
@@ -176,6 +195,8 @@ def libraries() -> Any:
     callback = C.CFUNCTYPE(None, C.c_int, C.c_char_p, _ptr)
 
     def log(level: int, text: bytes, _: Any) -> None:
+        if _LINES is not None:
+            _LINES.append(text.decode("utf8", "replace"))
         if os.environ.get("LLAMACPP_LOG") or level == 4:
             print(text.decode("utf8", "replace"), end="")
 
@@ -224,28 +245,72 @@ def dequantize_rows(blocks: np.ndarray[Any, Any], type_name: str, k: int) -> np.
     return out
 
 
-def quantize_file(
-    src: str | Path,
-    dst: str | Path,
-    ftype: str,
-    *,
-    pure: bool = False,
-    threads: int = 1,
-    requantize: bool = True,
-    imatrix: dict[str, np.ndarray[Any, Any]] | None = None,
-) -> None:
-    """``llama_model_quantize``: a GGUF into another GGUF of ``ftype``; ``imatrix``: float32 importances by tensor name."""
+def quantize_file(src: str | Path, dst: str | Path, ftype: str, *, threads: int = 1, requantize: bool = True, **options: Any) -> None:
+    """``llama_model_quantize``: a GGUF into another GGUF of ``ftype``; ``options`` as in ``_quantize_params``."""
     llama = libraries()
-    params = llama.llama_model_quantize_default_params()
-    params.nthread, params.ftype, params.pure, params.allow_requantize = threads, FTYPE[ftype], pure, requantize
-    arrays = {name: np.ascontiguousarray(values, np.float32) for name, values in (imatrix or {}).items()}
-    entries = [_Importances(name.encode(), values.ctypes.data, values.size) for name, values in arrays.items()]
-    table = (_Importances * (len(entries) + 1))(*entries)
-    if imatrix is not None:
-        params.imatrix = C.addressof(table)
+    params = _quantize_params(ftype, **options)
+    params.nthread, params.allow_requantize = threads, requantize
     status = llama.llama_model_quantize(str(src).encode(), str(dst).encode(), C.byref(params))
     if status:
         raise RuntimeError(f"llama_model_quantize returned {status}")
+
+
+def _quantize_params(
+    ftype: str,
+    *,
+    pure: bool = False,
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    tensor_types: list[tuple[str, str]] | None = None,
+    imatrix: dict[str, np.ndarray[Any, Any]] | None = None,
+) -> Any:
+    params = libraries().llama_model_quantize_default_params()
+    params.ftype, params.pure = FTYPE[ftype], pure
+    if output_type is not None:
+        params.output_tensor_type = GGML[output_type]
+    if embedding_type is not None:
+        params.token_embedding_type = GGML[embedding_type]
+    if tensor_types:
+        pairs = [_TensorOverride(pattern.encode(), GGML[kind]) for pattern, kind in tensor_types]
+        overrides = (_TensorOverride * (len(pairs) + 1))(*pairs)
+        params.tt_overrides = C.cast(overrides, _ptr)
+        params._overrides = overrides
+    if imatrix is not None:
+        rows = [np.ascontiguousarray(row, np.float32) for row in imatrix.values()]
+        entries = [
+            _ImatrixData(name.encode(), row.ctypes.data_as(C.POINTER(_f32)), row.size) for name, row in zip(imatrix, rows, strict=True)
+        ]
+        table = (_ImatrixData * (len(entries) + 1))(*entries)
+        params.imatrix = C.cast(table, _ptr)
+        params._imatrix = table, rows
+    return params
+
+
+_DRY_LINE = re.compile(r"\[ *\d+/ *\d+\] +(\S+) +- \[.*\], type = +(\S+), size = .*?(?:-> .*\((\S+)\))?\n", re.DOTALL)
+
+
+def chosen_types(src: str | Path, ftype: str, **options: Any) -> dict[str, str]:
+    """Every tensor's type in the file that ``quantize_file`` would make, by its dry run, which names them in its log."""
+    global _LINES
+    llama = libraries()
+    params = _quantize_params(ftype, **options)
+    params.nthread, params.allow_requantize, params.dry_run = 1, True, True
+    _LINES = []
+    try:
+        status = llama.llama_model_quantize(str(src).encode(), b"", C.byref(params))
+        text = "".join(_LINES)
+    finally:
+        _LINES = None
+    if status:
+        raise RuntimeError(f"llama_model_quantize returned {status}: {text[-300:]}")
+    lines = re.findall(r"^\[ *\d+/ *\d+\] .*?(?=^\[ *\d+/ *\d+\] |^llama_model_quantize_impl|\Z)", text, re.DOTALL | re.MULTILINE)
+    found = {}
+    for line in lines:
+        match = _DRY_LINE.match(line)
+        if match is None:
+            raise RuntimeError(f"llama.cpp's dry run says {line!r}")
+        found[match[1]] = (match[3] or match[2]).upper()
+    return found
 
 
 class Llama:

@@ -28,6 +28,7 @@ LONGROPE = {
 }  # fmt: skip
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama-tied", {"tie_word_embeddings": True}),
+    "llama-wide": ("llama", {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 9}),
     "llama-untied-wide-heads": ("llama", {"tie_word_embeddings": False, "head_dim": 32}),
     "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
     "mistral": ("llama", {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}),

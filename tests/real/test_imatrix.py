@@ -116,7 +116,7 @@ def test_llama_cpp_rounds_to_the_same_bytes_under_them(lab_model: Any, workshop:
         floats, tmp_path / "theirs.gguf", "Q4_K_S", pure=True, imatrix={n: e.importance() for n, e in matrix.entries.items()}
     )
     types = [("token_embd|output", "q8_0")]
-    report = convert(floats, tmp_path / "ours.gguf", to="gguf:q4_k", imatrix=tmp_path / "i.gguf", tensor_types=types)
+    report = convert(floats, tmp_path / "ours.gguf", to="gguf:q4_k", pure=True, imatrix=tmp_path / "i.gguf", tensor_types=types)
     ours, theirs = open_gguf(tmp_path / "ours.gguf").tensors, open_gguf(tmp_path / "theirs.gguf").tensors
     compared = [name for name in ours if name in matrix.entries and ours[name].dtype == theirs[name].dtype == "Q4_K"]
     assert len(compared) == report.weighted > 20

@@ -287,6 +287,19 @@ def test_quantize_is_consent_and_measures_the_error(tmp_path: Path) -> None:
     assert re.search(r"relative RMS error measured on 16 tensors, largest 0\.00\d", found.stdout)
 
 
+def test_file_types_and_their_options_through_a_saved_plan(tmp_path: Path) -> None:
+    wishes = ("--to", "gguf:q4_k_m", "--output-tensor-type", "Q5_1", "--token-embedding-type", "q4_0", "--pure")
+    saved = tmp_path / "plan.json"
+    saved.write_text(ran("plan", DENSE, *wishes, "--json").stdout)
+    assert json.loads(saved.read_text())["options"]["pure"] is True
+    ran("convert", DENSE, tmp_path / "m.gguf", "--plan", saved)
+    ran("verify", DENSE, tmp_path / "m.gguf", "--replay")
+    data = json.loads(ran("inspect", tmp_path / "m.gguf", "--json").stdout)
+    assert {row["type"] for row in data["types"]} == {"Q5_1", "Q4_0", "Q5_0", "F32"}
+    found = run("convert", DENSE, tmp_path / "n.gguf", "--plan", saved, "--pure")
+    assert found.exit_code == 2 and "[plan-options]" in found.stderr
+
+
 def test_dequantize_gives_floats(tmp_path: Path) -> None:
     ran("dequantize", AWQ, tmp_path / "floats")
     data = json.loads(ran("inspect", tmp_path / "floats", "--json").stdout)

@@ -29,7 +29,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def theirs(work: Path) -> Path:
     """A Q4_0 file with a Q8_0 embedding as another tool might write it: more keys, in another order, no record of ours."""
-    converted(ready(DENSE, work), work / "ours.gguf", "gguf:q4_0")
+    converted(ready(DENSE, work), work / "ours.gguf", "gguf:q4_0", token_embedding_type="q8_0")
     with open_checkpoint(work / "ours.gguf") as opened:
         kept = {k: v for k, v in reversed(opened.metadata.items()) if not k.startswith("qformats.")}
         layout = layout_gguf({**EXTRA, **kept}, [TensorInfo(t.name, t.dtype, t.shape) for t in opened.raw.values()])

@@ -16,6 +16,8 @@ from checkpoints import DENSE, PACKED, array, converted, edit, load, names_in, o
 from reference import gguf_tensors
 
 from converters.plan import Plan, make_plan, refuse_losses
+from converters.verify import verify
+from qformats.containers.gguf import open_gguf
 from qformats.containers.source import FileSource
 from qformats.errors import UsageError, WouldLose
 from qformats.reencode import KINDS
@@ -172,12 +174,75 @@ def test_floats_stay_as_they_are(path: str, work: Path) -> None:
         assert {job.kind for job in plan.jobs} <= {"copied", "exact"}
 
 
-def test_a_named_type_is_for_the_linears_of_a_dense_model(work: Path) -> None:
-    plan = planned(ready("dense/llama", work), "gguf:q4_0")
+@pytest.mark.parametrize(("more", "head", "embedding"), [
+    ({}, "Q8_0", "Q4_0"), ({"pure": True}, "Q4_0", "Q4_0"), ({"output_tensor_type": "q5_1"}, "Q5_1", "Q4_0"),
+    ({"token_embedding_type": "q5_0"}, "Q8_0", "Q5_0"), ({"tensor_types": (("OUTPUT.w", "q4_1"),)}, "Q4_1", "Q4_0"),
+])  # fmt: skip
+def test_a_named_type_of_a_dense_model_is_a_file_type(more: dict[str, Any], head: str, embedding: str, work: Path) -> None:
+    plan = planned(ready("dense/llama", work), "gguf:q4_0", **more)
     with plan.checkpoint:
         refuse_losses(plan)
         types = {job.name: job.type for job in plan.jobs}
-        assert types["blk.0.ffn_up.weight"] == "Q4_0" and types["token_embd.weight"] == "Q8_0" and types["output_norm.weight"] == "F32"
+        assert types["blk.0.ffn_up.weight"] == "Q4_0" and types["output_norm.weight"] == "F32"
+        assert (types["output.weight"], types["token_embd.weight"]) == (head, embedding)
+
+
+def test_a_file_type_on_codes_needs_consent(work: Path) -> None:
+    plan = planned(ready(ASYM, work), "gguf:q3_k_s")  # rows of 64 and 128 weights: Q4_0, which cannot hold free zero points
+    with plan.checkpoint, pytest.raises(WouldLose) as caught:
+        refuse_losses(plan)
+    assert caught.value.code == "requantize"
+    plan = planned(ready(ASYM, work), "gguf:q3_k_s", allow_requantize=True)
+    with plan.checkpoint:
+        refuse_losses(plan)
+        jobs = by_name(plan)
+        assert jobs["blk.0.ffn_up.weight"].type == "Q4_0" and jobs["token_embd.weight"].kind == "requantized"
+        assert plan.output is not None and jobs["blk.0.attn_norm.weight"].type == "F32"
+
+
+def test_a_block_type_on_codes_is_no_file_type(work: Path) -> None:
+    for more, embedding in (({}, "F16"), ({"pure": True}, "Q4_1"), ({"token_embedding_type": "Q5_1"}, "Q5_1")):
+        plan = planned(ready(ASYM, work), "gguf:q4_1", **more)  # type: ignore[arg-type]
+        with plan.checkpoint:
+            jobs = by_name(plan)
+            assert jobs["blk.0.ffn_up.weight"].action == "codes" and jobs["token_embd.weight"].type == embedding, more
+
+
+@pytest.mark.parametrize(("to", "more", "code"), [
+    ("gptq", {"pure": True}, "mix-options"), ("hf", {"output_tensor_type": "q8_0"}, "mix-options"),
+    ("gguf", {"pure": True}, "target-type-missing"),
+    ("gguf:q4_0", {"output_tensor_type": "q4_k_m"}, "target-type"), ("gguf:q4_0", {"token_embedding_type": "q9"}, "target-type"),
+    ("gguf:q4_0", {"tensor_types": (("attn", "q3_k_l"),)}, "target-type"),
+])  # fmt: skip
+def test_bad_options_of_file_types(to: str, more: dict[str, Any], code: str, work: Path) -> None:
+    with pytest.raises(UsageError) as caught:
+        planned(ready("dense/llama", work), to, **more)
+    assert caught.value.code == code
+
+
+def test_options_that_came_later_stand_in_records_only_when_used() -> None:
+    assert options("gguf:q4_0").to_json().keys() == {"to", "exact", "allow_requantize", "tensor_types", "pre_tokenizer"}
+    used = options("gguf:q4_0", pure=True, output_tensor_type="q6_k").to_json()
+    assert used["pure"] is True and used["output_tensor_type"] == "q6_k" and "token_embedding_type" not in used
+
+
+def test_a_file_with_options_of_file_types_is_replayed(work: Path, tmp_path: Path) -> None:
+    source = ready("dense/llama", work)
+    converted(source, tmp_path / "out.gguf", "gguf:q4_1", pure=True, token_embedding_type="q5_0")
+    assert verify(source, tmp_path / "out.gguf", replay=True).ok
+    types = {name: raw.dtype for name, raw in open_gguf(tmp_path / "out.gguf").tensors.items()}
+    assert (types["output.weight"], types["token_embd.weight"]) == ("Q4_1", "Q5_0")
+
+
+def test_requantizing_a_gguf_copies_what_has_its_type(work: Path, tmp_path: Path) -> None:
+    converted(ready("dense/llama", work), tmp_path / "first.gguf", "gguf:q5_0")
+    plan = converted(tmp_path / "first.gguf", tmp_path / "second.gguf", "gguf:q4_1")
+    jobs = by_name(plan)
+    assert jobs["output.weight"].kind == "copied" and jobs["blk.0.ffn_up.weight"].kind == "requantized"
+    before, after = (dict(open_gguf(tmp_path / name).metadata) for name in ("first.gguf", "second.gguf"))
+    assert (before.pop("general.file_type").value, after.pop("general.file_type").value) == (8, 3)
+    ours = {key for key in before if key.startswith("qformats.")}
+    assert all(before[key] == after[key] for key in before.keys() - ours) and before.keys() == after.keys()
 
 
 # ---------------------------------------------------------------- consent
