@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported
 from qformats.quantize import affine, ggml, kquants
+from qformats.scheme import Integer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +45,8 @@ def _family(storage: Storage) -> Family | None:
 
 def can_quantize(storage: Storage) -> bool:
     """Whether ``rtn`` knows a quantizer for ``storage``."""
-    affine_form = storage.sub_scale is None and storage.offset is None and "float" not in storage.options
+    plain = storage.sub_scale is None and storage.offset is None and storage.highest is None and not storage.doubled
+    affine_form = plain and isinstance(storage.grid, Integer) and "float" not in storage.options
     return _family(storage) is not None or affine_form
 
 
