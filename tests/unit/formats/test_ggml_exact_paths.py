@@ -139,7 +139,7 @@ def test_blocks_of_extreme_scales_stay_exact_or_within_the_bound(name: str) -> N
     blocks = np.load(FIXTURES / f"{name.lower()}.npz")["blocks"]
     for row in blocks[:2]:
         t = read(name, row[None])
-        for kind in ggml.BLOCK_TYPES.values():
+        for kind in (ggml.BLOCK_TYPES[other] for other in ("Q4_1", "Q5_0", "Q6_K", "Q8_0")):
             if t.shape[-1] % kind.block == 0 and (decision := attempt(t, kind.storage)) is not None:
                 check(t, kind.storage, decision)
 
