@@ -19,7 +19,7 @@ from qformats.errors import Unsupported, UsageError
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
 from qformats.reencode import KINDS, Fit, Hint, fit
-from qformats.rewrite import Refused, block_range
+from qformats.rewrite import Refused, block_range, whole_codes
 from qformats.scheme import ParamSpec, Scheme, Storage
 
 if TYPE_CHECKING:
@@ -451,7 +451,7 @@ class Chooser:
             return ()
         notes = []
         for storage in storages:
-            fits = storage.offset and storage.grid.bits >= getattr(self._scheme(tensor).grid, "bits", 99)
+            fits = storage.offset and storage.integers.bits >= getattr(self._scheme(tensor).grid, "bits", 99)
             if fits and storage.bits_per_weight < best.storage.bits_per_weight:
                 saved = int((best.storage.bits_per_weight - storage.bits_per_weight) * best.weights / 8)
                 notes.append(f"{storage.type} would save {saved} bytes: codes kept, offsets rounded (relative 2^-11, absolute 2^-25)")
@@ -506,7 +506,7 @@ class _Ranges:
     def __call__(self, width: int) -> tuple[Tensor, Tensor]:
         if self._tensor is None:
             value = read_rows(*self._args)
-            self._tensor = value  # type: ignore[assignment]
+            self._tensor = whole_codes(value)  # type: ignore[arg-type]
         if width not in self._known:
             assert self._tensor is not None
             self._known[width] = block_range(self._tensor, width)

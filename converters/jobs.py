@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.mapping import TensorMap
+from qformats.formats.ggml.kquants import KQUANTS
 from qformats.formats.protocol import PartInfo
-from qformats.scheme import Integer, Storage
+from qformats.grids import FLOAT_NAMES, TABLE_WIDTHS
+from qformats.scheme import Float, Grid, Integer, Storage, SubScale, Table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,40 +66,87 @@ class Job:
 
 
 def storage_to_json(storage: Storage) -> dict[str, Any]:
-    """A storage as plain JSON data."""
+    """A storage as plain JSON data; what most types lack is there only where a type has it."""
+    grid = {"bits": storage.grid.bits, "signed": storage.grid.signed} if isinstance(storage.grid, Integer) else _grid_to_json(storage.grid)
+    extras = {
+        "highest": storage.highest,
+        "scale_grid": None if storage.scale_grid is None else storage.scale_grid.name,
+        "doubled": storage.doubled or None,
+    }
     return {
         "type": storage.type,
-        "bits": storage.grid.bits,
-        "signed": storage.grid.signed,
+        **grid,
         "group": storage.group,
         "bpw": storage.bits_per_weight,
         "scale_dtypes": list(storage.scale_dtypes),
         "negative_scale": storage.negative_scale,
         "zero_point": list(storage.zero_point) if isinstance(storage.zero_point, tuple) else storage.zero_point,
         "offset": storage.offset,
-        "sub_scale": None if storage.sub_scale is None else list(storage.sub_scale),
+        "sub_scale": None if storage.sub_scale is None else _sub_to_json(storage.sub_scale),
         "k_multiple": storage.k_multiple,
         "n_multiple": storage.n_multiple,
         "group_index": storage.group_index,
         "options": dict(sorted(storage.options.items())),
+        **{key: value for key, value in extras.items() if value is not None},
     }
+
+
+def _grid_to_json(grid: Grid) -> dict[str, Any]:
+    if isinstance(grid, Float):
+        return {"float": grid.name}
+    assert isinstance(grid, Table)  # no type is stored under a codebook of its own
+    return {"table": grid.name, "v_in": grid.v_in}
+
+
+def _grid_from_json(data: Mapping[str, Any]) -> Grid:
+    if "bits" in data:
+        return Integer(data["bits"], data["signed"])
+    return Float(data["float"]) if "float" in data else Table(data["table"], data["v_in"])
+
+
+def _sub_to_json(sub: SubScale) -> list[int] | dict[str, Any]:
+    """[width, highest sub-scale, highest sub-offset] where there are sub-offsets, a dictionary for the others."""
+    if sub.offset and sub == SubScale(sub.width, Integer(sub.grid.bits), 0, True):
+        return [sub.width, sub.highest, sub.highest]
+    return {"width": sub.width, "bits": sub.grid.bits, "signed": sub.grid.signed, "zero": sub.zero, "offset": sub.offset}
+
+
+def _sub_from_json(data: Any) -> SubScale | None:
+    if data is None:
+        return None
+    if isinstance(data, list):
+        width, highest, _ = data
+        return SubScale(width, Integer(int(highest).bit_length()), 0, True)
+    return SubScale(data["width"], Integer(data["bits"], data["signed"]), data["zero"], data["offset"])
 
 
 def storage_from_json(data: Mapping[str, Any]) -> Storage:
     """Inverse of ``storage_to_json``; ``ValueError``, ``TypeError`` or ``KeyError`` for data that is no storage."""
-    zero, sub = data["zero_point"], data["sub_scale"]
+    zero, scale_grid = data["zero_point"], data.get("scale_grid")
+    if isinstance(data["sub_scale"], list) and data["type"] in _ONCE_WITH_OFFSETS:
+        return KQUANTS[data["type"].upper()].storage
     storage = Storage(
-        data["type"], Integer(data["bits"], data["signed"]), data["group"], data["bpw"], tuple(data["scale_dtypes"]),
+        data["type"], _grid_from_json(data), data["group"], data["bpw"], tuple(data["scale_dtypes"]),
         data["negative_scale"],
-        (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], None if sub is None else (sub[0], sub[1], sub[2]),
+        (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], _sub_from_json(data["sub_scale"]),
         data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
+        data.get("highest"), None if scale_grid is None else Float(scale_grid), data.get("doubled", False),
     )  # fmt: skip
     if not _is_storage(storage):
         raise ValueError("not a storage")
     return storage
 
 
+_ONCE_WITH_OFFSETS = ("q3_k", "q6_k")  # types of which the first records said, wrongly, that they have sub-offsets
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def _is_grid(grid: Grid) -> bool:
+    if isinstance(grid, Integer):
+        return type(grid.bits) is int and 1 <= grid.bits <= 8 and type(grid.signed) is bool
+    if isinstance(grid, Table):
+        return TABLE_WIDTHS.get(grid.name) == grid.v_in if isinstance(grid.name, str) else False
+    return isinstance(grid, Float) and grid.name in FLOAT_NAMES
 
 
 def _is_storage(s: Storage) -> bool:
@@ -108,13 +157,15 @@ def _is_storage(s: Storage) -> bool:
 
     zero = s.zero_point if isinstance(s.zero_point, tuple) else (0 if s.zero_point is None else s.zero_point,) * 2
     planes = s.offset is None or s.offset in _FLOATS
-    flags = all(type(flag) is bool for flag in (s.grid.signed, s.negative_scale, s.group_index))
-    sizes = [s.k_multiple, s.n_multiple, *(() if s.group is None else (s.group,)), *(s.sub_scale or ())]
+    sub = () if s.sub_scale is None else (s.sub_scale,)
+    flags = all(type(flag) is bool for flag in (s.negative_scale, s.group_index, s.doubled, *(x.offset for x in sub)))
+    sizes = [s.k_multiple, s.n_multiple, *(() if s.group is None else (s.group,)), *(x.width for x in sub)]
+    grids = [s.grid, *(x.grid for x in sub), *(() if s.scale_grid is None else (s.scale_grid,))]
     return (
-        isinstance(s.type, str) and whole(s.grid.bits, 1, 8) and flags and planes
+        isinstance(s.type, str) and all(_is_grid(grid) for grid in grids) and flags and planes
         and isinstance(s.bits_per_weight, int | float)
         and all(whole(size, 1, 1 << 31) for size in sizes)
-        and all(whole(z, -256, 256) for z in zero)
+        and all(whole(z, -256, 256) for z in (*zero, *(x.zero for x in sub), s.highest or 0))
         and bool(s.scale_dtypes) and all(word in _FLOATS for word in s.scale_dtypes)
         and all(isinstance(key, str) and isinstance(value, str | int | float | None) for key, value in s.options.items())
     )  # fmt: skip

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from qformats.errors import Unsupported
+
 __all__ = [
     "Block",
     "Cyclic",
@@ -21,6 +23,7 @@ __all__ = [
     "ParamSpec",
     "Scheme",
     "Storage",
+    "SubScale",
     "Table",
     "Tile",
     "Yes",
@@ -161,34 +164,70 @@ class No:
 
 
 @dataclass(frozen=True, slots=True)
+class SubScale:
+    """The second level of a scale: for each ``width`` columns an integer on ``grid``, minus ``zero``; with ``offset`` a like sub-offset."""
+
+    width: int
+    grid: Integer
+    zero: int = 0
+    offset: bool = False
+
+    @property
+    def lowest(self) -> int:
+        return self.grid.lowest - self.zero
+
+    @property
+    def highest(self) -> int:
+        return self.grid.highest - self.zero
+
+
+@dataclass(frozen=True, slots=True)
 class Storage:
-    """The affine tensors that one target type holds: ``w = scale * (code - zero_point) + offset`` with one scale a K-group.
+    """The tensors that one target type holds: ``w = scale * (value(code) - zero_point) + offset`` with one scale a K-group.
 
     - ``type``: the type's name as users write it (``q5_0``, ``int4``); ``bits_per_weight`` all parameters included.
-    - ``grid``: integer codes. ``group``: columns under one scale, None = the whole row, always consecutive.
+    - ``grid``: what a code stands for. ``highest``: the largest code, where the grid has more than the type can hold.
+    - ``group``: columns under one scale, None = the whole row, always consecutive.
     - ``k_multiple``/``n_multiple``: required divisors of in_features/out_features.
     - ``scale_dtypes``: dtypes the scale may be stored in (first = the default). ``negative_scale``: whether its sign is free.
+      ``scale_grid``: the small float whose codes the scale is stored as, instead of a dtype.
     - ``zero_point``: an int (that constant, always), a pair (lowest, highest) of per-group integers, or None (no zero point).
+      ``doubled``: codes q stand for 2 q - 1, a zero point of one half under a constant second scale of 2.
     - ``offset``: dtype of a per-group additive offset, or None.
-    - ``sub_scale``: for two-level types, (sub-blocks' width, highest integer sub-scale, highest integer sub-offset):
-      scale = d * sc and offset = -dmin * m with d and dmin in ``scale_dtypes[0]`` for each ``group`` columns.
+    - ``sub_scale``: for two-level types, scale = d * integer and, with its ``offset``, offset = -dmin * integer, where d and dmin in
+      ``scale_dtypes[0]`` are for each ``group`` columns.
     - ``group_index``: whether an act-order index can be stored beside it.
     - ``options``: the type's own switches, kept for its writer (format version, packing, labels).
     """
 
     type: str
-    grid: Integer
+    grid: Grid
     group: int | None
     bits_per_weight: float
     scale_dtypes: tuple[str, ...] = ("float16",)
     negative_scale: bool = True
     zero_point: int | tuple[int, int] | None = None
     offset: str | None = None
-    sub_scale: tuple[int, int, int] | None = None
+    sub_scale: SubScale | None = None
     k_multiple: int = 1
     n_multiple: int = 1
     group_index: bool = False
     options: dict[str, object] = field(default_factory=dict, hash=False)
+    highest: int | None = None
+    scale_grid: Float | None = None
+    doubled: bool = False
+
+    @property
+    def integers(self) -> Integer:
+        """The grid of a type of integer codes; ``Unsupported('grid')`` for the others."""
+        if not isinstance(self.grid, Integer):
+            raise Unsupported("grid", f"the codes of {self.type} are on {self.grid}, not integers")
+        return self.grid
+
+    @property
+    def top(self) -> int:
+        """The largest code of a type of integer codes."""
+        return self.integers.highest if self.highest is None else self.highest
 
     def with_group(self, group: int | None) -> Storage:
         return replace(self, group=group)

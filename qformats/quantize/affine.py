@@ -88,7 +88,7 @@ def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
     group = min(storage.group or k, k)
     blocks = torch.nn.functional.pad(w, (0, -k % group)).reshape(n, -1, group)  # (N, G, group); zeros change no range
     lo, hi = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    low, high = storage.grid.lowest, storage.grid.highest
+    low, high = storage.integers.lowest, storage.integers.highest
     between = storage.zero_point
     if isinstance(between, tuple):
         scale = _scale(torch.maximum((hi - lo) / (high - low), _limit(lo, hi, between[1] - low, high - between[0])), storage)
@@ -99,7 +99,7 @@ def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
         zero = torch.full_like(lo, between or 0)
         stored = constant(between, (n, k)) if between is not None else None
     codes = torch.round(blocks / scale.to(torch.float32).unsqueeze(-1)) + zero.unsqueeze(-1)
-    codes = codes.clamp(low, high).flatten(1)[:, :k].to(torch.int8 if storage.grid.signed else torch.uint8)
+    codes = codes.clamp(low, high).flatten(1)[:, :k].to(torch.int8 if storage.integers.signed else torch.uint8)
     return QuantizedTensor((n, k), codes.contiguous(), storage.grid, (Param(scale, Tile((1, group))),), stored)
 
 

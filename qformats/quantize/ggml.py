@@ -116,7 +116,7 @@ def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Ten
     import torch
 
     x = blocks.contiguous().numpy().reshape(blocks.shape[0] * blocks.shape[1], BLOCK)
-    codes = np.empty(x.shape, np.int8 if storage.grid.signed else np.uint8)
+    codes = np.empty(x.shape, np.int8 if storage.integers.signed else np.uint8)
     d = np.empty(len(x), np.float32)
     m = np.empty(len(x) if storage.offset else 0, np.float32)
     loops.QUANTIZE[storage.type](x, codes, d, m)

@@ -10,16 +10,17 @@ split or merge of groups. What rounds is only ever a scale or an offset, and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, spread, straighten
+from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, one_plane, spread, straighten
+from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, sub_levels, super_scale
 from qformats.reencode.offsets import narrow_offset, offset_blocks
 from qformats.rewrite import Refused
-from qformats.scheme import Integer, Storage, Tile
+from qformats.scheme import Grid, Integer, Storage, Table, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
 __all__ = ["KINDS", "Fit", "Hint", "finish", "fit"]
@@ -37,7 +38,11 @@ class Hint:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """How a tensor is relabelled for a storage: ``new code = shift ± code`` on runs of ``width`` columns, and the new parameters."""
+    """How a tensor is relabelled for a storage: ``new code = shift ± factor * code`` on runs of ``width`` columns, and the new parameters.
+
+    ``code`` is that of ``rewrite.whole_codes`` where the storage's codes are integers. ``factor``, int16, is on runs of ``factor_width``.
+    ``half``: the new code is divided by twice this number of its run.
+    """
 
     kind: str
     reason: str
@@ -45,35 +50,58 @@ class Fit:
     width: int
     shift: Tensor | None
     flip: Tensor | None
-    grid: Integer
+    grid: Grid
     scale: Param
     zero_point: Param | None
     offset: Param | None
-    nested: bool = False
+    factor: Tensor | None = None
+    factor_width: int = 1
+    half: Tensor | None = None
 
 
 def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
     """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
 
-    ``ranges(width)`` gives the smallest and largest code of each run of ``width`` columns; by default they are computed from
-    ``t.codes``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype.
+    ``ranges(width)`` gives the smallest and largest of the ``rewrite.whole_codes`` of each run of ``width`` columns; by default they
+    are computed from ``t``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype.
     """
     _check_shape(t.shape, storage)
-    keep_index = _check_index(t, storage)
+    _check_index(t, storage)
+    if not isinstance(storage.grid, Integer):
+        return _same_codes(t, storage, rounding)
     if ranges is None:
         ranges = _lazy_ranges(t)
-    affine, offset = affine_form(t, storage, ranges, rounding)
+    if storage.sub_scale is not None and t.offset is not None and isinstance(t.offset.values, QuantizedTensor):
+        kept = _keep_levels(t, storage, rounding)
+        if kept is not None:
+            return kept
+    try:
+        return _into(*affine_form(t, storage, ranges, rounding), storage, hint, rounding)
+    except Refused as refusal:
+        if not may_fold(t, storage):
+            raise
+        try:
+            form, _ = affine_form(t, storage, ranges, rounding, exact=True)
+            return _into(folded_form(form, storage, rounding), None, storage, hint, rounding)
+        except Refused as second:
+            raise Refused(f"{refusal}; sub-scales in codes: {second}") from None
+
+
+def _into(affine: Affine, offset: Tensor | None, storage: Storage, hint: Hint | None, rounding: bool) -> Fit:
+    """The decision for a source in affine form."""
     if offset is not None:
-        return _keep_offset(affine, offset, storage)
+        return _keep_offset(affine, offset, storage, rounding)
     group = storage.group or affine.k
-    if keep_index and affine.width != min(group, affine.k) and affine.scale.shape[-1] > 1:
+    if storage.group_index and affine.indexed and affine.width != min(group, affine.k) and affine.scale.shape[-1] > 1:
         raise Refused(f"act-order groups of {affine.width} cannot become groups of {group}")
     if hint is not None and hint.positive:
         straighten(affine)
     if storage.sub_scale is not None:
-        return _two_level(affine, storage)
+        return _two_level(affine, storage, rounding)
     if storage.offset is not None:
         return _to_offset(affine, storage, rounding)
+    if storage.doubled:
+        return _to_doubled(affine, storage)
     if isinstance(storage.zero_point, tuple):
         return _to_zero_range(affine, storage, hint)
     return _to_constant(affine, storage)
@@ -81,12 +109,26 @@ def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint
 
 def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> QuantizedTensor:
     """Apply ``decision`` to the codes of ``t`` (the tensor it was made for), in their own memory if ``reuse`` gives ``t`` up."""
-    codes = t.codes
+    if not isinstance(decision.grid, Integer):
+        return t.replace(scales=(decision.scale,))
+    codes = rewrite.whole_codes(t).codes
+    if decision.factor is not None:
+        codes = _multiplied(codes, decision.factor_width, decision.factor)
     if decision.shift is not None or decision.grid.signed != (codes.dtype == torch.int8):
         shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
         codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed, reuse=reuse)
-    out = QuantizedTensor(t.shape, codes, decision.grid, (decision.scale,), decision.zero_point, decision.offset, None, t.group_index)
-    return out
+    if decision.half is not None:
+        runs = codes.unflatten(-1, (-1, decision.width)).to(torch.int16)
+        codes = torch.div(runs, 2 * decision.half.unsqueeze(-1), rounding_mode="floor").to(torch.uint8).flatten(-2)
+    scales = (decision.scale, *((constant(2, t.shape),) if decision.half is not None else ()))
+    return QuantizedTensor(t.shape, codes, decision.grid, scales, decision.zero_point, decision.offset, None, t.group_index)
+
+
+def _multiplied(codes: Tensor, width: int, factor: Tensor) -> Tensor:
+    """Codes times ``factor`` on runs of ``width`` columns, modulo 256: what is added after brings them into 8 bits."""
+    runs = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, width))
+    made: Tensor = (runs * (factor.to(torch.int32) & 0xFF).to(torch.uint8).unsqueeze(-1)).flatten(-2)
+    return made
 
 
 def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
@@ -97,12 +139,9 @@ def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
         raise Refused(f"{n} rows are not a multiple of {storage.n_multiple}")
 
 
-def _check_index(t: QuantizedTensor, storage: Storage) -> bool:
-    if t.group_index is None:
-        return False
-    if not storage.group_index:
+def _check_index(t: QuantizedTensor, storage: Storage) -> None:
+    if t.group_index is not None and not storage.group_index:
         raise Refused("act-order: the columns of a group are not consecutive")
-    return True
 
 
 def _lazy_ranges(t: QuantizedTensor) -> Ranges:
@@ -110,7 +149,7 @@ def _lazy_ranges(t: QuantizedTensor) -> Ranges:
 
     def ranges(width: int) -> tuple[Tensor, Tensor]:
         if width not in known:
-            known[width] = rewrite.block_range(t, width)
+            known[width] = rewrite.block_range(rewrite.whole_codes(t), width)
         return known[width]
 
     return ranges
@@ -148,6 +187,8 @@ def _done(
         _param(scale, a.shape, group),
         zero if isinstance(zero, Param) else None,
         offset if isinstance(offset, Param) else None,
+        a.factor,
+        a.width,
     )
 
 
@@ -166,8 +207,7 @@ def _merged_scale(a: Affine, scale: Tensor, group: int) -> Tensor:
         return scale
     if group % a.width and group < a.k:
         raise Refused(f"groups of {a.width} do not fill groups of {group}")
-    holder = QuantizedTensor(a.shape, torch.zeros(1, dtype=torch.uint8).expand(a.shape), a.grid, (_param(scale, a.shape, a.width),))
-    merged = rewrite.merge_groups(holder, group).scales[0].values
+    merged = rewrite.merge_groups(replace(a, scale=scale).plain(), group).scales[0].values
     assert isinstance(merged, Tensor)
     a.notes.append(f"merge groups of {a.width} into {group}")
     return merged
@@ -184,7 +224,7 @@ def _to_constant(a: Affine, storage: Storage) -> Fit:
     """Codes around one constant zero point (Q4_0, Q5_0, Q8_0, symmetric integers): shift, flip single blocks if they must be."""
     centre = storage.zero_point if isinstance(storage.zero_point, int) else 0
     group = min(storage.group or a.k, a.k)
-    lo, hi = storage.grid.lowest - centre, storage.grid.highest - centre
+    lo, hi = storage.integers.lowest - centre, storage.top - centre
     params = {"zero_point": constant(centre, a.shape) if centre else None}
     if not storage.negative_scale:
         straighten(a)
@@ -196,23 +236,24 @@ def _to_constant(a: Affine, storage: Storage) -> Fit:
             a.notes.append(f"recentre to zero point {centre}")
         reason = f"every code minus its zero point fits {storage.type}"
         return _done(a, storage, a.width, shift, None, scale, reason, **params)
+    scale, per = a.plane(a.scale, width), max(1, group // width)
+    if per > 1:
+        scale = _merged_scale(a, scale, group)
     low, high = a.ranges(width)
     zero = a.plane(a.zero, width)
-    smallest, largest = low - zero, high - zero
+    smallest, largest = merge_range((low - zero, high - zero), per)
     direct = (smallest >= lo) & (largest <= hi)
-    shift, flip, scale = (centre - zero).expand(direct.shape), None, a.plane(a.scale, width)
+    shift, flip = (centre - zero).expand(low.shape), None
     if not bool(direct.all()):
         flipped = ~direct & (-largest >= lo) & (-smallest <= hi)
         bad = int((~direct & ~flipped).sum())
         if bad or not storage.negative_scale:
             bad = bad or int(flipped.sum())
             raise Refused(f"{bad} of {direct.numel()} blocks have code minus zero point outside {lo} … {hi}")
-        flip = flipped
-        shift = torch.where(flipped, centre + zero, centre - zero)
+        flip = flipped if per == 1 else flipped.repeat_interleave(per, -1)[..., : low.shape[-1]]
+        shift = torch.where(flip, centre + zero, centre - zero)
         scale = torch.where(flipped, -scale, scale)
         a.notes.append(f"flip {int(flipped.sum())} blocks")
-    if group > width:
-        scale = _merged_scale(a, scale, group)
     a.notes.append(f"recentre to zero point {centre}")
     return _done(a, storage, width, shift, flip, scale, f"every block fits {storage.type}", **params)
 
@@ -221,7 +262,7 @@ def _to_offset(a: Affine, storage: Storage, rounding: bool) -> Fit:
     """Codes with a float offset a block (Q4_1, Q5_1): offset = scale x integer must be representable; else flip or shift the block."""
     group = min(storage.group or a.k, a.k)
     dtype = getattr(torch, storage.offset or "float16")
-    top = storage.grid.highest
+    top = storage.top
     if a.grid.signed:
         raise Refused("signed codes have no place in an unsigned grid with offset")
     width = _working_width(a, group)
@@ -249,9 +290,11 @@ def _to_zero_range(a: Affine, storage: Storage, hint: Hint | None) -> Fit:
         straighten(a)
     width = _working_width(a, group)
     wanted = None if hint is None else hint.zero_point
-    move = storage.grid.lowest - a.grid.lowest  # 2^(b-1) from signed to unsigned codes, else 0
-    zero = a.zero + move
-    in_range = zlo <= int(zero.min()) and int(zero.max()) <= zhi and a.grid.highest + move <= storage.grid.highest
+    grid = storage.integers
+    move = grid.lowest - a.grid.lowest  # 2^(b-1) from signed to unsigned codes, else 0
+    zero = a.zero.to(torch.int32) + move
+    in_range = zlo <= int(zero.min()) and int(zero.max()) <= zhi and a.grid.highest + move <= grid.highest
+    zero = zero.to(torch.int16) if in_range else a.zero
     if wanted is None and group <= a.width and in_range:
         reason = "codes, scales and zero points are kept"
         return _done(a, storage, a.width, torch.full_like(zero, move), None, a.scale, reason, zero_point=_zero_param(zero, a, group))
@@ -259,12 +302,12 @@ def _to_zero_range(a: Affine, storage: Storage, hint: Hint | None) -> Fit:
     low, high = a.ranges(width)
     source_zero = a.plane(a.zero, width)
     smallest, largest = merge_range((low - source_zero, high - source_zero), max(1, -(-min(group, a.k) // width)))
-    floor = torch.clamp(storage.grid.lowest - smallest, min=zlo)
-    ceiling = torch.clamp(storage.grid.highest - largest, max=zhi)
-    chosen = _choose_zero(floor, ceiling, source_zero, wanted, 1 << (storage.grid.bits - 1), group <= width)
+    floor = torch.clamp(grid.lowest - smallest, min=zlo)
+    ceiling = torch.clamp(grid.highest - largest, max=zhi)
+    chosen = _choose_zero(floor, ceiling, source_zero, wanted, 1 << (grid.bits - 1), group <= width)
     bad = int(((chosen < floor) | (chosen > ceiling)).sum())
     if bad:
-        raise Refused(f"{bad} of {chosen.numel()} groups span more codes than {storage.grid.bits} bits with zero points {zlo} … {zhi}")
+        raise Refused(f"{bad} of {chosen.numel()} groups span more codes than {grid.bits} bits with zero points {zlo} … {zhi}")
     spread = chosen if group <= width else chosen.index_select(-1, torch.arange(low.shape[-1]) * width // group)
     a.notes.append("choose zero points")
     shift = (spread - source_zero).expand(low.shape)
@@ -295,44 +338,124 @@ def _zero_param(zero: Tensor, a: Affine, group: int) -> Param:
     return _param(zero.expand(counts), a.shape, group)
 
 
-def _two_level(a: Affine, storage: Storage) -> Fit:
-    """K-quants from sources with one scale over whole super-blocks: unit sub-scales, the zero point as integer sub-offset."""
-    assert storage.sub_scale is not None and storage.group is not None
-    sub, _, highest = storage.sub_scale
-    if sub != 32:  # Q2_K, Q3_K, Q6_K
-        raise Refused("its sub-scales would need a search")
-    inner = Storage(storage.type, storage.grid, storage.group, storage.bits_per_weight, storage.scale_dtypes, True, (0, highest))
-    if a.width % storage.group and a.width < a.k:
-        raise Refused(f"one scale spans {a.width} columns, not {storage.group}")
-    decision = _to_zero_range(a, inner, None)
-    blank = torch.zeros(1, dtype=torch.uint8).expand(a.shape)
-    holder = QuantizedTensor(a.shape, blank, storage.grid, (decision.scale,), decision.zero_point)
-    bits = highest.bit_length()
-    nested = rewrite.nest_scale(holder, storage.group, bits)
-    notes = (*decision.rewrites, "unit sub-scales, zero point as sub-offset")
-    return Fit(decision.kind, decision.reason or "one scale spans every super-block", notes, decision.width, decision.shift, decision.flip,
-               storage.grid, nested.scales[0], None, nested.offset, True)  # fmt: skip
+def _two_level(a: Affine, storage: Storage, rounding: bool) -> Fit:
+    """Super-blocks: the scale as small integers times one number, the zero point constant or as integer sub-offset."""
+    sub, group = storage.sub_scale, storage.group
+    assert sub is not None and group is not None
+    levels = sub_levels(a, storage)
+    d = super_scale(levels.step, storage, rounding, a.rounded)
+    if not sub.offset:
+        return _two_level_centred(a, storage, levels.number, d)
+    zero = choose_sub_zero(a, storage, levels.number)
+    scale = rewrite.level_param(d, levels.number, sub, group, a.shape)
+    low = rewrite.level_param(-d, levels.number * zero, sub, group, a.shape)
+    width = min(sub.width, a.width)
+    shift = (zero if width == sub.width else zero.repeat_interleave(sub.width // width, -1)) - a.plane(a.zero, width)
+    unit = bool((levels.number == 1).all())
+    a.notes.append("unit sub-scales, zero point as sub-offset" if unit else "integer sub-scales, zero point as sub-offset")
+    reason = "one scale spans every super-block" if unit else "the scales of every super-block are small multiples of one number"
+    made = _done(a, storage, width, shift, None, a.plane(a.scale, width), reason)
+    return replace(made, scale=scale, offset=low)
 
 
-def _keep_offset(a: Affine, offset: Tensor, storage: Storage) -> Fit:
-    """A source that has an offset already, for a storage that has one: codes stay, or move in blocks where a narrower grid asks."""
+def _two_level_centred(a: Affine, storage: Storage, number: Tensor, d: Tensor) -> Fit:
+    """Codes around a constant zero point; a flipped sub-block turns the sign of its integer."""
+    sub, group = storage.sub_scale, storage.group
+    assert sub is not None and group is not None
+    if a.width < sub.width:
+        raise Refused(f"groups of {a.width} are finer than the target's {sub.width}")
+    made = _to_constant(a, replace(storage, group=sub.width, sub_scale=None))
+    if made.flip is not None:
+        number = torch.where(made.flip.expand(number.shape), -number, number)
+    notes = (*made.rewrites, "unit sub-scales" if bool((number.abs() == 1).all()) else "integer sub-scales")
+    return replace(made, rewrites=notes, scale=rewrite.level_param(d, number, sub, group, a.shape))
+
+
+def _keep_levels(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit | None:
+    """The two levels of a source with sub-offsets, as they are; None where they have no place in the storage."""
+    try:
+        scale, offset, rounded = keep_levels(t, storage, rounding)
+    except Refused:
+        return None
+    reason = "; ".join(rounded) or "codes, sub-scales and sub-offsets are kept"
+    return Fit("codes-exact" if rounded else "exact", reason, (), t.shape[-1], None, None, storage.grid, scale, None, offset)
+
+
+def _to_doubled(a: Affine, storage: Storage) -> Fit:
+    """Codes that are plus or minus one number in each block (Q1_0): q = (n + m) / 2 m under the scale d = s * m."""
+    width = _working_width(a, min(storage.group or a.k, a.k))
+    zero = a.plane(a.zero, width)
+    low, high = a.ranges(width)
+    most = torch.maximum(high - zero, zero - low)
+    each = (a.ranges(1)[0].unflatten(-1, (-1, width)) - zero.unsqueeze(-1)).abs()
+    bad = int((each != most.unsqueeze(-1)).any(-1).sum())
+    if bad:
+        raise Refused(f"{bad} of {most.numel()} blocks hold more than plus and minus one number")
+    exact = a.plane(a.scale, width).to(torch.float64) * most
+    scale = _merged_scale(replace(a, width=width), super_scale(exact, storage, False, a.rounded, "scales"), storage.group or a.k)
+    a.notes.append("two values to one bit")
+    made = _done(a, storage, width, most - zero, None, scale, "every block holds plus and minus one number")
+    half = constant(0.5, a.shape, torch.float32)
+    return replace(made, shift=(most - zero).expand(most.shape), zero_point=half, half=most.clamp(min=1))
+
+
+def _same_codes(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit:
+    """Codes of a table or a small float for a storage of the same values; the scale on the storage's groups and its own grid."""
+    if t.grid != storage.grid or t.signs is not None or t.zero_point is not None or t.offset is not None:
+        raise Refused(f"its codes do not stand for the values of {storage.type}")
+    if isinstance(storage.grid, Table) and storage.grid.v_in > 1:
+        raise Refused(f"the entries of {storage.type} stand under signs and scales of their own")
+    group, k, lead = storage.group or t.shape[-1], t.shape[-1], tuple(1 for _ in t.shape[:-1])
+    held = t.scales[0].values if len(t.scales) == 1 else None
+    notes: list[str] = []
+    rounded: list[str] = []
+    if storage.scale_grid is not None:
+        plain = isinstance(held, QuantizedTensor) and held.grid == storage.scale_grid and not held.scales and held.zero_point is None
+        if not plain or t.scales[0].block != Tile((*lead, group)) or t.scales[0].inverse:
+            raise Refused(f"its scale is not {storage.scale_grid.name} codes for each {group} columns")
+        return Fit("exact", "codes and scales are kept", (), k, None, None, storage.grid, t.scales[0], None, None)
     if storage.sub_scale is not None:
-        raise Refused("sub-scales would need a search")
+        form, _ = affine_form(replace(t, grid=Integer(8), codes=t.codes), storage, _lazy_ranges(t), rounding)
+        levels = sub_levels(form, storage)
+        d = super_scale(levels.step, storage, rounding, form.rounded)
+        scale = rewrite.level_param(d, levels.number, storage.sub_scale, group, t.shape)
+        reason = "; ".join(form.rounded) or "codes are kept, scales are small multiples of one number"
+        return Fit("codes-exact" if form.rounded else "exact", reason, tuple(form.notes), k, None, None, storage.grid, scale, None, None)
+    (scale,) = one_plane(t, storage, notes, rounded, rounding).scales
+    t = t.replace(scales=(scale,))
+    width = scale.block.sizes[-1] if isinstance(scale.block, Tile) else k
+    scale = (rewrite.merge_groups(t, group) if width < group else rewrite.split_groups(t, group)).scales[0]
+    values = scale.values
+    assert isinstance(values, Tensor)
+    scale = _param(values.expand(Tile((*lead, group)).counts(t.shape)), t.shape, group)
+    reason = "; ".join(rounded) or "codes and scales are kept"
+    return Fit("codes-exact" if rounded else "exact", reason, tuple(notes), k, None, None, storage.grid, scale, None, None)
+
+
+def _keep_offset(a: Affine, offset: Tensor, storage: Storage, rounding: bool) -> Fit:
+    """A source that has an offset already, for a storage that has one: codes stay, or move in blocks where a narrower grid asks."""
     if a.zero.numel() > 1 or int(a.zero.reshape(-1)[0]):
         raise Refused("both a zero point and an offset")
     group = min(storage.group or a.k, a.k)
-    dtype = getattr(torch, storage.offset or "float16")
+    grid, dtype = storage.integers, getattr(torch, storage.offset or "float16")
     stored = offset.to(torch.float32).to(dtype)
-    if bool((stored.to(torch.float64) != offset.to(torch.float64)).any()):
+    left = int((stored.to(torch.float64) != offset.to(torch.float64)).sum())
+    keeps = a.grid.lowest >= grid.lowest and a.grid.highest <= grid.highest
+    if left and not (rounding and keeps):
         raise Refused(f"an offset is not a {storage.offset} number")
-    width = _working_width(a, group)
+    if left and bool((torch.isinf(stored) & torch.isfinite(offset)).any()):
+        raise Refused(f"an offset overflows {storage.offset}")
+    if left:
+        a.rounded.append(f"{left} of {stored.numel()} offsets round to {storage.offset} ({F16_BOUND})")
+    scale, width = a.scale, _working_width(a, group)
     if group > width:
-        raise Refused(f"groups of {width} are finer than the target's {group}")
-    scale, stored = a.plane(a.scale, width), a.plane(stored, width)
-    if a.grid.lowest >= storage.grid.lowest and a.grid.highest <= storage.grid.highest:
-        reason, shift = "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
+        scale, stored, width = _merged_scale(a, scale, group), _merged_scale(a, stored, group), group
+    else:
+        scale, stored = a.plane(scale, width), a.plane(stored, width)
+    if keeps:
+        reason, shift = "" if left else "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
         return _done(a, storage, width, shift, None, scale, reason, offset=_param(stored, a.shape, group))
-    shift_plane, flip, moved = narrow_offset(a, scale, stored, width, storage.grid, dtype)
+    shift_plane, flip, moved = narrow_offset(a, scale, stored, width, grid, dtype)
     a.notes.append("move codes into the narrower grid")
     any_flip = flip if bool(flip.any()) else None
     scale = torch.where(flip, -scale, scale)

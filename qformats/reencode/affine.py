@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.rewrite import Refused
+from qformats.rewrite import Levels, Refused
 from qformats.scheme import Integer, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "merge_range", "spread", "straighten"]
+__all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "merge_range", "one_plane", "spread", "straighten"]
 
 F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
 
@@ -33,10 +33,18 @@ class Affine:
     notes: list[str]
     rounded: list[str]
     flipped: Tensor | None = None
+    indexed: bool = False
+    levels: Levels | None = None
+    factor: Tensor | None = None  # int16 on runs of ``width``: codes, zeros and ranges here are the stored times it
 
     @property
     def k(self) -> int:
         return self.shape[-1]
+
+    def plain(self) -> QuantizedTensor:
+        """A tensor of the scale alone, its codes blank."""
+        blank, tile = torch.zeros(1, dtype=torch.uint8).expand(self.shape), Tile((*(1 for _ in self.shape[:-1]), self.width))
+        return QuantizedTensor(self.shape, blank, self.grid, (Param(self.scale.contiguous(), tile),))
 
     def plane(self, values: Tensor, width: int) -> Tensor:
         """A plane on runs of ``self.width`` spread to runs of ``width`` (a divisor, or the same)."""
@@ -51,15 +59,20 @@ def spread(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
     return values.unsqueeze(-1).expand(*values.shape, coarse // fine).flatten(-2)[..., :count]
 
 
-def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool) -> tuple[Affine, Tensor | None]:
-    """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart."""
-    if "codes" in storage.options:
-        raise Refused(f"the codes of {storage.type} are its own")
-    if not isinstance(t.grid, Integer):
-        raise Refused("the codes are not integers on a uniform grid")
+def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool, exact: bool = False) -> tuple[Affine, Tensor | None]:
+    """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart.
+
+    With ``exact``, or two levels on both sides, the scale keeps its value in float32 or float64 whatever the storage's dtype.
+    """
     notes: list[str] = []
     rounded: list[str] = []
-    t = _one_scale(t, storage, notes, rounded, rounding)
+    if not rewrite.is_whole(t):
+        t = rewrite.whole_codes(t)
+        notes.append("values to integer codes")
+    levels = rewrite.levels_of(t.scales, t.shape)
+    t = _folded(t, notes)
+    if not exact and (storage.sub_scale is None or levels is None):
+        t = _one_dtype(t, storage, notes, rounded, rounding)
     t = rewrite.to_row_blocks(t)
     keep = t.offset is not None and storage.offset is not None
     if t.offset is not None and not keep:
@@ -73,13 +86,29 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
         notes.append("offset to zero point")
     width, scale, zero, offset = _common_planes(t)
     assert isinstance(t.grid, Integer)
-    return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded), offset
+    return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded, indexed=t.group_index is not None, levels=levels), offset
 
 
-def _one_scale(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
-    if len(t.scales) != 1 or t.scales[0].inverse or isinstance(t.scales[0].values, QuantizedTensor):
-        t = rewrite.fold_scales(rewrite.unnest_scale(t) if isinstance(t.scales[0].values, QuantizedTensor) else t, torch.float32)
-        notes.append("fold scale factors")
+def _folded(t: QuantizedTensor, notes: list[str]) -> QuantizedTensor:
+    """One plain scale plane: in float32, or float64 where the product of the factors needs it."""
+    if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
+        return t
+    notes.append("fold scale factors")
+    nested = any(isinstance(p.values, QuantizedTensor) for _, p in t.params())
+    t = rewrite.unnest_scale(t) if nested else t
+    try:
+        return rewrite.fold_scales(t, torch.float32)
+    except Refused:
+        return rewrite.fold_scales(t, torch.float64)
+
+
+def one_plane(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
+    """All factors in one plane of one of the storage's dtypes."""
+    return _one_dtype(_folded(t, notes), storage, notes, rounded, rounding)
+
+
+def _one_dtype(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
+    """The scale in a dtype of the storage: exactly, or with ``rounding`` rounded once."""
     values = t.scales[0].values
     assert isinstance(values, Tensor)
     name = str(values.dtype).removeprefix("torch.")

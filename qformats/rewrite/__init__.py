@@ -23,6 +23,7 @@ from qformats.rewrite.codes import (
 )
 from qformats.rewrite.forms import Refused
 from qformats.rewrite.groups import merge_groups, split_groups, to_row_blocks
+from qformats.rewrite.levels import Levels, level_param, levels_of, nest_scale, spread_runs, stepped
 from qformats.rewrite.rows import (
     absorb_group_index,
     concatenate_rows,
@@ -31,9 +32,11 @@ from qformats.rewrite.rows import (
     permute_column_groups,
     select_rows,
 )
-from qformats.rewrite.scales import fold_scales, nest_scale, round_scale, unnest_scale
+from qformats.rewrite.scales import fold_scales, round_scale, unnest_scale
+from qformats.rewrite.whole import is_whole, whole_codes
 
 __all__ = [
+    "Levels",
     "Refused",
     "absorb_group_index",
     "block_loops",
@@ -43,6 +46,9 @@ __all__ = [
     "drop_trivial_group_index",
     "flip_and_shift",
     "fold_scales",
+    "is_whole",
+    "level_param",
+    "levels_of",
     "merge_groups",
     "nest_scale",
     "offset_to_zero",
@@ -53,10 +59,13 @@ __all__ = [
     "round_scale",
     "select_rows",
     "split_groups",
+    "spread_runs",
+    "stepped",
     "to_row_blocks",
     "to_signed",
     "to_unsigned",
     "unnest_scale",
+    "whole_codes",
     "widen",
     "zero_to_offset",
     "zero_values",

@@ -1,4 +1,4 @@
-"""Rewrites of scales: fold factors, store in another dtype, two-level forms."""
+"""Rewrites of scales: fold factors, store in another dtype, expand those that are stored as codes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from qformats.real import Real, product, round_once
-from qformats.rewrite.codes import zero_values
-from qformats.rewrite.forms import Refused, inexact, map_params, plain, single_row
-from qformats.rewrite.groups import split_param
-from qformats.scheme import Integer, Tile
+from qformats.rewrite.forms import Refused, inexact, map_params, plain
+from qformats.scheme import Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
-__all__ = ["fold_scales", "nest_scale", "round_scale", "unnest_scale"]
+__all__ = ["fold_scales", "round_scale", "unnest_scale"]
 
 
 def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
@@ -62,36 +60,6 @@ def round_scale(t: QuantizedTensor, dtype: torch.dtype, *, rounding: bool = True
     if wrong and not rounding:
         raise Refused(f"{wrong} of {scale.numel()} scales are not {name} numbers")
     return t.replace(scales=(t.scales[0].with_values(stored),)), wrong
-
-
-def nest_scale(t: QuantizedTensor, super_size: int, bits: int) -> QuantizedTensor:
-    """Write scale and zero point in the two-level K-quant form with unit sub-scales: scale = d · 1, offset = (−d) · zero_point.
-
-    Needs one scale per multiple of ``super_size`` columns and integer zero points in 0 … 2^bits − 1 on blocks of 32 (or coarser).
-    """
-    if len(t.scales) != 1 or t.scales[0].inverse or t.group_index is not None or t.signs is not None:
-        raise Refused("only a single scale plane without act-order or signs can be nested")
-    scale, block = plain(t.scales[0], "scale"), t.scales[0].block
-    sub = Tile((*(1 for _ in t.shape[:-1]), 32))
-    spans = isinstance(block, Tile) and (block.sizes[-1] % super_size == 0 or block.sizes[-1] >= t.shape[-1])
-    if not spans or not (single_row(block) or scale.numel() == 1):
-        raise Refused(f"one scale does not span {super_size} columns")
-    coarse = split_param(t.scales[0], super_size, t.shape)
-    d = plain(coarse, "scale").expand(Tile((*(1 for _ in t.shape[:-1]), super_size)).counts(t.shape))
-    if scale.dtype != torch.float16:
-        raise Refused("the scale is not float16")
-    zero = zero_values(t)
-    if t.offset is not None or int(zero.min()) < 0 or int(zero.max()) >= 1 << bits:
-        raise Refused(f"zero points outside 0 … {(1 << bits) - 1}")
-    if t.zero_point is not None and zero.numel() > 1:
-        zero = plain(split_param(t.zero_point.with_values(zero), 32, t.shape), "zero point")
-    counts = sub.counts(t.shape)
-    zero = zero.expand(counts)
-    per = Tile((*(1 for _ in t.shape[:-1]), super_size // 32))
-    ones = torch.ones(counts, dtype=torch.uint8)
-    level = QuantizedTensor(counts, ones, Integer(bits), (Param(d, per),))
-    low = QuantizedTensor(counts, zero.to(torch.uint8).contiguous(), Integer(bits), (Param(-d, per),))
-    return t.replace(scales=(Param(level, sub),), zero_point=None, offset=Param(low, sub))
 
 
 def unnest_scale(t: QuantizedTensor, dtype: torch.dtype = torch.float32) -> QuantizedTensor:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from qformats import rewrite
 from qformats.rewrite import Refused
-from qformats.scheme import Cyclic, Flat, Float, Integer, Learned, Tile, whole
+from qformats.scheme import Cyclic, Flat, Float, Integer, Learned, SubScale, Tile, whole
 from qformats.tensor import Param, QuantizedTensor, constant
 
 torch.set_num_threads(1)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 HALF, SINGLE = torch.float16, torch.float32
+SIX = SubScale(32, Integer(6), offset=True)
 
 
 # ---------------------------------------------------------------- tensors to rewrite
@@ -294,7 +295,7 @@ def wide_groups(draw: st.DrawFn) -> QuantizedTensor:
 
 @given(wide_groups(), st.sampled_from([4, 6]))
 def test_nest_scale_is_exact_or_refused_and_unnest_expands_it(t: QuantizedTensor, bits: int) -> None:
-    nested = attempt(lambda: rewrite.nest_scale(t, 256, bits))
+    nested = attempt(lambda: rewrite.nest_scale(t, 256, SubScale(32, Integer(bits), offset=True)))
     if nested is None:
         return
     shape = t.shape
@@ -308,7 +309,7 @@ def test_nest_scale_is_exact_or_refused_and_unnest_expands_it(t: QuantizedTensor
 def test_nest_scale_takes_a_scale_for_the_whole_tensor() -> None:
     shape = (3, 512)
     t = QuantizedTensor(shape, torch.ones(shape, dtype=torch.uint8), Integer(4), (constant(0.5, shape, HALF),), constant(8, shape))
-    nested = rewrite.nest_scale(t, 256, 6)
+    nested = rewrite.nest_scale(t, 256, SIX)
     assert torch.equal(nested.dequantize(), t.dequantize())
 
 
@@ -373,7 +374,7 @@ def test_no_rewrite_ignores_act_order(t: QuantizedTensor, size: int) -> None:
     for function in (
         lambda: rewrite.split_groups(t, size), lambda: rewrite.merge_groups(t, size), lambda: rewrite.to_row_blocks(t),
         lambda: rewrite.recentre(t, Integer(8, True), 0), lambda: rewrite.zero_to_offset(t, SINGLE),
-        lambda: rewrite.offset_to_zero(t), lambda: rewrite.fold_scales(t, SINGLE), lambda: rewrite.nest_scale(t, 256, 6),
+        lambda: rewrite.offset_to_zero(t), lambda: rewrite.fold_scales(t, SINGLE), lambda: rewrite.nest_scale(t, 256, SIX),
         lambda: rewrite.drop_trivial_group_index(t), lambda: rewrite.select_rows(t, slice(None)),
         lambda: rewrite.to_signed(t), lambda: rewrite.to_unsigned(t),
     ):  # fmt: skip
@@ -499,7 +500,7 @@ REWRITES: dict[str, Callable[[QuantizedTensor], Any]] = {
     "offset_to_zero": rewrite.offset_to_zero,
     "fold_scales": lambda t: rewrite.fold_scales(t, SINGLE),
     "round_scale": lambda t: rewrite.round_scale(t, SINGLE)[0],
-    "nest_scale": lambda t: rewrite.nest_scale(t, 256, 6),
+    "nest_scale": lambda t: rewrite.nest_scale(t, 256, SIX),
     "unnest_scale": rewrite.unnest_scale,
     "drop_trivial_group_index": rewrite.drop_trivial_group_index,
     "absorb_group_index": lambda t: rewrite.absorb_group_index(t)[0] if t.group_index is None else None,

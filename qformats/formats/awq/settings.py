@@ -99,7 +99,7 @@ def config_out(
         return dict(original)
     groups = Counter(storage.group or -1 for storage in modules.values())
     group = min(groups, key=lambda size: (size == -1, -groups[size], size), default=128)
-    kinds = {(s.grid.bits, str(s.options.get("version", "gemm"))) for s in modules.values()} or {(4, "gemm")}
+    kinds = {(s.integers.bits, str(s.options.get("version", "gemm"))) for s in modules.values()} or {(4, "gemm")}
     odd = [name for name, storage in modules.items() if not says_group(group, storage)]
     if len(kinds) > 1 or odd:
         raise Unsupported("awq-mixed", "one AWQ checkpoint has one width, group size and version", tensor=odd[0] if odd else None)
@@ -129,8 +129,8 @@ def _describes(original: Mapping[str, Any], modules: Mapping[str, Storage]) -> b
     dialect = autoround.DIALECT if autoround.is_autoround(original) else ""
     for name, storage in modules.items():
         said = module_settings(original, name)
-        half = 1 << (storage.grid.bits - 1)
-        if said.skipped or said.bits != storage.grid.bits or not says_group(said.group, storage):
+        half = 1 << (storage.integers.bits - 1)
+        if said.skipped or said.bits != storage.integers.bits or not says_group(said.group, storage):
             return False
         if said.version != storage.options.get("version") or storage.options.get("dialect", "") != dialect:
             return False

@@ -338,7 +338,7 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
     """The parts of a weight (N, K)."""
     n, k = shape
-    bits, group, options = storage.grid.bits, min(storage.group or k, k), storage.options
+    bits, group, options = storage.integers.bits, min(storage.group or k, k), storage.options
     words, scale = str(options.get("word_dtype", "I32")), CONTAINER_FLOATS[storage.scale_dtypes[0]]
     if options.get("version") == "gemv":
         width = zeros_width(k, group)
@@ -382,7 +382,7 @@ def _zero_array(tensor: QuantizedTensor, storage: Storage, groups: int) -> Array
 
     assert tensor.zero_point is not None
     values: Array = tensor.zero_point.values.numpy()  # type: ignore[union-attr]
-    half, top = 1 << (storage.grid.bits - 1), (1 << storage.grid.bits) - 1
+    half, top = 1 << (storage.integers.bits - 1), (1 << storage.integers.bits) - 1
     low, high = (half, half) if storage.options.get("qzeros") == "absent" else (0, top)
     if values.size and (int(values.min()) < low or int(values.max()) > high):
         raise Unsupported("zero-point-range", f"zero points {int(values.min())} … {int(values.max())} are outside {low} … {high}")
@@ -393,7 +393,7 @@ def _gemm_piece(storage: Storage, leaf: str, plane: Array, start: int) -> Piece:
     """(n, K) or (n, G) -> rows of K or G, packed along N."""
     import numpy as np
 
-    bits = storage.grid.bits
+    bits = storage.integers.bits
     if leaf == "scales":
         return Piece(leaf, np.ascontiguousarray(plane.T), 0, start)
     if storage.options.get("order") == "natural":

@@ -28,7 +28,7 @@ from qformats.formats.ggml.legacy import LEGACY
 from qformats.formats.ggml.tables import TABLES
 from qformats.formats.ggml.ternary import SPELLINGS, TERNARY
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
-from qformats.scheme import No, ParamSpec, Scheme, Storage, Tile, Yes
+from qformats.scheme import Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,8 +56,8 @@ NAME = "gguf"
 SUFFIXES: frozenset[str] = frozenset({factor.LEAF})
 CONTAINER = {"container": "gguf"}  # what the checkpoint layer passes as the config of a GGUF
 TARGETS = (*LEGACY, *KQUANTS, *TABLES, *IQUANTS, *TERNARY)  # what floats can become
-OWN_CODES = (*TABLES, "IQ4_XS", "Q1_0", "TQ1_0")  # those whose codes stand for more than ``Storage`` says, so never another format's codes
-CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # for affine sources when no type is named, smallest first
+CANDIDATES = ("Q4_0", "Q4_K", "Q4_1", "Q5_0", "Q5_K", "Q5_1", "Q6_K", "Q8_0")  # for sources of codes when no type is named
+NARROW = ("Q1_0", "TQ1_0", "TQ2_0", "Q2_0", "Q2_K", "Q3_K")  # candidates too, for codes of as few bits
 
 BLOCK_TYPES: dict[str, Kind] = {**LEGACY, **KQUANTS, **IQUANTS, **TABLES, **TERNARY}
 _TWO_BYTES = ("float16", "int16")  # dtypes that the loops see as uint16; all others are bytes
@@ -135,17 +135,18 @@ def _swap(kind: Kind, blocks: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
-    """The named type, or all candidates for an affine source, smallest first; ``UsageError`` for unknown types and options."""
+    """The named type, or all candidates for a source of codes; ``UsageError`` for unknown types and options."""
     if target.options:
         raise UsageError("target-option", f"gguf takes no option {sorted(target.options)}", hint="name a type only, as in gguf:q5_0")
     if target.type is None:
-        return [BLOCK_TYPES[name].storage for name in CANDIDATES]
+        bits = scheme.grid.bits if isinstance(scheme.grid, Integer) else 8
+        narrow = [name for name in NARROW if bits <= max(2, BLOCK_TYPES[name].storage.integers.bits)]
+        return [BLOCK_TYPES[name].storage for name in (*narrow, *CANDIDATES)]
     name = target.type.upper()
     if name in floats.FLOATS:
         return [floats.storage(name)]
     if name in TARGETS:
-        storage = BLOCK_TYPES[name].storage
-        return [replace(storage, options={"codes": "own"}) if name in OWN_CODES else storage]
+        return [BLOCK_TYPES[name].storage]
     known = ", ".join(n.lower() for n in (*TARGETS, *floats.FLOATS))
     raise UsageError("target-type", f"gguf type {target.type!r} cannot be written", hint=f"types: {known}")
 

@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.errors import Unsupported
 from qformats.formats.ggml.kind import PlaneSpec
 from qformats.grids import TABLE_WIDTHS
-from qformats.scheme import Integer, ParamSpec, Scheme, Storage, Table, Tile, whole
+from qformats.scheme import Integer, ParamSpec, Scheme, Storage, SubScale, Table, Tile, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,9 +255,11 @@ class IQuant:
 
     @property
     def storage(self) -> Storage:
-        """Name and size; what a block holds is more than ``Storage`` has words for, so only ``scheme`` says it: the codes are its own."""
-        size = self.nbytes * 8 / SUPER
-        return Storage(self.name.lower(), Integer(self.code_bits), self.sub, size, k_multiple=SUPER, options={"codes": "own"})
+        """Name, grid and size; signs and half-integer sub-scales are more than ``Storage`` has words for, so only ``scheme`` says them."""
+        whole_levels = self.sub_zero == int(self.sub_zero)
+        sub = SubScale(self.sub, Integer(self.sub_bits), int(self.sub_zero)) if whole_levels else None
+        group = SUPER if whole_levels else self.sub
+        return Storage(self.name.lower(), self.grid, group, self.nbytes * 8 / SUPER, sub_scale=sub, k_multiple=SUPER)
 
     def scheme(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme of a weight ``shape`` (K last) in this type."""

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.kind import PlaneSpec
-from qformats.scheme import Integer, ParamSpec, Scheme, Storage, Tile, whole
+from qformats.scheme import Integer, ParamSpec, Scheme, Storage, SubScale, Tile, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,14 +94,13 @@ class KQuant:
 
     @property
     def storage(self) -> Storage:
-        """Only for types with a minimum; the others' sub-scales have a sign of their own, which ``Storage`` has no words for."""
-        highest = self.sub_grid.highest
         return Storage(
             self.name.lower(),
             self.grid,
             SUPER,
             self.nbytes * 8 / SUPER,
-            sub_scale=(self.sub, highest, highest),
+            zero_point=self.zero_point,
+            sub_scale=SubScale(self.sub, self.sub_grid, self.sub_zero or 0, self.has_offset),
             k_multiple=SUPER,
         )
 

@@ -25,7 +25,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.kind import PlaneSpec
-from qformats.scheme import Float, Grid, Integer, ParamSpec, Scheme, Storage, Table, Tile
+from qformats.scheme import Float, Grid, ParamSpec, Scheme, Storage, Table, Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +72,8 @@ class FourBits:
 
     @property
     def storage(self) -> Storage:
-        """The type by name and size; ``Storage`` has no words for a table of values."""
-        return Storage(self.name.lower(), Integer(4), self.run, self.nbytes * 8 / self.block, k_multiple=self.block)
+        bits = self.nbytes * 8 / self.block
+        return Storage(self.name.lower(), self.grid, self.run, bits, k_multiple=self.block, scale_grid=self.scale_grid)
 
     def scheme(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme of a weight ``shape`` (K last) in this type."""

@@ -72,10 +72,12 @@ class LowBits:
 
     @property
     def storage(self) -> Storage:
-        """The type by name and size; ``Storage`` has no word for Q1_0's zero point of one half, nor for a code that TQ1_0 lacks."""
-        zero = None if self.doubled else int(self.zero_point)
+        """The TQ types take the codes 0 … 2 that their quantizers write."""
+        zero, highest = None if self.doubled else int(self.zero_point), 2 if self.name.startswith("TQ") else None
         bits = self.nbytes * 8 / self.block
-        return Storage(self.name.lower(), self.grid, self.block, bits, zero_point=zero, k_multiple=self.block)
+        return Storage(
+            self.name.lower(), self.grid, self.block, bits, zero_point=zero, k_multiple=self.block, highest=highest, doubled=self.doubled
+        )
 
     @property
     def doubled(self) -> bool:

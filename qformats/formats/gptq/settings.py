@@ -126,7 +126,7 @@ def _describes(original: Mapping[str, Any], modules: Mapping[str, Storage], skip
     dialect = autoround.DIALECT if autoround.is_autoround(original) else ""
     for name, storage in modules.items():
         said = module_settings(original, name)
-        if said.skipped or said.bits != storage.grid.bits or storage.options.get("dialect", "") != dialect:
+        if said.skipped or said.bits != storage.integers.bits or storage.options.get("dialect", "") != dialect:
             return False
         if (
             not says_group(said.group, storage)
@@ -167,8 +167,8 @@ def config_out(
     dynamic: dict[str, Any] = {f"-:{_alternation(dense)}": {}} if dense else {}
     others: dict[tuple[int, int], list[str]] = {}
     for name, storage in sorted(modules.items()):
-        if storage.grid.bits != bits or not says_group(group, storage):
-            others.setdefault((storage.grid.bits, storage.group or -1), []).append(name)
+        if storage.integers.bits != bits or not says_group(group, storage):
+            others.setdefault((storage.integers.bits, storage.group or -1), []).append(name)
     for (width, size), names in sorted(others.items()):
         dynamic[f"+:{_alternation(names)}"] = {"bits": width, "group_size": size}
     config = {
@@ -198,7 +198,7 @@ def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
 
 
 def _as_v2(name: str, storage: Storage) -> Storage:
-    top = (1 << storage.grid.bits) - 1
+    top = (1 << storage.integers.bits) - 1
     zero = storage.zero_point
     if isinstance(zero, tuple):
         if zero[1] > top and storage.options.get("checkpoint_format") == "gptq":
@@ -210,7 +210,7 @@ def _as_v2(name: str, storage: Storage) -> Storage:
 
 def _commonest(modules: Mapping[str, Storage]) -> tuple[int, int]:
     """The (bits, group size) of most modules; those of one group a row count only if there are no others, since they fit any size."""
-    pairs = Counter((s.grid.bits, s.group or -1) for s in modules.values())
+    pairs = Counter((s.integers.bits, s.group or -1) for s in modules.values())
     ordered = sorted(pairs, key=lambda pair: (pair[1] == -1, -pairs[pair], pair))
     return ordered[0] if ordered else (4, 128)
 

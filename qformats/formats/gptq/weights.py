@@ -236,7 +236,7 @@ def _widths(target: Target) -> tuple[int, ...]:
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
     """The parts of a weight (N, K)."""
     n, k = shape
-    options, bits = storage.options, storage.grid.bits
+    options, bits = storage.options, storage.integers.bits
     word_bits = int_option(options, "word_bits", 32)
     words, group = str(options.get("word_dtype", _WORDS[word_bits])), storage.group or k
     groups = -(-k // group)
@@ -257,7 +257,7 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     from qformats.formats.gptq.zeros import encode
 
     rows = tensor.shape[0]
-    bits, word_bits = storage.grid.bits, int_option(storage.options, "word_bits", 32)
+    bits, word_bits = storage.integers.bits, int_option(storage.options, "word_bits", 32)
     if start % ROW_MULTIPLE or ((start + rows) % ROW_MULTIPLE and start + rows != shape[0]):
         raise Unsupported("row-range", f"rows {start} … {start + rows} of {shape[0]} do not fall on multiples of {ROW_MULTIPLE}")
     verdict = can_store(storage, tensor.scheme)
@@ -284,7 +284,7 @@ def _zero_array(tensor: QuantizedTensor, storage: Storage, groups: int) -> Array
 
     assert tensor.zero_point is not None
     values: Array = tensor.zero_point.values.numpy()  # type: ignore[union-attr]
-    low, high = zero_range(str(storage.options.get("zeros", "v1")), storage.grid.bits)
+    low, high = zero_range(str(storage.options.get("zeros", "v1")), storage.integers.bits)
     if values.size and (int(values.min()) < low or int(values.max()) > high):
         text = f"zero points {int(values.min())} … {int(values.max())} are outside {low} … {high}"
         raise Unsupported("zero-point-range", text, hint="write gptq with format=v2")

@@ -79,7 +79,9 @@ def test_floats_of_every_type(model: Path, tmp_path: Path) -> None:
     assert verify(model, tmp_path / "hf", replay=True).ok
 
 
-def test_other_codes_are_new_ones(model: Path, tmp_path: Path) -> None:
+def test_codes_are_kept_where_eight_bits_hold_them(model: Path, tmp_path: Path) -> None:
     plan = converted(model, tmp_path / "q8.gguf", "gguf:q8_0", allow_requantize=True)
     kinds = {job.name: job.kind for job in plan.jobs}
-    assert {kinds[name] for name in TYPES} == {"requantized"}
+    kept = {kind for name, (kind, _) in TYPES.items() if kinds[name] == "codes-exact"}
+    assert kept == {"IQ2_XXS", "IQ3_XXS", "IQ3_S", "IQ4_XS", "IQ1_S"}  # one scale for 32 weights or more, whose product is rounded
+    assert {kinds[name] for name, (kind, _) in TYPES.items() if kind not in kept} == {"requantized"}  # a scale for each 16

@@ -53,10 +53,10 @@ def test_gptq_codes_become_new_codes(tmp_path: Path, kind: str) -> None:
     plan = converted(ready("gptq/4b-g32-sym", tmp_path), tmp_path / "out.gguf", f"gguf:{kind}")
     made = [job for job in plan.jobs if job.storage is not None and job.storage.type == kind]
     assert made and {job.kind for job in made} == {"requantized"}
-    assert any("its own" in job.reason for job in made)
+    assert any("do not stand for the values" in job.reason for job in made)
 
 
-@pytest.mark.parametrize("kind", ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4", "q1_0", "tq1_0"])
+@pytest.mark.parametrize("kind", ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_codes_that_seem_to_fit_are_refused(kind: str, bits: int, zero: int) -> None:
@@ -64,13 +64,13 @@ def test_codes_that_seem_to_fit_are_refused(kind: str, bits: int, zero: int) -> 
     tensor = QuantizedTensor((2, 256), codes, Integer(bits), (Param(torch.ones(2, 1).half(), Tile((1, 256))),), constant(zero, (2, 256)))
     (storage,) = ggml.storages(Target("gguf", kind, {}), tensor.scheme)
     for rounding in (False, True):
-        with pytest.raises(Refused, match="its own"):
+        with pytest.raises(Refused, match="do not stand for the values"):
             fit(tensor, storage, rounding=rounding)
 
 
 @pytest.mark.parametrize("kind", ["q2_0", "tq2_0"])
 def test_two_bit_codes_around_one_are_kept(kind: str) -> None:
-    codes = torch.from_numpy(np.random.default_rng(2).integers(0, 4, (2, 256), dtype=np.uint8))
+    codes = torch.from_numpy(np.random.default_rng(2).integers(0, 4 if kind == "q2_0" else 3, (2, 256), dtype=np.uint8))
     tensor = QuantizedTensor((2, 256), codes, Integer(2), (Param(torch.ones(2, 1).half(), Tile((1, 256))),), constant(1, (2, 256)))
     (storage,) = ggml.storages(Target("gguf", kind, {}), tensor.scheme)
     assert fit(tensor, storage).kind == "exact"

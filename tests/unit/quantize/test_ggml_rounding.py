@@ -13,7 +13,7 @@ from qformats.errors import BadFile, Unsupported, WouldLose
 from qformats.formats import ggml as blocks
 from qformats.formats.ggml.legacy import LEGACY
 from qformats.quantize import can_quantize, ggml, rtn
-from qformats.scheme import Integer, Storage
+from qformats.scheme import Integer, Storage, SubScale
 
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "ggml"
 TYPES = list(LEGACY)
@@ -92,7 +92,7 @@ def test_scales_beyond_fp16_are_refused(name: str) -> None:
 
 
 def test_other_types_and_ragged_rows_are_refused() -> None:
-    unknown = Storage("two-level", Integer(4), 256, 4.5, sub_scale=(32, 63, 63))
+    unknown = Storage("two-level", Integer(4), 256, 4.5, sub_scale=SubScale(32, Integer(6), offset=True))
     assert not can_quantize(unknown)
     with pytest.raises(Unsupported) as caught:
         rtn(torch.zeros(1, 256), unknown)

@@ -135,7 +135,7 @@ def test_importances_are_needed_and_checked() -> None:
 def test_codes_of_other_formats_are_never_taken(name: str) -> None:
     (storage,) = ggml.storages(registry.parse_target(f"gguf:{name.lower()}"), IQUANTS[name].scheme((1, 256)))
     source = rtn(torch.randn(1, 256, generator=torch.Generator().manual_seed(1)), LEGACY["Q4_0"].storage)
-    with pytest.raises(Refused, match="its own"):
+    with pytest.raises(Refused, match="do not stand for the values"):
         fit(source, storage, rounding=True)
 
 

@@ -1,0 +1,169 @@
+"""Scales of two levels in a re-encoding: written into super-blocks, kept from one type to another, or folded into the codes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from qformats import rewrite
+from qformats.real import Real, round_once
+from qformats.reencode.affine import F16_BOUND, Affine
+from qformats.rewrite import Levels, Refused
+from qformats.scheme import Integer, Storage, SubScale
+from qformats.tensor import Param, QuantizedTensor
+
+__all__ = ["choose_sub_zero", "folded_form", "keep_levels", "may_fold", "sub_levels", "super_scale"]
+
+_LARGEST = 127  # factor of a code: their products and those with zero points stay in int16
+
+
+def sub_levels(a: Affine, storage: Storage) -> Levels:
+    """The source's scale as integers on the storage's sub-blocks times a number for each super-block; refuses other scales."""
+    sub, group = storage.sub_scale, storage.group
+    assert sub is not None and group is not None
+    if a.levels is not None and a.levels.wide % group == 0:
+        return _in_range(a.levels.on(group, sub.width, a.k), sub)
+    if a.width < sub.width:
+        scale = rewrite.merge_groups(a.plain(), sub.width).scales[0].values
+        assert isinstance(scale, Tensor)
+    elif a.width % sub.width and a.width < a.k:
+        raise Refused(f"groups of {a.width} columns are not a multiple of {sub.width}")
+    else:
+        scale = a.plane(a.scale, sub.width)
+    return _in_range(rewrite.stepped(scale, sub.width, group), sub)
+
+
+def _in_range(levels: Levels, sub: SubScale) -> Levels:
+    """The same with the sign of a super-block moved to its step where the integers have none; refuses integers off the grid."""
+    number, step, count = levels.number, levels.step, levels.wide // levels.narrow
+    runs = number.unflatten(-1, (-1, count))
+    if sub.lowest == 0:
+        turn = (runs <= 0).all(-1) & (runs < 0).any(-1)
+        step, runs = torch.where(turn, -step, step), torch.where(turn.unsqueeze(-1), -runs, runs)
+    bad = int(((runs < sub.lowest) | (runs > sub.highest)).any(-1).sum())
+    if bad:
+        raise Refused(f"the scales in {bad} of {step.numel()} super-blocks are no multiples {sub.lowest} … {sub.highest} of one number")
+    return Levels(step, runs.flatten(-2), levels.wide, levels.narrow)
+
+
+def super_scale(step: Tensor, storage: Storage, rounding: bool, rounded: list[str], what: str = "super-block scales") -> Tensor:
+    """Float64 ``step`` in the storage's scale dtype; rounded once and said so with ``rounding``, else refused if it must be."""
+    dtype = storage.scale_dtypes[0]
+    stored = round_once(Real(step), getattr(torch, dtype))
+    wrong = int((stored.to(torch.float64) != step).sum())
+    if not bool(torch.isfinite(stored).all()):
+        raise Refused(f"{what} overflow {dtype}")
+    if wrong and not rounding:
+        raise Refused(f"{wrong} of {step.numel()} {what} are not {dtype} numbers")
+    if wrong:
+        rounded.append(f"{wrong} of {step.numel()} {what} round to {dtype} ({F16_BOUND})")
+    return stored
+
+
+def choose_sub_zero(a: Affine, storage: Storage, number: Tensor) -> Tensor:
+    """An integer zero point for each sub-block that the sub-offset can hold, int16: the source's, the middle, or the smallest."""
+    sub = storage.sub_scale
+    assert sub is not None
+    width, source = min(sub.width, a.width), a.plane(a.zero, min(sub.width, a.width))
+    many = 0 if number.numel() == 0 else sub.highest
+    cap = torch.where(number == 0, many, many // number.clamp(min=1)).to(torch.int16)
+    if a.width >= sub.width:
+        kept = source.expand(cap.shape)
+        grids = a.grid.lowest >= storage.integers.lowest and a.grid.highest <= storage.top
+        if grids and bool(((kept >= 0) & (kept <= cap)).all()):
+            return kept
+    low, high = a.ranges(sub.width) if a.width >= sub.width else a.ranges(width)
+    zero = source
+    smallest, largest = low - zero, high - zero
+    if a.width < sub.width:
+        smallest, largest = (p.unflatten(-1, (-1, sub.width // width)) for p in (smallest, largest))
+        smallest, largest = smallest.amin(-1), largest.amax(-1)
+    floor, ceiling = torch.clamp(-smallest, min=0), torch.minimum(storage.top - largest, cap)
+    bad = int((floor > ceiling).sum())
+    if bad:
+        raise Refused(f"{bad} of {floor.numel()} sub-blocks have no zero point that {storage.type} holds")
+    half = 1 << (storage.integers.bits - 1)
+    middle = (floor <= half) & (half <= ceiling)
+    if a.width >= sub.width:
+        kept = zero.expand(floor.shape)
+        if bool(((kept >= floor) & (kept <= ceiling)).all()):
+            return kept
+    return torch.full_like(floor, half) if bool(middle.all()) else floor
+
+
+def keep_levels(t: QuantizedTensor, storage: Storage, rounding: bool) -> tuple[Param, Param, list[str]]:
+    """Scale and offset of a two-level source as they are, for a two-level storage of as many code bits; refuses others."""
+    sub, group = storage.sub_scale, storage.group
+    assert sub is not None and group is not None
+    if not sub.offset or t.offset is None or t.zero_point is not None:
+        raise Refused("it has no sub-offsets")
+    if not isinstance(t.grid, Integer) or t.grid.lowest < storage.integers.lowest or t.grid.highest > storage.top:
+        raise Refused(f"its codes do not fit {storage.integers.bits} bits")
+    planes: list[Param] = []
+    rounded: list[str] = []
+    for params, what in ((t.scales, "super-block scales"), ((t.offset,), "super-block offsets")):
+        levels = rewrite.levels_of(params, t.shape)
+        if levels is None:
+            raise Refused("its scale or offset is not in two levels")
+        levels = _in_range(levels.on(group, sub.width, t.shape[-1]), sub)
+        step = super_scale(levels.step, storage, rounding, rounded, what)
+        planes.append(rewrite.level_param(step, levels.number, sub, group, t.shape))
+    return planes[0], planes[1], rounded
+
+
+def may_fold(t: QuantizedTensor, storage: Storage) -> bool:
+    """Whether there can be integer sub-scales to multiply into codes: a nested scale, or groups finer than the storage's."""
+    if storage.sub_scale is not None or storage.offset is not None or t.offset is not None or t.group_index is not None:
+        return False
+    nested = any(isinstance(p.values, QuantizedTensor) for p in t.scales)
+    finer = t.scheme.group_size
+    return nested or (finer is not None and finer < min(storage.group or t.shape[-1], t.shape[-1]))
+
+
+def folded_form(a: Affine, storage: Storage, rounding: bool) -> Affine:
+    """The source with its sub-scales multiplied into the codes: one scale for each group, codes, zeros and ranges times an integer."""
+    group = min(storage.group or a.k, a.k)
+    if a.k % group or max(group, a.width) % min(group, a.width):
+        raise Refused(f"groups of {a.width} do not fill groups of {group}")
+    wide = max(group, a.width)
+    if a.levels is not None and a.levels.wide % wide == 0:
+        levels = a.levels.on(wide, a.width, a.k)
+    else:
+        levels = rewrite.stepped(a.scale, a.width, wide)
+    step, number = _largest_step(levels)
+    bad = int((number.abs() > _LARGEST).sum())
+    if bad:
+        raise Refused(f"the scales of {bad} runs of {a.width} columns are no small multiples of their group's")
+    scale = super_scale(step, storage, rounding, a.rounded, "scales")
+    factor = number.to(torch.int16)
+    inner, width = a.ranges, a.width
+
+    def ranges(w: int) -> tuple[Tensor, Tensor]:
+        low, high = inner(min(w, width))
+        f = rewrite.spread_runs(factor, width, min(w, width), a.k)
+        low, high = low * f, high * f
+        low, high = torch.minimum(low, high), torch.maximum(low, high)
+        if w > width:
+            low, high = low.unflatten(-1, (-1, w // width)).amin(-1), high.unflatten(-1, (-1, w // width)).amax(-1)
+        return low, high
+
+    most = max(1, int(number.abs().max())) * max(abs(a.grid.lowest), a.grid.highest)
+    note = "multiply sub-scales into codes"
+    return replace(a, scale=rewrite.spread_runs(scale, wide, width, a.k), zero=a.zero.expand(factor.shape) * factor, ranges=ranges,
+                   grid=Integer(most.bit_length() + 1, True), notes=[*a.notes, note], factor=factor, levels=None)  # fmt: skip
+
+
+def _largest_step(levels: Levels) -> tuple[Tensor, Tensor]:
+    """Step times the integers' common divisor where that is a float16 number, else the step itself; and the integers left."""
+    count = levels.wide // levels.narrow
+    runs = levels.number.unflatten(-1, (-1, count))
+    common = runs[..., 0].abs()
+    for i in range(1, count):
+        common = torch.gcd(common, runs[..., i])
+    common = common.clamp(min=1)
+    larger = levels.step * common
+    fine = larger.to(torch.float32).to(torch.float16).to(torch.float64) == larger
+    common = torch.where(fine, common, 1)
+    return levels.step * common, (runs // common.unsqueeze(-1)).flatten(-2)

@@ -1,0 +1,137 @@
+"""Values of tables, small floats, half-integer zero points and sign planes as plain integers times one step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qformats import grids
+from qformats.errors import BadFile
+from qformats.rewrite.forms import Refused
+from qformats.scheme import Float, Integer, Learned
+from qformats.tensor import QuantizedTensor, constant
+
+__all__ = ["common_step", "is_whole", "whole_codes"]
+
+_MOST_ZEROS = 64  # different fractional zero points that are looked at for a common step
+_WIDEST = 62  # bits of an int64 that the numbers of one group may spread over
+
+
+def whole_codes(t: QuantizedTensor) -> QuantizedTensor:
+    """The same weights with signed integers of at most 8 bits for codes, an integer zero point or none, and no sign plane.
+
+    Codes of a table or a small float become their values in units of the largest step that divides them all, which is one more
+    (constant) scale; signs and fractional zero points go into the codes. Integers around integers come back as they are. Blank codes
+    (of stride zero) stay blank. Refuses values that have no such step: a learned codebook, NF4, eight-bit floats.
+    """
+    if is_whole(t):
+        return t
+    book = _book(t)
+    zeros = _zeros(t)
+    apart = torch.cat([book[torch.isfinite(book)].reshape(-1), zeros.unique()])
+    step = float(common_step(apart.reshape(1, -1))[0])
+    if step != step:
+        raise Refused(f"the values of {_words(t)} are not integers in any unit")
+    bits = _bits(book, zeros, step, t.signs is not None)
+    if bits > 8:
+        raise Refused(f"the values of {_words(t)} are integers of {bits} bits")
+    unit = () if step == 1 else (constant(step, t.shape, torch.float32),)
+    codes = _blank(t) if all(stride == 0 for stride in t.codes.stride()) else _values(t, book, step)
+    return t.replace(codes=codes, grid=Integer(bits, True), scales=(*t.scales, *unit), zero_point=None, signs=None)
+
+
+def _bits(book: Tensor, zeros: Tensor, step: float, signs: bool) -> int:
+    """Bits of the signed integers that (value - zero point) / step and, with signs, its negative can be."""
+    finite = book[torch.isfinite(book)]
+    low, high = float(finite.min() - zeros.max()) / step, float(finite.max() - zeros.min()) / step
+    low, high = (min(low, -high), max(high, -low)) if signs else (low, high)
+    return max(int(max(-low, 1) - 1).bit_length(), int(max(high, 0)).bit_length()) + 1
+
+
+def is_whole(t: QuantizedTensor) -> bool:
+    """Whether codes and zero points are plain integers and there is no sign plane."""
+    if not isinstance(t.grid, Integer) or t.signs is not None:
+        return False
+    if t.zero_point is None:
+        return True
+    values = t.zero_point.values
+    if isinstance(values, QuantizedTensor):
+        return False
+    return not values.dtype.is_floating_point or bool((values == values.round()).all())
+
+
+def _words(t: QuantizedTensor) -> str:
+    if isinstance(t.grid, Learned):
+        return "a learned codebook"
+    return f"{t.grid.bits}-bit codes around their zero points" if isinstance(t.grid, Integer) else t.grid.name
+
+
+def _book(t: QuantizedTensor) -> Tensor:
+    """What each code stands for, float64 (entries,) or (entries, v_in); integers from the lowest up."""
+    if isinstance(t.grid, Learned):
+        raise Refused("the values of a learned codebook are any numbers")
+    if isinstance(t.grid, Integer):
+        return torch.arange(t.grid.lowest, t.grid.highest + 1, dtype=torch.float64)
+    return grids.float_values(t.grid.name) if isinstance(t.grid, Float) else grids.table_values(t.grid.name)
+
+
+def _zeros(t: QuantizedTensor) -> Tensor:
+    """The zero points in float64, a single 0 where there is none; refuses more of them than a step could hold."""
+    if t.zero_point is None:
+        return torch.zeros(1, dtype=torch.float64)
+    if t.group_index is not None:
+        raise Refused("act-order: fractional zero points follow the group index")
+    exact = t.zero_point.real()
+    if t.zero_point.inverse or (exact.low is not None and bool(exact.low.any())) or not bool(torch.isfinite(exact.high).all()):
+        raise Refused("the zero points are not numbers of 53 bits")
+    if exact.high.unique().numel() > _MOST_ZEROS:
+        raise Refused("the zero points are not integers")
+    return exact.high
+
+
+def _blank(t: QuantizedTensor) -> Tensor:
+    return torch.zeros((), dtype=torch.int8).expand(t.shape)
+
+
+def _values(t: QuantizedTensor, book: Tensor, step: float) -> Tensor:
+    """sign * (value - zero point) / step as int8 (…, K)."""
+    missing = ~torch.isfinite(book)
+    index = t.codes.to(torch.int64) - (t.grid.lowest if isinstance(t.grid, Integer) else 0)
+    index = torch.where(index < 0, index + 256, index) if isinstance(t.grid, Float) else index
+    low, high = (int(v) for v in index.aminmax()) if index.numel() else (0, 0)
+    if low < 0 or high >= len(book):
+        raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {len(book)} entries")
+    if bool(missing.any()) and bool(missing[index].any()):
+        raise Refused("some codes stand for no number")
+    small = (torch.where(missing, 0.0, book) / step).to(torch.int16)
+    n = small[index].reshape(t.shape)
+    if t.zero_point is not None:
+        spread = t.replace(codes=_blank(t), grid=Integer(8, True), signs=None, scales=(), offset=None).real().high
+        n = n + (spread / step).to(torch.int16)
+    if t.signs is not None:
+        bits = (t.signs.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1
+        n = torch.where(bits.flatten(-2)[..., : t.shape[-1]].bool(), -n, n)
+    return n.to(torch.int8)
+
+
+def common_step(values: Tensor) -> Tensor:
+    """For each row of ``values`` (…, n), float64, the largest number of which all n are integer multiples; (…,).
+
+    1 where all are zero; NaN where they spread over more than 62 bits or are not finite.
+    """
+    mantissa, exponent = torch.frexp(values)
+    integer = (mantissa.nan_to_num() * 2.0**53).to(torch.int64)
+    odd = torch.where(integer == 0, 1, integer & -integer)  # the lowest set bit
+    low = torch.frexp(odd.to(torch.float64)).exponent.to(torch.int64) - 1 + exponent.to(torch.int64) - 53
+    low = torch.where(integer == 0, 1 << 20, low)
+    unit = low.amin(-1, keepdim=True)
+    shift = torch.where(integer == 0, 0, low - unit)
+    bits = torch.frexp((integer // odd).abs().to(torch.float64)).exponent
+    wide = ((shift + bits) > _WIDEST).any(-1) | ~torch.isfinite(values).all(-1)
+    scaled = torch.where(wide.unsqueeze(-1), 1, (integer // odd) << shift.clamp(max=_WIDEST))
+    common = scaled[..., 0].abs()
+    for i in range(1, values.shape[-1]):
+        common = torch.gcd(common, scaled[..., i])
+    none = common == 0
+    step = torch.ldexp(torch.where(none, 1, common).to(torch.float64), torch.where(none, 0, unit.squeeze(-1)).to(torch.float64))
+    return torch.where(wide, float("nan"), step)
