@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.binding import Architecture, Binding
+from qformats.architectures.bloom import BLOOM
 from qformats.architectures.cohere2 import COHERE2
+from qformats.architectures.command_r import COMMAND_R
 from qformats.architectures.falcon import FALCON
 from qformats.architectures.gemma import GEMMA
 from qformats.architectures.gemma2 import GEMMA2
@@ -25,7 +27,10 @@ from qformats.architectures.granite import GRANITE
 from qformats.architectures.llama import LLAMA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.architectures.mixtral import MIXTRAL
+from qformats.architectures.nemotron import NEMOTRON
+from qformats.architectures.olmo import OLMO
 from qformats.architectures.olmo2 import OLMO2
+from qformats.architectures.olmoe import OLMOE
 from qformats.architectures.phi2 import PHI2
 from qformats.architectures.phi3 import PHI3
 from qformats.architectures.qwen2 import QWEN2
@@ -44,7 +49,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
-    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3,
+    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R,
 )  # fmt: skip
 
 

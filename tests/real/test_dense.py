@@ -102,6 +102,22 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi3-window": ("llama", "phi3", {"sliding_window": 512, "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.75}}),
     "phi3-longrope": ("llama-tied", "phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 64}),
     "phi2-grouped": ("llama-tied", "phi", {}),
+    "phi4": ("llama", "phi3", {"sliding_window": None, "rope_parameters": {"rope_theta": 250000.0}}),
+    "olmo": ("llama-tied", "olmo", {}),
+    "olmo-clipped": ("llama-tied", "olmo", {"clip_qkv": 0.5, "tie_word_embeddings": True}),
+    "olmoe": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron": ("llama", "nemotron", {"head_dim": 16, "attention_bias": True, "mlp_bias": True}),
+    "nemotron-linear-rope": (
+        "llama-tied", "nemotron",
+        {"head_dim": 16, "rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0, "partial_rotary_factor": 1.0}},
+    ),
+    "bloom": ("llama-tied", "bloom", {"num_key_value_heads": None, "intermediate_size": None}),
+    "bloom-untied-odd-heads": (
+        "llama-tied", "bloom",
+        {"num_key_value_heads": None, "intermediate_size": None, "hidden_size": 96, "num_attention_heads": 6, "tie_word_embeddings": False},
+    ),
+    "command-r": ("llama-tied", "cohere", {"logit_scale": 0.25}),
+    "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
 }  # fmt: skip
 BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-biases": ("qwen2", "qwen3", {"attention_bias": True}),
@@ -122,6 +138,19 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
     "gpt2-inverse-layer": ("llama-tied", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
+    "olmo-biases": ("llama-tied", "olmo", {"attention_bias": True}),
+    "olmoe-clipped": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "clip_qkv": 0.5}),
+    "olmoe-rescaled": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "norm_topk_prob": True}),
+    "olmoe-grouped": ("llama-tied", "olmoe", {"num_experts": 4}),
+    "nemotron-tied": ("llama", "nemotron", {"head_dim": 16, "tie_word_embeddings": True}),
+    "bloom-residual": (
+        "llama-tied", "bloom",
+        {"num_key_value_heads": None, "intermediate_size": None, "apply_residual_connection_post_layernorm": True},
+    ),
+    "command-r-norms": ("llama-tied", "cohere", {"use_qk_norm": True}),
+    "command-r-linear-rope": (
+        "llama-tied", "cohere", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    ),
     "gemma-untied": ("gemma3", "gemma", {"head_dim": 32, "tie_word_embeddings": False}),
 }
 pytestmark = pytest.mark.real

@@ -20,7 +20,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True}, "stablelm": {"qk_layernorm": True},
     "falcon": {"new_decoder_architecture": True, "activation": "gelu_new"},
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
-    "starcoder2": {"hidden_act": "gelu_new"},
+    "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
 }  # fmt: skip
 FAMILY_NAMES = [family.name for family in FAMILIES]
 
@@ -114,6 +114,8 @@ def test_names_are_those_of_gguf(name: str) -> None:
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
         module = tensor.sources[0].module
         merged = module.replace("experts.0.", "experts.").replace("norm.norms.0", "norm")
+        if name == "bloom":  # its converter cuts the first word off
+            merged = merged.removeprefix("transformer.")
         assert names.get_name(f"{merged}.{tensor.leaf}", try_suffixes=(".weight", ".bias")) == tensor.name
 
 
