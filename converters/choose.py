@@ -149,11 +149,11 @@ class Chooser:
             return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
-            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
+            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.altered
             kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
-            if tensor.shift:
+            if tensor.altered:
                 kind, why = self._float_kind(tensor, dtype)
-            return self._job(tensor, "float" if tensor.shift else "copy", kind, why, dtype)
+            return self._job(tensor, "float" if tensor.altered else "copy", kind, why, dtype)
         if tensor.constant is not None:
             return self._job(tensor, "float", "exact", "computed from the configuration", dtype)
         kind, why = self._float_kind(tensor, dtype)
@@ -162,7 +162,7 @@ class Chooser:
     def _blocks_again(self, tensor: TensorMap) -> Job | None:
         """Floats that a record says were blocks, and that still are: every value is met again by rounding to nearest."""
         storage = block_storage(self.blocks[tensor.target]) if tensor.leaf == "weight" and tensor.target in self.blocks else None
-        if storage is None or self.options.header_only or tensor.shift or self._misfit(tensor, storage):
+        if storage is None or self.options.header_only or tensor.altered or self._misfit(tensor, storage):
             return None
         import torch
 
@@ -186,7 +186,7 @@ class Chooser:
             return None
         source = tensor.sources[0]
         raw = self.checkpoint.modules[source.module].parts[source.leaf]
-        if len(tensor.sources) > 1 or source.index is not None or raw.big_endian or raw.shape != tensor.shape or tensor.shift:
+        if len(tensor.sources) > 1 or source.index is not None or raw.big_endian or raw.shape != tensor.shape or tensor.altered:
             return None
         return Job(tensor, "parts", "copied", "the same bytes", dtype, {tensor.leaf: PartInfo(dtype, tensor.shape)}, True, format="hf")
 
@@ -207,13 +207,13 @@ class Chooser:
             return wanted
         if self.options.target.type in FLOAT_WORDS:
             return FLOAT_WORDS[self.options.target.type]
-        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.shift:
+        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.altered:
             return source
         return self._smallest_exact(tensor, source)
 
     def _smallest_exact(self, tensor: TensorMap, source: str) -> str:
         order = [self.float_default, *(d for d in ("F16", "BF16") if d != self.float_default)]
-        if source in order and not tensor.shift:
+        if source in order and not tensor.altered:
             return source
         if self.options.header_only:
             return "F32"
@@ -233,7 +233,7 @@ class Chooser:
         for start, stop in slabs(probe, self.checkpoint):
             values = read_rows(probe, slab, self.checkpoint, start, stop)
             assert isinstance(values, torch.Tensor)
-            exact = values.to(torch.float64) + tensor.shift
+            exact = tensor.alter(values.to(torch.float64))
             if bool(((exact.to(torch.float32).to(target).to(torch.float64) != exact) & ~torch.isnan(exact)).any()):
                 return False
         return True
@@ -241,11 +241,11 @@ class Chooser:
     def _float_kind(self, tensor: TensorMap, dtype: str) -> tuple[str, str]:
         found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.module}
         widening = all((a, dtype) in {("F16", "F32"), ("BF16", "F32")} or a == dtype for a in found)
-        if widening and not tensor.shift:
+        if widening and not tensor.altered:
             return "exact", f"{'/'.join(sorted(found))} values are {dtype} values"
         if not self.options.header_only and self._is_exact(tensor, dtype):
-            return "exact", f"every value is a {dtype} number" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
-        return "dequantized", f"rounded once to {dtype}" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
+            return "exact", f"every value is a {dtype} number" + (f" after {tensor.altered}" if tensor.altered else "")
+        return "dequantized", f"rounded once to {dtype}" + (f" after {tensor.altered}" if tensor.altered else "")
 
     def _float(self, tensor: TensorMap, dtype: str, kind: str, reason: str, lossless: bool = False) -> Job:
         return replace(self._job(tensor, "float", kind, reason, dtype), lossless=lossless)

@@ -319,7 +319,7 @@ def _as_float(job: Job, value: Any) -> Tensor:
         plain = job.dtype == "F32" and isinstance(value.grid, Integer)
         exact = torch.float32 if plain else torch.float64  # the writer rounds float64 once, and sees an overflow
         return value.dequantize(exact)  # type: ignore[no-any-return]
-    return value.to(torch.float32) + job.map.shift if job.map.shift else value
+    return job.map.alter(value.to(torch.float32)) if job.map.altered else value  # type: ignore[no-any-return]
 
 
 def _float_bytes(values: Tensor, job: Job) -> np.ndarray[Any, Any]:
@@ -341,7 +341,7 @@ def _code_pieces(plan: Plan, job: Job, value: Any, start: int, stop: int, errors
         from qformats.quantize import rtn
 
         weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
-        tensor: QuantizedTensor = rtn(weights.to(torch.float32) + job.map.shift, job.storage)
+        tensor: QuantizedTensor = rtn(job.map.alter(weights.to(torch.float32)), job.storage)
         errors.add_tensor(job, start, weights, tensor)
     else:
         decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)

@@ -40,6 +40,7 @@ from qformats.architectures.qwen3_moe import QWEN3_MOE
 from qformats.architectures.smollm3 import SMOLLM3
 from qformats.architectures.stablelm import STABLELM
 from qformats.architectures.starcoder2 import STARCODER2
+from qformats.architectures.t5 import T5
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
-    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R,
+    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R, T5,
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Architecture:
     tokenizer.json stands for a SentencePiece model; ``llama_vocabulary``: vocabularies are written by Llama's rules; ``token_ids``:
     special tokens by word, as ids or texts, and ``adds_bos``, a flag, where the files say nothing. ``adjust`` changes a rebuilt config
     by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
-    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it.
+    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it. ``letters``: sizes of the family's own.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Architecture:
     complete: Callable[[dict[str, Any]], None] | None = None
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
     own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
+    letters: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""
@@ -176,7 +177,7 @@ class Architecture:
         dims["R"], dims["W"], dims["U"] = rotary_dim(full, dims["D"]), dims["Q"] + 2 * dims["V"], 2 * dims["F"]
         needed = "".join(rule.shape for rule in self.rules)
         dims.update({letter: positive(full, name) for letter, name in _RARE_SIZES.items() if letter in needed})
-        return dims
+        return dims if self.letters is None else {**dims, **self.letters(full)}
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class Binding:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The family's rules that hold for this config."""
-        return tuple(rule for rule in self.architecture.rules if rule.exists(self.full))
+        return tuple(rule.bound(self.full) for rule in self.architecture.rules if rule.exists(self.full))
 
     def factors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of the rotary factor tensors by base name; ``Unsupported('rope')`` where llama.cpp would not read them."""

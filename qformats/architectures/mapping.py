@@ -12,7 +12,7 @@ rank the rows are the target's: of E vectors stacked to (E, K) each is one row, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.rows import inverse_order, row_order
@@ -54,7 +54,7 @@ class SourceRows:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """One target tensor: ``sources`` concatenated along rows, then ``shift`` added to every value in float32.
+    """One target tensor: ``sources`` concatenated along rows, then each value multiplied by ``factor`` and ``shift`` added in float32.
 
     ``target`` is the base name without leaf, ``shape`` the logical one: (N, K), (E, N, K) or (K,). ``kind`` is one of ``linear``,
     ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv1d`` (inputs as
@@ -69,11 +69,23 @@ class TensorMap:
     shift: float = 0.0
     kind: str = "linear"
     constant: np.ndarray[Any, np.dtype[np.float32]] | None = None
+    factor: float = 1.0
 
     @property
     def name(self) -> str:
         """The full tensor name, ``target.leaf``."""
         return f"{self.target}.{self.leaf}"
+
+    @property
+    def altered(self) -> str:
+        """What is done to every value, in words; empty for nothing."""
+        times = f"multiplying by {self.factor:g}" if self.factor != 1.0 else ""
+        return " and ".join(word for word in (times, f"adding {self.shift:g}" if self.shift else "") if word)
+
+    def alter(self, values: Any) -> Any:
+        """The values of the target by those of the sources: a torch tensor in its own dtype, the same object where nothing is done."""
+        times = values * self.factor if self.factor != 1.0 else values
+        return times + self.shift if self.shift else times
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +105,8 @@ class Rule:
     ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
     ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
     ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
+    ``until``: letter of the first block that no longer has the tensor, where that is not ``L``. ``optional``: the tensor may be
+    missing. ``copies``: modules that hold the same weights again. ``factor``: config field that a norm is multiplied by.
     """
 
     hf: str
@@ -107,6 +121,18 @@ class Rule:
     transposed: bool = False
     resizable: bool = False
     fused: tuple[str, int, int] | None = None
+    until: str = ""
+    optional: bool = False
+    copies: tuple[str, ...] = ()
+    factor: str | float = 1.0
+
+    def blocks(self, dims: Mapping[str, int]) -> int:
+        """In how many blocks it is."""
+        return dims[self.until or "L"]
+
+    def bound(self, config: Mapping[str, Any]) -> Rule:
+        """The rule of one config, its factor a number."""
+        return replace(self, factor=float(config[self.factor])) if isinstance(self.factor, str) else self
 
     def sizes(self, dims: Mapping[str, int]) -> Shape:
         return tuple(int(letter) if letter.isdecimal() else dims[letter] for letter in self.shape)
@@ -122,9 +148,10 @@ def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool)
     block = sorted(rules[first:last], key=lambda rule: rule.hf) if block_order else rules[first:last]
     for rule in rules[:first]:
         yield rule, 0
-    for layer in range(dims["L"]):
+    for layer in range(max(rule.blocks(dims) for rule in block)):
         for rule in block:
-            yield rule, layer
+            if layer < rule.blocks(dims):
+                yield rule, layer
     for rule in rules[last:]:
         yield rule, 0
 
@@ -237,13 +264,16 @@ def map_to_gguf(
             else:
                 kept.setdefault(module, {})[leaf] = shape
     sources = _Sources(kept, _canonical_hf(kept, rules))
-    for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
+    outputs = {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} - {rule.hf for rule in rules if rule.optional}
+    for name in outputs if tied else ():
         sources.drop(name, "tied: the same weights as the embedding", dropped)
+    for name in (name for rule in rules for name in rule.copies):
+        sources.drop(name, "the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=True):
         made = _experts_to_gguf(rule, layer, dims, sources) if "{e}" in rule.hf else _one_to_gguf(rule, layer, dims, sources)
-        if not made and not (tied and rule.kind == "output"):
+        if not made and not (tied and rule.kind == "output") and not rule.optional:
             missing.append(rule.hf.format(i=layer, e=0) + ".weight")
         tensors.extend(made)
     _missing(missing)
@@ -265,7 +295,7 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
         if rule.resizable and len(shape) == 2 and shape[0] > expected[0]:
             piece, shape = SourceRows(module, "weight", 0, expected[0]), expected
         _check_shape(f"{module}.weight", shape, expected)
-        made.append(TensorMap(target, "weight", shape, (piece,), rule.shift, rule.kind))
+        made.append(TensorMap(target, "weight", shape, (piece,), rule.shift, rule.kind, factor=float(rule.factor)))
     if rule.bias and (found := sources.take(name, "bias")) is not None:
         module, shape = found
         _check_shape(f"{module}.bias", shape, rule.sizes(dims)[:1])
@@ -351,7 +381,8 @@ def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Source
         _check_shape(f"{base}.weight", shape, expected)
         if "{e}" in rule.hf:
             return _experts_to_hf(rule, layer, base, expected)
-        made.append(TensorMap(rule.hf.format(i=layer), "weight", shape, tuple(pieces), 0.0 - rule.shift, rule.kind))
+        undone = 1.0 / float(rule.factor)
+        made.append(TensorMap(rule.hf.format(i=layer), "weight", shape, tuple(pieces), 0.0 - rule.shift, rule.kind, factor=undone))
     if rule.bias and (found := sources.take(base, "bias")) is not None:
         _check_shape(f"{base}.bias", found[1], expected[:1])
         piece = _whole(base, "bias", found[1], rule, dims, inverse=True)

@@ -23,8 +23,8 @@ __all__ = ["SIDE_FILES", "build_hf_files", "build_metadata", "json_file", "size_
 
 # side files that metadata reads, where they exist
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "vocab.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "vocab.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 # generation_config.json field → (key after general.sampling, type), in llama.cpp's order
@@ -168,7 +168,7 @@ def size_label(binding: Binding) -> str:
         count = 1
         for size in rule.sizes(binding.dims):
             count *= size
-        layers = binding.dims["L"] if "{i}" in rule.gguf else 1
+        layers = rule.blocks(binding.dims) if "{i}" in rule.gguf else 1
         if rule.kind == "experts":
             experts = binding.dims["E"]
             expert += count // experts * layers

@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer files as GGUF keys (``tokenizer.ggml.*``), by llama.cpp's rules. The only importer of ``tokenizers``.
 
-Two kinds of vocabulary: ``gpt2`` (byte-level BPE out of tokenizer.json: tokens, types, merges, pre-tokenizer's name) and ``llama``
+Three kinds of vocabulary: ``t5`` (unigram, see ``ugm``), ``gpt2`` (byte-level BPE out of tokenizer.json: tokens, types, merges,
+pre-tokenizer's name) and ``llama``
 (SentencePiece BPE out of tokenizer.model, or out of a byte-fallback tokenizer.json: tokens, scores, types). Facts: llama.cpp,
 ``conversion/base.py`` ``get_vocab_base``, ``_create_vocab_sentencepiece``, ``does_token_look_special``. One difference: where there is no
 tokenizer.model llama.cpp writes −1000 as every score, which loses the order of merges; here scores follow the merges.
@@ -17,7 +18,19 @@ from qformats.architectures import pretokenizers
 from qformats.architectures.metadata import json_file
 from qformats.architectures.pretokenizer_hashes import CHECK_TEXT
 from qformats.architectures.special import KEYS, merges_as_text, read_special, token_content
-from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model, scores_of
+from qformats.architectures.spm import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    is_unigram,
+    read_model,
+    read_unigram,
+    scores_of,
+)  # fmt: skip
+from qformats.architectures.ugm import is_unigram_json, json_normalizer, json_pieces
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -49,14 +62,17 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     if files is None:
         return {"tokenizer.ggml.model": Value("str", "none")}
     tokenizer = json_file(files, "tokenizer.json")
-    if tokenizer is None and "tokenizer.model" not in files:
+    spm = "tokenizer.model" if "tokenizer.model" in files else "spiece.model"
+    if tokenizer is None and spm not in files:
         raise BadFile("missing-tokenizer", "there is neither tokenizer.json nor tokenizer.model", hint="fetch the tokenizer files")
     made: Metadata = {}
     settings = json_file(files, "tokenizer_config.json") or {}
     prefix = settings.get("add_prefix_space")
     if binding.architecture.llama_vocabulary and isinstance(prefix, bool):
         made["tokenizer.ggml.add_space_prefix"] = Value("bool", prefix)
-    if "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
+    if is_unigram_json(tokenizer) or (tokenizer is None and is_unigram(files[spm])):
+        made.update(_from_unigram(binding, files, tokenizer, files.get(spm)))
+    elif "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
         made.update(_from_model(binding, files, tokenizer, settings))
     elif tokenizer is not None and _is_byte_fallback(tokenizer):
         made.update(_from_byte_fallback(binding, files, tokenizer))
@@ -65,7 +81,8 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     else:
         model = (tokenizer or {}).get("model")
         kind = model.get("type") if isinstance(model, Mapping) else model
-        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint="BPE and SentencePiece BPE can")
+        can = "BPE, SentencePiece BPE and unigram can"
+        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint=can)
     if binding.architecture.llama_vocabulary and binding.dims["T"] == _GRANITE_VOCABULARY:
         made["tokenizer.ggml.add_bos_token"] = Value("bool", False)
     tokens = made["tokenizer.ggml.tokens"].value
@@ -133,7 +150,7 @@ class _Table:
             "tokenizer.ggml.pre": Value("str", pre),
             "tokenizer.ggml.tokens": Value("[str]", self.texts),
         }
-        if model == "llama":
+        if model in ("llama", "t5"):
             made["tokenizer.ggml.scores"] = Value("[f32]", self.scores)
         made["tokenizer.ggml.token_type"] = Value("[i32]", self.types)
         return made
@@ -178,6 +195,33 @@ def _from_byte_fallback(binding: Binding, files: Mapping[str, bytes], tokenizer:
     normalizer = json.dumps(tokenizer.get("normalizer")) + json.dumps(tokenizer.get("pre_tokenizer"))
     prefix = '"Prepend"' in normalizer or ('"Metaspace"' in normalizer and '"never"' not in normalizer)
     return _spm_metadata(binding, files, table, prefix)
+
+
+def _from_unigram(
+    binding: Binding, files: Mapping[str, bytes], tokenizer: Mapping[str, Any] | None, model: bytes | None
+) -> Metadata:
+    """Unigram pieces out of tokenizer.json, or out of the SentencePiece model alone, then added tokens over them."""
+    from qformats.containers.gguf import Value
+
+    if tokenizer is None:
+        assert model is not None
+        pieces, normalizer = read_unigram(model)
+    else:
+        pieces, normalizer = json_pieces(tokenizer), json_normalizer(tokenizer)
+    table = _Table(binding.dims["T"])
+    for number, piece in enumerate(pieces):
+        table.put(number, piece.text, piece.score, piece.type)
+    for token in _added(tokenizer):
+        known = token["id"] < len(table.types) and table.types[token["id"]] == UNKNOWN
+        if not known:
+            table.put_added(token["id"], token["content"], bool(token.get("special")))
+    made = table.metadata("t5", "default")
+    made["tokenizer.ggml.add_space_prefix"] = Value("bool", normalizer.space_first)
+    made["tokenizer.ggml.remove_extra_whitespaces"] = Value("bool", normalizer.merges_spaces)
+    if normalizer.charsmap:
+        made["tokenizer.ggml.precompiled_charsmap"] = Value("[u8]", normalizer.charsmap)
+    made.update(read_special(files, binding.config, len(table.texts)).metadata())
+    return made
 
 
 def _pairs(merges: Any) -> list[tuple[str, str]]:

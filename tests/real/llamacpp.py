@@ -91,6 +91,8 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_tokenize": (_i32, [_ptr, C.c_char_p, _i32, C.POINTER(_i32), _i32, _bool, _bool]),
     "llama_detokenize": (_i32, [_ptr, C.POINTER(_i32), _i32, C.c_char_p, _i32, _bool, _bool]),
     "llama_batch_init": (_Batch, [_i32, _i32, _i32]), "llama_batch_free": (None, [_Batch]), "llama_decode": (_i32, [_ptr, _Batch]),
+    "llama_encode": (_i32, [_ptr, _Batch]), "llama_model_has_encoder": (_bool, [_ptr]), "llama_get_embeddings": (C.POINTER(_f32), [_ptr]),
+    "llama_set_embeddings": (None, [_ptr, _bool]), "llama_model_n_embd": (_i32, [_ptr]),
     "llama_get_logits": (C.POINTER(_f32), [_ptr]), "llama_get_memory": (_ptr, [_ptr]), "llama_memory_clear": (None, [_ptr, _bool]),
     "llama_model_free": (None, [_ptr]), "llama_free": (None, [_ptr]), "llama_model_desc": (_i32, [_ptr, C.c_char_p, _size]),
     "llama_model_quantize": (_u32, [C.c_char_p, C.c_char_p, C.POINTER(_QuantizeParams)]), "llama_backend_init": (None, []),
@@ -263,17 +265,20 @@ class Llama:
         count = self._lib.llama_detokenize(self._vocab, (_i32 * len(ids))(*ids), len(ids), buffer, len(buffer), False, True)
         return buffer.raw[: max(count, 0)].decode("utf8", "replace")
 
-    def _decode(self, ids: list[int], position: int, every: bool) -> np.ndarray[Any, Any]:
+    def _run(self, step: str, ids: list[int], position: int, every: bool) -> None:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for at, token in enumerate(ids):
             batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position + at, 1
             batch.seq_id[at][0] = 0
             batch.logits[at] = int(every or at == len(ids) - 1)
-        status = self._lib.llama_decode(self._context, batch)
+        status = getattr(self._lib, step)(self._context, batch)
         self._lib.llama_batch_free(batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status}")
+            raise RuntimeError(f"{step} returned {status}")
+
+    def _decode(self, ids: list[int], position: int, every: bool) -> np.ndarray[Any, Any]:
+        self._run("llama_decode", ids, position, every)
         rows = len(ids) if every else 1
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (rows, self.n_vocab)).copy()
 
@@ -283,6 +288,12 @@ class Llama:
     def logits(self, ids: list[int]) -> np.ndarray[Any, Any]:
         """float32 (len(ids), n_vocab) from an empty cache; at most ``n_ctx`` tokens."""
         self._clear()
+        return self._decode(ids, 0, True)
+
+    def decoder_logits(self, source: list[int], ids: list[int]) -> np.ndarray[Any, Any]:
+        """float32 (len(ids), n_vocab) of a decoder over ``ids`` behind an encoder over ``source``."""
+        self._clear()
+        self._run("llama_encode", source, 0, True)
         return self._decode(ids, 0, True)
 
     def nll(self, ids: list[int], window: int | None = None) -> float:
