@@ -57,7 +57,7 @@ class TensorMap:
     """One target tensor: ``sources`` concatenated along rows, then each value multiplied by ``factor`` and ``shift`` added in float32.
 
     ``target`` is the base name without leaf, ``shape`` the logical one: (N, K), (E, N, K) or (K,). ``kind`` is one of ``linear``,
-    ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv1d`` (inputs as
+    ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv``, ``conv1d`` (inputs as
     rows). ``constant``: the float32 values of a
     computed tensor, which has no sources.
     """
@@ -106,7 +106,8 @@ class Rule:
     ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
     ``fused`` names the leaf of ``….mlp.experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
     ``until``: letter of the first block that no longer has the tensor, where that is not ``L``. ``optional``: the tensor may be
-    missing. ``copies``: modules that hold the same weights again. ``factor``: config field that a norm is multiplied by.
+    missing. ``within``: config field that lists the blocks with this tensor, ``chosen`` once it is read. ``hf_shape``: HF's shape where it
+    has another axis. ``copies``: modules that hold the same weights again. ``factor``: config field that a norm is multiplied by.
     """
 
     hf: str
@@ -125,17 +126,26 @@ class Rule:
     optional: bool = False
     copies: tuple[str, ...] = ()
     factor: str | float = 1.0
+    within: str = ""
+    chosen: frozenset[int] | None = None
+    hf_shape: str = ""
 
     def blocks(self, dims: Mapping[str, int]) -> int:
         """In how many blocks it is."""
-        return dims[self.until or "L"]
+        return dims[self.until or "L"] if self.chosen is None else len(self.chosen)
+
+    def in_block(self, layer: int, dims: Mapping[str, int]) -> bool:
+        """Whether block ``layer`` has it."""
+        return layer < dims[self.until or "L"] and (self.chosen is None or layer in self.chosen)
 
     def bound(self, config: Mapping[str, Any]) -> Rule:
-        """The rule of one config, its factor a number."""
-        return replace(self, factor=float(config[self.factor])) if isinstance(self.factor, str) else self
+        """The rule of one config: its factor a number, its blocks known."""
+        made = replace(self, factor=float(config[self.factor])) if isinstance(self.factor, str) else self
+        return replace(made, chosen=frozenset(config[self.within])) if self.within else made
 
-    def sizes(self, dims: Mapping[str, int]) -> Shape:
-        return tuple(int(letter) if letter.isdecimal() else dims[letter] for letter in self.shape)
+    def sizes(self, dims: Mapping[str, int], *, hf: bool = False) -> Shape:
+        letters = self.hf_shape if hf and self.hf_shape else self.shape
+        return tuple(int(letter) if letter.isdecimal() else dims[letter] for letter in letters)
 
     def exists(self, config: Mapping[str, object]) -> bool:
         return not (self.when and not config.get(self.when)) and not (self.unless and config.get(self.unless))
@@ -148,9 +158,9 @@ def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool)
     block = sorted(rules[first:last], key=lambda rule: rule.hf) if block_order else rules[first:last]
     for rule in rules[:first]:
         yield rule, 0
-    for layer in range(max(rule.blocks(dims) for rule in block)):
+    for layer in range(max(dims[rule.until or "L"] for rule in block)):
         for rule in block:
-            if layer < rule.blocks(dims):
+            if rule.in_block(layer, dims):
                 yield rule, layer
     for rule in rules[last:]:
         yield rule, 0
@@ -290,11 +300,12 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
         made.append(_transposed(target, found[0], rule.sizes(dims), rule.kind))
     elif found is not None:
         module, shape = found
-        expected = rule.sizes(dims)
+        expected = rule.sizes(dims, hf=True)
         piece = _whole(module, "weight", shape, rule, dims, inverse=False)
         if rule.resizable and len(shape) == 2 and shape[0] > expected[0]:
             piece, shape = SourceRows(module, "weight", 0, expected[0]), expected
         _check_shape(f"{module}.weight", shape, expected)
+        shape = rule.sizes(dims) if rule.hf_shape else shape
         made.append(TensorMap(target, "weight", shape, (piece,), rule.shift, rule.kind, factor=float(rule.factor)))
     if rule.bias and (found := sources.take(name, "bias")) is not None:
         module, shape = found
@@ -382,6 +393,7 @@ def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Source
         if "{e}" in rule.hf:
             return _experts_to_hf(rule, layer, base, expected)
         undone = 1.0 / float(rule.factor)
+        shape = rule.sizes(dims, hf=True) if rule.hf_shape else shape
         made.append(TensorMap(rule.hf.format(i=layer), "weight", shape, tuple(pieces), 0.0 - rule.shift, rule.kind, factor=undone))
     if rule.bias and (found := sources.take(base, "bias")) is not None:
         _check_shape(f"{base}.bias", found[1], expected[:1])

@@ -117,6 +117,11 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"num_key_value_heads": None, "intermediate_size": None, "hidden_size": 96, "num_attention_heads": 6, "tie_word_embeddings": False},
     ),
     "command-r": ("llama-tied", "cohere", {"logit_scale": 0.25}),
+    "lfm2": ("llama", "lfm2", {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
+    "lfm2-rounded": (
+        "llama-tied", "lfm2",
+        {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 16, "conv_L_cache": 4, "tie_word_embeddings": False},
+    ),
     "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
 }  # fmt: skip
 BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -93,6 +93,24 @@ def test_t5_both_ways(name: str, tmp_path: Path, workshop: Workshop, llama: Any,
     assert_same_logits(logits_of(back, source, ids), theirs)
 
 
+def test_a_quantized_t5_runs_and_verifies(tmp_path: Path, workshop: Workshop, llama: Any, figure: Any) -> None:
+    """Blocks for the matrices, floats for the relative positions; the altered norm is what a check expects."""
+    from converters import verify
+
+    folder = tiny_t5("t5", tmp_path / "t5")
+    plain, _ = workshop.convert(folder, "gguf:f32")
+    assert verify(folder, plain).ok
+    file, report = workshop.convert(folder, "gguf:q8_0")
+    assert {line.type for line in report.tensors if "attn_rel_b" in line.name or "norm" in line.name} == {"F32"}
+    source, ids, found = list(range(3, 60)), [0, *range(100, 180)], []
+    for path in (plain, file):
+        with llama.Llama(path) as model:
+            found.append(model.decoder_logits(source, ids))
+    apart = float(abs(found[1] - found[0]).max() / (found[0].max() - found[0].min()))
+    figure(f"logits of Q8_0 differ from float32's by at most {apart:.1e} of their range")
+    assert apart < 0.05
+
+
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_unigram_vocabularies_both_ways(name: str, tmp_path: Path) -> None:
     """The same ids in llama.cpp as in transformers, and in transformers again out of the GGUF."""

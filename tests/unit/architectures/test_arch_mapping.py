@@ -21,6 +21,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "falcon": {"new_decoder_architecture": True, "activation": "gelu_new"},
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
     "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [2, 5]},
 }  # fmt: skip
 FAMILY_NAMES = [family.name for family in FAMILIES]
 
@@ -40,8 +41,8 @@ def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str,
     for rule in binding.rules:
         if rule.kind == "output" and binding.tied:
             continue
-        for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
-            shape = rule.sizes(binding.dims)
+        for layer in filter(lambda n: rule.in_block(n, binding.dims), range(binding.dims["L"] if "{i}" in rule.hf else 1)):
+            shape = rule.sizes(binding.dims, hf=True)
             for expert in range(shape[0] if "{e}" in rule.hf else 1):
                 leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape[::-1] if rule.transposed else shape}
                 if rule.bias and bias:
