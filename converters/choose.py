@@ -98,12 +98,22 @@ class Chooser:
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):
-            return self._dequantize(tensor, self._named(tensor, dense=False))
+            return self._transposed(tensor, quantized[0])
         if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
             return self._from_codes(tensor)
         if tensor.leaf == "weight" and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
+
+    def _transposed(self, tensor: TensorMap, module: str) -> Job:
+        """Codes whose inputs and outputs change places: no scale fits them any more."""
+        named = self._named(tensor, dense=False)
+        if self._gguf and named is not None and named not in FLOAT_WORDS:
+            return self._quantize(tensor, named, "new codes: inputs and outputs change places")
+        dtype, alike = FLOAT_WORDS.get(named or "", "F32"), all(self.checkpoint.is_quantized(s.module) for s in tensor.sources if s.module)
+        lossless = alike and dtype == "F32" and _float32_exact(self.checkpoint.scheme(module))
+        what = "every weight is a float32 number" if lossless else f"rounded once to {dtype}"
+        return self._float(tensor, dtype, "dequantized", f"inputs and outputs change places; {what}", lossless)
 
     # ------------------------------------------------------------ named types
 
@@ -149,7 +159,7 @@ class Chooser:
             return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
-            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
+            plain = all(s.is_plain for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
             kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
             if tensor.shift:
                 kind, why = self._float_kind(tensor, dtype)
@@ -293,7 +303,7 @@ class Chooser:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
         source, target = tensor.sources[0], self.options.target
         module = self.checkpoint.modules[source.module]
-        whole = len(tensor.sources) == 1 and source.index is None and not self._orders(tensor) and tensor.leaf == "weight"
+        whole = len(tensor.sources) == 1 and source.is_plain and not self._orders(tensor) and tensor.leaf == "weight"
         if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
             return None
         own = {"weight", *registry.format_module(target.format).SUFFIXES}

@@ -21,6 +21,7 @@ from qformats.architectures.gemma3 import GEMMA3
 from qformats.architectures.glm4 import GLM4
 from qformats.architectures.gpt2 import GPT2
 from qformats.architectures.gpt_neox import GPT_NEOX
+from qformats.architectures.gpt_oss import GPT_OSS
 from qformats.architectures.granite import GRANITE
 from qformats.architectures.llama import LLAMA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
@@ -44,7 +45,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
-    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3,
+    GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3,
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Architecture:
     tokenizer.json stands for a SentencePiece model; ``llama_vocabulary``: vocabularies are written by Llama's rules; ``token_ids``:
     special tokens by word, as ids or texts, and ``adds_bos``, a flag, where the files say nothing. ``adjust`` changes a rebuilt config
     by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
-    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it.
+    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it. ``letters``: sizes of the family's own.
     """
 
     name: str
@@ -70,6 +70,7 @@ class Architecture:
     complete: Callable[[dict[str, Any]], None] | None = None
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
     own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
+    letters: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""
@@ -176,7 +177,7 @@ class Architecture:
         dims["R"], dims["W"], dims["U"] = rotary_dim(full, dims["D"]), dims["Q"] + 2 * dims["V"], 2 * dims["F"]
         needed = "".join(rule.shape for rule in self.rules)
         dims.update({letter: positive(full, name) for letter, name in _RARE_SIZES.items() if letter in needed})
-        return dims
+        return dims if self.letters is None else {**dims, **self.letters(full)}
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,13 @@ class Binding:
         made = [TensorMap(name, "weight", (len(values),), (), 0.0, "rope", values) for name, values in self.factors().items()]
         return Mapped((*made, *tensors), dropped)
 
-    def to_hf(self, parts: Parts) -> Mapped:
-        """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order."""
+    def to_hf(self, parts: Parts, *, packed: bool = False) -> Mapped:
+        """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order.
+
+        ``packed``: the target keeps stacked experts as codes, where HF has a layout of its own for that (``splits``).
+        """
         dropped: dict[str, str] = {}
-        return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped), dropped)
+        return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped, packed=packed), dropped)
 
     def producers(self, module: str) -> tuple[tuple[str, str], ...]:
         """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.

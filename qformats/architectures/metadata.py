@@ -168,7 +168,7 @@ def size_label(binding: Binding) -> str:
         count = 1
         for size in rule.sizes(binding.dims):
             count *= size
-        layers = binding.dims["L"] if "{i}" in rule.gguf else 1
+        layers = rule.blocks(binding.dims) if "{i}" in rule.gguf else 1
         if rule.kind == "experts":
             experts = binding.dims["E"]
             expert += count // experts * layers
