@@ -286,6 +286,8 @@ class Chooser:
         if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
             return self._dequantize(tensor, named)
         module = registry.format_module(row.name)
+        if getattr(module, "PACKED_EXPERTS", False) and tensor.kind != "experts":
+            return self._dequantize(tensor, named)
         recorded = self.storages_of.get(tensor.target)
         storages = [recorded] if recorded is not None else module.storages(target, self._scheme(tensor))
         if named is not None and all(self._misfit(tensor, s) for s in storages):
@@ -376,6 +378,8 @@ class Chooser:
         """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
+        if "values" in storage.options:  # the schemes said it all
+            return worst
         if hint is None and worst.kind == "exact" and self._fits_whatever_it_holds(tensor, storage):
             return worst
         if hint is None or hint.zero_point is None:
@@ -409,6 +413,9 @@ class Chooser:
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
         scheme = self._scheme(tensor)
+        if "values" in storage.options and registry.format_module(self.options.target.format).can_store(storage, scheme):
+            reason = "claimed from the header: the same codes under the same scales"
+            return Fit("exact", reason, (), scheme.shape[-1], None, None, storage.grid, None, None, None)  # type: ignore[arg-type]
         ordered = scheme.group_index and bool(self.checkpoint.match.config.get("desc_act"))
         found = fit(_pessimist(scheme, ordered), storage, rounding=rounding)
         condition = ", if the group index is trivial" if scheme.group_index else ""

@@ -115,7 +115,10 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 64, "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}},
     ),
 }  # fmt: skip
-LOOSE = {"gpt_oss-published": ("llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 64})}
+LOOSE: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss-published": ("llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 64}),
+    "gpt_oss-packed": ("llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "rope_parameters": YARN}),
+}
 BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3-biases": ("qwen2", "qwen3", {"attention_bias": True}),
     "qwen2-llama3-rope": ("qwen2", "qwen2", {"rope_parameters": LLAMA3}),
