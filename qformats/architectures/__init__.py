@@ -12,8 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qformats.architectures.bert import BERT
 from qformats.architectures.binding import Architecture, Binding
 from qformats.architectures.cohere2 import COHERE2
+from qformats.architectures.deepseek2 import DEEPSEEK2
 from qformats.architectures.falcon import FALCON
 from qformats.architectures.gemma import GEMMA
 from qformats.architectures.gemma2 import GEMMA2
@@ -45,7 +47,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
-    GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3,
+    GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3, BERT, DEEPSEEK2,
 )  # fmt: skip
 
 

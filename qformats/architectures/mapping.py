@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from qformats.architectures.parts import Mapped, Parts, Shape, SourceRows, TensorMap
 from qformats.architectures.rows import inverse_order, row_order
@@ -21,7 +22,8 @@ from qformats.errors import BadFile
 __all__ = ["Mapped", "Parts", "Rule", "SourceRows", "TensorMap", "map_to_gguf", "map_to_hf"]
 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
+_BUFFERS = (
+    ".rotary_emb.inv_freq", "embeddings.position_ids", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -102,7 +104,7 @@ class _Sources:
         return module, tuple(self._parts[module][leaf])
 
     def drop(self, name: str, reason: str, dropped: dict[str, str]) -> None:
-        for leaf in ("weight", "bias"):
+        for leaf in self._parts[self._module[name]] if name in self._module else ():
             if (found := self.take(name, leaf)) is not None:
                 dropped[f"{found[0]}.{leaf}"] = reason
         self._dropped.add(name)
@@ -169,7 +171,7 @@ def _canonical_hf(parts: Parts, rules: tuple[Rule, ...]) -> dict[str, str]:
     if first not in parts and first.removeprefix(prefix) in parts:
         return {name if name == "lm_head" else prefix + name: name for name in parts}
     for module in parts:
-        name = module.removeprefix("language_model.")
+        name = module.removeprefix("language_model.").removeprefix("bert.")
         if name.startswith("model.language_model."):
             name = "model." + name.removeprefix("model.language_model.")
         names[name] = module
@@ -177,9 +179,18 @@ def _canonical_hf(parts: Parts, rules: tuple[Rule, ...]) -> dict[str, str]:
 
 
 def map_to_gguf(
-    rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, tied: bool, dropped: dict[str, str]
+    rules: tuple[Rule, ...],
+    dims: Mapping[str, int],
+    parts: Parts,
+    *,
+    tied: bool,
+    dropped: dict[str, str],
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[TensorMap, ...]:
-    """Map HF modules to GGUF tensors; raises ``BadFile`` (``unmapped-tensor``, ``missing-tensor``, ``tensor-shape``)."""
+    """Map HF modules to GGUF tensors; raises ``BadFile`` (``unmapped-tensor``, ``missing-tensor``, ``tensor-shape``).
+
+    ``left_out``: beginnings of plain names that have no place in a GGUF, with the reason.
+    """
     buffers = {m: s for m, s in parts.items() if not m.startswith(_OTHER_TOWERS)}
     for module, leaves in parts.items():
         if module not in buffers:
@@ -191,7 +202,11 @@ def map_to_gguf(
                 dropped[f"{module}.{leaf}"] = "a buffer that the model computes itself"
             else:
                 kept.setdefault(module, {})[leaf] = shape
-    sources = _Sources(kept, _canonical_hf(kept, rules))
+    names = _canonical_hf(kept, rules)
+    sources = _Sources(kept, names)
+    for name in names:
+        if (why := next((reason for start, reason in left_out.items() if name.startswith(start)), None)) is not None:
+            sources.drop(name, why, dropped)
     for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
         sources.drop(name, "tied: the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []

@@ -55,6 +55,11 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 MULTIPLIERS = {"attention_multiplier": 0.125, "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "n_shared_experts": 2,
+}  # fmt: skip
 GEMMA2 = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 32}
 # families without a fixture of their own: whose tokenizer, model type, what departs from SHAPE and transformers' defaults
 BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -115,6 +120,19 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 64, "rope_parameters": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}},
     ),
 }  # fmt: skip
+BARE.update(
+    {
+        "deepseek_v3": ("llama-tied", "deepseek_v3", {**LATENT, "n_group": 2, "topk_group": 1}),
+        "deepseek_v3-yarn": (
+            "llama", "deepseek_v3",
+            {**LATENT, "n_group": 1, "topk_group": 1, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}},
+        ),
+        "deepseek_v2": ("llama-tied", "deepseek_v2", {**LATENT, "routed_scaling_factor": 2.0}),
+        "deepseek_v2-lite": (
+            "llama-tied", "deepseek_v2", {**LATENT, "q_lora_rank": None, "num_hidden_layers": 27, "hidden_size": 32},
+        ),
+    }
+)  # fmt: skip
 LOOSE: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gpt_oss-published": ("llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 64}),
     "gpt_oss-packed": ("llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "rope_parameters": YARN}),
@@ -138,6 +156,8 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
     "gpt2-inverse-layer": ("llama-tied", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
+    "deepseek_v3-two-scales": ("llama", "deepseek_v3", {**LATENT, "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}),
+    "deepseek_v2-short-lite": ("llama", "deepseek_v2", {**LATENT, "q_lora_rank": None}),
     "gpt_oss-no-biases": ("llama-tied", "gpt_oss", {**EXPERTS, "attention_bias": False}),
     "gpt_oss-limit": ("llama-tied", "gpt_oss", {**EXPERTS, "swiglu_limit": 5.0}),
     "gemma-untied": ("gemma3", "gemma", {"head_dim": 32, "tie_word_embeddings": False}),
@@ -204,7 +224,7 @@ def tiny_model(name: str, out: Path) -> Path:
     torch.manual_seed(len(name))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **config), dtype=torch.float32)
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        for key, weight in (*model.named_parameters(), *((k, b) for k, b in model.named_buffers() if k.endswith("_correction_bias"))):
             if weight.dim() > 1:
                 weight.normal_(0, 2.0 if "embed" in key else 1.5 * weight.shape[-1] ** -0.5)
             else:

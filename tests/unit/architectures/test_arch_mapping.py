@@ -22,6 +22,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True}, "stablelm": {"qk_layernorm": True},
     "falcon": {"new_decoder_architecture": True, "activation": "gelu_new"},
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
+    "deepseek2": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     "starcoder2": {"hidden_act": "gelu_new"}, "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
 }  # fmt: skip
 FAMILY_NAMES = [family.name for family in FAMILIES]
@@ -142,7 +143,7 @@ def test_names_are_those_of_gguf(name: str) -> None:
     names = gguf.get_tensor_name_map(arch, binding.dims["L"])
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
         module, leaf = tensor.sources[0].module, tensor.sources[0].leaf
-        if leaf not in ("weight", "bias") or tensor.sources[0].transposed:
+        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or tensor.target.endswith("attn_v_b"):
             known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
             assert re.sub(r"blk\.\d+", "blk.{bid}", tensor.target) in known
             continue
@@ -360,3 +361,15 @@ def test_an_unknown_architecture_names_the_known_ones() -> None:
     with pytest.raises(Unsupported, match="LlamaForCausalLM") as caught:
         find({"architectures": ["OtherForCausalLM"]})
     assert caught.value.code == "architecture"
+
+
+def test_deepseeks_keys_and_values_come_apart_and_further_predictions_are_named() -> None:
+    config = config_of("deepseek2", num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=1)
+    binding, parts = find(config).bind(config), hf_parts("deepseek2", config)
+    parts["model.layers.1.eh_proj"] = {"weight": (24, 48)}
+    mapped = binding.to_gguf(parts)
+    assert set(mapped.dropped) == {"model.layers.1.eh_proj.weight"}
+    values = fill(parts)
+    made, kv_b = build(mapped, values), values["model.layers.0.self_attn.kv_b_proj", "weight"].reshape(4, 7, 6)
+    assert np.array_equal(made["blk.0.attn_k_b", "weight"], kv_b[:, :4].swapaxes(1, 2))
+    assert np.array_equal(made["blk.0.attn_v_b", "weight"], kv_b[:, 4:])
