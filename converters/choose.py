@@ -98,12 +98,22 @@ class Chooser:
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):
-            return self._dequantize(tensor, self._named(tensor, dense=False))
+            return self._transposed(tensor, quantized[0])
         if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
             return self._from_codes(tensor)
         if tensor.leaf == "weight" and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
+
+    def _transposed(self, tensor: TensorMap, module: str) -> Job:
+        """Codes whose inputs and outputs change places: no scale fits them any more."""
+        named = self._named(tensor, dense=False)
+        if self._gguf and named is not None and named not in FLOAT_WORDS:
+            return self._quantize(tensor, named, "new codes: inputs and outputs change places")
+        dtype, alike = FLOAT_WORDS.get(named or "", "F32"), all(self.checkpoint.is_quantized(s.module) for s in tensor.sources if s.module)
+        lossless = alike and dtype == "F32" and _float32_exact(self.checkpoint.scheme(module))
+        what = "every weight is a float32 number" if lossless else f"rounded once to {dtype}"
+        return self._float(tensor, dtype, "dequantized", f"inputs and outputs change places; {what}", lossless)
 
     # ------------------------------------------------------------ named types
 
@@ -149,7 +159,7 @@ class Chooser:
             return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
-            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.altered
+            plain = all(s.is_plain for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.altered
             kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
             if tensor.altered:
                 kind, why = self._float_kind(tensor, dtype)
@@ -276,6 +286,8 @@ class Chooser:
         if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
             return self._dequantize(tensor, named)
         module = registry.format_module(row.name)
+        if getattr(module, "PACKED_EXPERTS", False) and tensor.kind != "experts":
+            return self._dequantize(tensor, named)
         recorded = self.storages_of.get(tensor.target)
         storages = [recorded] if recorded is not None else module.storages(target, self._scheme(tensor))
         if named is not None and all(self._misfit(tensor, s) for s in storages):
@@ -293,7 +305,7 @@ class Chooser:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
         source, target = tensor.sources[0], self.options.target
         module = self.checkpoint.modules[source.module]
-        whole = len(tensor.sources) == 1 and source.index is None and not self._orders(tensor) and tensor.leaf == "weight"
+        whole = len(tensor.sources) == 1 and source.is_plain and not self._orders(tensor) and tensor.leaf == "weight"
         if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
             return None
         own = {"weight", *registry.format_module(target.format).SUFFIXES}
@@ -366,6 +378,8 @@ class Chooser:
         """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
+        if "values" in storage.options:  # the schemes said it all
+            return worst
         if hint is None and worst.kind == "exact" and self._fits_whatever_it_holds(tensor, storage):
             return worst
         if hint is None or hint.zero_point is None:
@@ -399,6 +413,9 @@ class Chooser:
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
         scheme = self._scheme(tensor)
+        if "values" in storage.options and registry.format_module(self.options.target.format).can_store(storage, scheme):
+            reason = "claimed from the header: the same codes under the same scales"
+            return Fit("exact", reason, (), scheme.shape[-1], None, None, storage.grid, None, None, None)  # type: ignore[arg-type]
         ordered = scheme.group_index and bool(self.checkpoint.match.config.get("desc_act"))
         found = fit(_pessimist(scheme, ordered), storage, rounding=rounding)
         condition = ", if the group index is trivial" if scheme.group_index else ""

@@ -97,7 +97,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
     restore = _restorable(checkpoint, options)
-    mapped = map_tensors(checkpoint, target.container)
+    mapped = map_tensors(checkpoint, target.name)
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))

@@ -227,7 +227,7 @@ def _unseen(record: Mapping[str, Any]) -> list[str]:
 
 def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
     """Without a record: every mapped tensor's real values, in float64."""
-    mapped = map_tensors(checkpoint, found.container)
+    mapped = map_tensors(checkpoint, found.format)
     unseen = "no provenance record: metadata, side files, padding and unmapped tensors are not compared"
     result = VerifyResult(True, "values", unseen=[unseen])
     from converters.jobs import Job

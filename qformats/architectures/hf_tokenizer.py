@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.architectures import pretokenizers
 from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Normalizer, merges_of
 from qformats.architectures.ugm import hf_model, hf_normalizer
+from qformats.architectures.wordpiece import wordpiece_tokenizer
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _IDS = {
     "pad": "padding_token_id", "mask": "mask_token_id",
 }  # fmt: skip
 _UNIGRAM_IDS = {"pad": 0, "eos": 1, "unk": 2}  # llama.cpp's where a file of kind t5 does not say
+_WPM_IDS = {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103}  # what llama.cpp assumes of a WordPiece
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
@@ -64,6 +66,9 @@ def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, 
         parsed = _byte_level(metadata, tokens, types)
     elif model == "t5":
         parsed = _unigram(metadata, tokens, types, special.get("unk"))
+    elif model == "bert":
+        special = {**{name: number for name, number in _WPM_IDS.items() if number < len(tokens)}, **special}
+        parsed = _wordpiece(metadata, tokens, types, special)
     elif model == "llama":
         parsed = _byte_fallback(metadata, tokens, types, special.get("unk"))
     else:
@@ -71,12 +76,15 @@ def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, 
     parsed["added_tokens"] = _added_tokens(tokens, types)
     parsed["post_processor"] = _post_processor(metadata, tokens, special, model)
     names = {f"{name}_token": tokens[number] for name, number in special.items()}
+    if model == "bert":  # transformers' words for the tokens around a text
+        names.update({own: names[usual] for own, usual in (("cls_token", "bos_token"), ("sep_token", "sep_token")) if usual in names})
+        names = {name: text for name, text in names.items() if name not in ("bos_token", "eos_token")}
     files = {
         "tokenizer.json": json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n",
         "special_tokens_map.json": _dump(names),
         **_settings(metadata, names),
     }
-    ids: dict[str, Any] = dict(special)
+    ids: dict[str, Any] = {name: number for name, number in special.items() if model != "bert" or name == "pad"}
     if (eot := _get(metadata, "eot_token_id")) is not None and "eos" in ids and eot != ids["eos"]:
         ids["eos"] = [ids["eos"], eot]
     return files, {name: ids[name] for name in ("bos", "eos", "pad") if name in ids}
@@ -184,6 +192,14 @@ def _scores(metadata: Metadata, size: int) -> list[float]:
     return scores
 
 
+def _wordpiece(metadata: Metadata, tokens: Sequence[str], types: Sequence[int], special: Mapping[str, int]) -> dict[str, Any]:
+    if "unk" not in special:
+        raise BadFile("tokenizer", "the vocabulary has no token for unknown words")
+    flags = {name: _get(metadata, f"normalizer.{name}") for name in ("lowercase", "strip_accents")}
+    given = {name: bool(flag) for name, flag in flags.items() if flag is not None}
+    return wordpiece_tokenizer(tokens, types, tokens[special["unk"]], given)
+
+
 def _adds(metadata: Metadata, model: str) -> tuple[bool, bool]:
     """Whether llama.cpp puts the begin and the end token around a text."""
     default = model == "llama" or pretokenizers.adds_bos(str(_get(metadata, "pre", "default")))
@@ -192,8 +208,9 @@ def _adds(metadata: Metadata, model: str) -> tuple[bool, bool]:
 
 def _post_processor(metadata: Metadata, tokens: Sequence[str], special: Mapping[str, int], model: str) -> dict[str, Any] | None:
     bos, eos = _adds(metadata, model)
-    first = [special["bos"]] if bos and "bos" in special else []
-    last = [special["eos"]] if eos and "eos" in special else []
+    ends = ("bos", "sep") if model == "bert" else ("bos", "eos")
+    first = [special[ends[0]]] if (bos or model == "bert") and ends[0] in special else []
+    last = [special[ends[1]]] if (eos or model == "bert") and ends[1] in special else []
     if not first and not last:
         return None if model != "gpt2" else {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 

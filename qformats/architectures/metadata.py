@@ -77,6 +77,9 @@ def build_metadata(
                 metadata["general.file_type"] = Value("u32", file_type)
         else:
             metadata[f"{binding.architecture.gguf}.{key}"] = Value(kind, value)
+    pooled = None if binding.architecture.pooling is None else binding.architecture.pooling(files or {})
+    if pooled is not None:
+        metadata[f"{binding.architecture.gguf}.pooling_type"] = Value("u32", pooled)
     if quantization_version is not None:
         metadata["general.quantization_version"] = Value("u32", quantization_version)
     metadata.update(tokenizer_metadata(binding, files, pre))

@@ -31,6 +31,7 @@ from qformats.architectures.spm import (
     scores_of,
 )  # fmt: skip
 from qformats.architectures.ugm import is_unigram_json, json_normalizer, json_pieces
+from qformats.architectures.wordpiece import PRE, is_wordpiece, normalizer_flags, phantom
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -74,6 +75,8 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
         made.update(_from_unigram(binding, files, tokenizer, files.get(spm)))
     elif "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
         made.update(_from_model(binding, files, tokenizer, settings))
+    elif tokenizer is not None and is_wordpiece(tokenizer):
+        made.update(_from_wordpiece(binding, files, tokenizer, settings, pre))
     elif tokenizer is not None and _is_byte_fallback(tokenizer):
         made.update(_from_byte_fallback(binding, files, tokenizer))
     elif tokenizer is not None and _is_byte_level(tokenizer):
@@ -81,8 +84,8 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     else:
         model = (tokenizer or {}).get("model")
         kind = model.get("type") if isinstance(model, Mapping) else model
-        can = "BPE, SentencePiece BPE and unigram can"
-        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint=can)
+        known = "BPE, SentencePiece BPE, unigram and WordPiece can"
+        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint=known)
     if binding.architecture.llama_vocabulary and binding.dims["T"] == _GRANITE_VOCABULARY:
         made["tokenizer.ggml.add_bos_token"] = Value("bool", False)
     tokens = made["tokenizer.ggml.tokens"].value
@@ -253,6 +256,35 @@ def _from_byte_level(
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if parsed["model"].get(name):
             raise Unsupported("tokenizer", f"a byte-level BPE with {name} cannot be written to GGUF")
+    table, engine = _as_stored(binding, files, parsed, settings)
+    made = table.metadata("gpt2", pre_name(engine, parsed, pre))
+    merges = merges_as_text(parsed["model"].get("merges"))
+    if merges:
+        made["tokenizer.ggml.merges"] = Value("[str]", merges)
+    made.update(read_special(files, binding.config, None).metadata())
+    return made
+
+
+def _from_wordpiece(
+    binding: Binding, files: Mapping[str, bytes], parsed: Mapping[str, Any], settings: Mapping[str, Any], pre: str | None
+) -> Metadata:
+    """WordPiece: tokens as stored, spelled by where words start."""
+    from qformats.containers.gguf import Value
+
+    flags = normalizer_flags(parsed)
+    table, _ = _as_stored(binding, files, parsed, settings)
+    table.texts = [phantom(text, kind) for text, kind in zip(table.texts, table.types, strict=True)]
+    types = binding.full.get("type_vocab_size", 1)
+    made: Metadata = {"tokenizer.ggml.token_type_count": Value("u32", types), **table.metadata("bert", PRE if pre is None else pre)}
+    made.update(read_special(files, binding.config, len(table.texts)).metadata())
+    made.update({f"tokenizer.ggml.normalizer.{name}": Value("bool", flag) for name, flag in flags.items()})
+    return made
+
+
+def _as_stored(
+    binding: Binding, files: Mapping[str, bytes], parsed: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[_Table, Any]:
+    """The vocabulary as it stands in tokenizer.json, added tokens as the tokenizer itself decodes them; and the tokenizer."""
     engine = _engine(files["tokenizer.json"])
     vocab, added = _vocab(parsed), {token["id"]: token for token in _added(parsed)}
     size = binding.dims["T"]
@@ -271,12 +303,7 @@ def _from_byte_level(
         if not token.get("normalized"):
             text = engine.decode(engine.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
         table.put_added(number, text, bool(token.get("special")))
-    made = table.metadata("gpt2", pre_name(engine, parsed, pre))
-    merges = merges_as_text(parsed["model"].get("merges"))
-    if merges:
-        made["tokenizer.ggml.merges"] = Value("[str]", merges)
-    made.update(read_special(files, binding.config, None).metadata())
-    return made
+    return table, engine
 
 
 def _engine(data: bytes) -> Any:

@@ -50,6 +50,7 @@ class Fit:
     zero_point: Param | None
     offset: Param | None
     nested: bool = False
+    as_it_is: bool = False
 
 
 def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
@@ -59,6 +60,8 @@ def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint
     ``t.codes``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype.
     """
     _check_shape(t.shape, storage)
+    if "values" in storage.options:
+        return _same_values(t, storage)
     keep_index = _check_index(t, storage)
     if ranges is None:
         ranges = _lazy_ranges(t)
@@ -81,12 +84,28 @@ def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint
 
 def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> QuantizedTensor:
     """Apply ``decision`` to the codes of ``t`` (the tensor it was made for), in their own memory if ``reuse`` gives ``t`` up."""
+    if decision.as_it_is:
+        return t
     codes = t.codes
     if decision.shift is not None or decision.grid.signed != (codes.dtype == torch.int8):
         shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
         codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed, reuse=reuse)
     out = QuantizedTensor(t.shape, codes, decision.grid, (decision.scale,), decision.zero_point, decision.offset, None, t.group_index)
     return out
+
+
+def _same_values(t: QuantizedTensor, storage: Storage) -> Fit:
+    """A storage whose codes stand for a table of values takes only codes of that very table, under scales of its own kind."""
+    scale = t.scales[0] if len(t.scales) == 1 else None
+    held = None if scale is None else scale.values
+    kind = held.grid if isinstance(held, QuantizedTensor) else str(getattr(held, "dtype", "")).removeprefix("torch.")
+    found = (getattr(t.grid, "name", ""), getattr(kind, "name", kind))
+    wanted = (storage.options["values"], storage.options["scales"])
+    tile = Tile((*(1,) * (len(t.shape) - 1), storage.group or t.shape[-1]))
+    plain = t.zero_point is None and t.offset is None and t.signs is None and t.group_index is None
+    if scale is None or found != wanted or scale.block != tile or scale.inverse or not plain:
+        raise Refused(f"its codes are not {wanted[0]} values under {wanted[1]} scales for each {storage.group} columns")
+    return Fit("exact", "the same codes under the same scales", (), t.shape[-1], None, None, storage.grid, scale, None, None, as_it_is=True)
 
 
 def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:

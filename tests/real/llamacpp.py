@@ -92,7 +92,8 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_detokenize": (_i32, [_ptr, C.POINTER(_i32), _i32, C.c_char_p, _i32, _bool, _bool]),
     "llama_batch_init": (_Batch, [_i32, _i32, _i32]), "llama_batch_free": (None, [_Batch]), "llama_decode": (_i32, [_ptr, _Batch]),
     "llama_encode": (_i32, [_ptr, _Batch]), "llama_model_has_encoder": (_bool, [_ptr]), "llama_get_embeddings": (C.POINTER(_f32), [_ptr]),
-    "llama_set_embeddings": (None, [_ptr, _bool]), "llama_model_n_embd": (_i32, [_ptr]),
+    "llama_get_embeddings_seq": (C.POINTER(_f32), [_ptr, _i32]), "llama_set_embeddings": (None, [_ptr, _bool]),
+    "llama_model_n_embd": (_i32, [_ptr]),
     "llama_get_logits": (C.POINTER(_f32), [_ptr]), "llama_get_memory": (_ptr, [_ptr]), "llama_memory_clear": (None, [_ptr, _bool]),
     "llama_model_free": (None, [_ptr]), "llama_free": (None, [_ptr]), "llama_model_desc": (_i32, [_ptr, C.c_char_p, _size]),
     "llama_model_quantize": (_u32, [C.c_char_p, C.c_char_p, C.POINTER(_QuantizeParams)]), "llama_backend_init": (None, []),
@@ -103,6 +104,7 @@ _BASE: dict[str, tuple[Any, list[Any]]] = {
 }  # fmt: skip
 
 
+POOLING = {"none": 0, "mean": 1, "cls": 2, "as the file says": -1}
 _KEEP_ALIVE: list[Any] = []  # the log callback must outlive the library
 
 
@@ -205,11 +207,13 @@ def quantize_file(src: str | Path, dst: str | Path, ftype: str, *, pure: bool = 
 class Llama:
     """A loaded model with one context.
 
+    ``pooling`` (``none``, ``mean``, ``cls``, ``as the file says``) opens an embedding model.
     ``n_ctx`` is the longest window. The defaults suit numerical comparison: KV cache in float32, flash attention off.
     """
 
     def __init__(
-        self, path: str | Path, n_ctx: int = 512, threads: int = 2, *, kv_type: str = "F32", flash_attention: bool = False
+        self, path: str | Path, n_ctx: int = 512, threads: int = 2, *, kv_type: str = "F32", flash_attention: bool = False,
+        pooling: str = "",
     ) -> None:
         self._lib = libraries()
         self._context = self._model = None
@@ -221,6 +225,9 @@ class Llama:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = GGML[kv_type]
         params.flash_attn_type = 1 if flash_attention else 0
+        if pooling:
+            params.embeddings, params.pooling_type = True, POOLING[pooling]
+        self._pooling = pooling
         self.n_ctx = n_ctx
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
@@ -277,9 +284,11 @@ class Llama:
         if status:
             raise RuntimeError(f"{step} returned {status}")
 
-    def _decode(self, ids: list[int], position: int, every: bool) -> np.ndarray[Any, Any]:
+    def _decode(self, ids: list[int], position: int, every: bool, *, outputs: bool = True) -> np.ndarray[Any, Any]:
         self._run("llama_decode", ids, position, every)
         rows = len(ids) if every else 1
+        if not outputs:
+            return np.empty(0, np.float32)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (rows, self.n_vocab)).copy()
 
     def _clear(self) -> None:
@@ -295,6 +304,14 @@ class Llama:
         self._clear()
         self._run("llama_encode", source, 0, True)
         return self._decode(ids, 0, True)
+
+    def embeddings(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """float32 (len(ids), n_embd) of a model opened with ``pooling="none"``, (n_embd,) with another."""
+        self._decode(ids, 0, True, outputs=False)
+        width = int(self._lib.llama_model_n_embd(self._model))
+        if self._pooling == "none":
+            return np.ctypeslib.as_array(self._lib.llama_get_embeddings(self._context), (len(ids), width)).copy()
+        return np.ctypeslib.as_array(self._lib.llama_get_embeddings_seq(self._context, 0), (width,)).copy()
 
     def nll(self, ids: list[int], window: int | None = None) -> float:
         """Mean negative log likelihood over consecutive windows (``n_ctx`` by default); the first token of each is not scored."""

@@ -138,7 +138,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     if target.options:
         raise UsageError("target-option", f"gguf takes no option {sorted(target.options)}", hint="name a type only, as in gguf:q5_0")
     if target.type is None:
-        return [BLOCK_TYPES[name].storage for name in CANDIDATES]
+        same = [kind.storage for kind in TABLES.values() if can_store(kind.storage, scheme)]
+        return same or [BLOCK_TYPES[name].storage for name in CANDIDATES]
     name = target.type.upper()
     if name in floats.FLOATS:
         return [floats.storage(name)]

@@ -72,8 +72,10 @@ class FourBits:
 
     @property
     def storage(self) -> Storage:
-        """The type by name and size; ``Storage`` has no words for a table of values."""
-        return Storage(self.name.lower(), Integer(4), self.run, self.nbytes * 8 / self.block, k_multiple=self.block)
+        """The type by name and size; ``values`` and ``scales`` name the grids that its codes must have already."""
+        values = self.grid.name if isinstance(self.grid, (Float, Table)) else ""
+        grids: dict[str, object] = {"values": values, "scales": self.scale_grid.name if self.scale_grid else "float16"}
+        return Storage(self.name.lower(), Integer(4), self.run, self.nbytes * 8 / self.block, k_multiple=self.block, options=grids)
 
     def scheme(self, shape: tuple[int, ...]) -> Scheme:
         """The scheme of a weight ``shape`` (K last) in this type."""
