@@ -17,8 +17,8 @@ from pathlib import Path
 
 from synthetic import make
 
-from converters.choose import PlanOptions
 from converters.execute import execute
+from converters.options import PlanOptions
 from converters.plan import make_plan
 from converters.verify import verify
 from qformats import registry

@@ -24,7 +24,7 @@ import converters.execute, converters.plan, qformats.reencode, qformats.loops.wo
 """
 _CONVERT = """
 import sys
-from converters.choose import PlanOptions
+from converters.options import PlanOptions
 from converters.execute import execute
 from converters.plan import make_plan
 from qformats import registry

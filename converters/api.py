@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.choose import PlanOptions
 from converters.execute import Progress, execute
+from converters.options import PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from converters.verify import VerifyResult
 from converters.verify import verify as _verify

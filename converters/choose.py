@@ -8,9 +8,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
-from converters.mixing import NO_MIX, Mix, check_options
+from converters.mixing import NO_MIX, Mix
+from converters.options import FLOAT_WORDS, NEEDS_CONSENT, PlanOptions
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
@@ -19,66 +21,19 @@ from qformats.errors import Unsupported, UsageError
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
 from qformats.reencode import KINDS, Fit, Hint, fit
-from qformats.rewrite import Refused, block_range, whole_codes
-from qformats.scheme import ParamSpec, Scheme, Storage
+from qformats.rewrite import Refused
+from qformats.scheme import Scheme, Storage
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch import Tensor
 
-    from qformats.quantize.imatrix import ImportanceMatrix
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["FLOAT_WORDS", "Chooser", "PlanOptions", "hint_rows"]
+__all__ = ["Chooser"]
 
-FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
-NEEDS_CONSENT = "needs --allow-requantize or a named type"
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What the user asked for. ``tensor_types``: (regex, type name) pairs, the first that matches a target name wins.
-
-    ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
-    ``output_tensor_type``, ``token_embedding_type`` and ``pure`` are llama-quantize's options of these names, for GGUF targets.
-    """
-
-    target: Target
-    exact: bool = False
-    allow_requantize: bool = False
-    tensor_types: tuple[tuple[str, str], ...] = ()
-    pre_tokenizer: str | None = None
-    header_only: bool = False
-    imatrix: ImportanceMatrix | None = None
-    metadata: tuple[str, ...] = ()
-    output_tensor_type: str | None = None
-    token_embedding_type: str | None = None
-    pure: bool = False
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        for pattern, _ in self.tensor_types:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UsageError("tensor-type", f"{pattern!r} is not a regular expression: {error}") from None
-
-    def to_json(self) -> dict[str, Any]:
-        """What a provenance record keeps; options that came later only where they are used."""
-        later = {"output_tensor_type": self.output_tensor_type, "token_embedding_type": self.token_embedding_type, "pure": self.pure}
-        return {
-            "to": str(self.target),
-            "exact": self.exact,
-            "allow_requantize": self.allow_requantize,
-            "tensor_types": [list(pair) for pair in self.tensor_types],
-            "pre_tokenizer": self.pre_tokenizer,
-            **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
-            **({"metadata": list(self.metadata)} if self.metadata else {}),
-            **{name: value for name, value in later.items() if value},
-        }
 
 
 @dataclass
@@ -114,12 +69,22 @@ class Chooser:
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):
-            return self._dequantize(tensor, self._named(tensor, dense=False))
+            return self._transposed(tensor, quantized[0])
         if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
             return self._from_codes(tensor)
         if tensor.leaf == "weight" and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
+
+    def _transposed(self, tensor: TensorMap, module: str) -> Job:
+        """Codes whose inputs and outputs change places: no scale fits them any more."""
+        named = self._named(tensor, dense=False)
+        if self._gguf and named is not None and named not in FLOAT_WORDS:
+            return self._quantize(tensor, named, "new codes: inputs and outputs change places")
+        dtype, alike = FLOAT_WORDS.get(named or "", "F32"), all(self.checkpoint.is_quantized(s.module) for s in tensor.sources if s.module)
+        lossless = alike and dtype == "F32" and float32_exact(self.checkpoint.scheme(module))
+        what = "every weight is a float32 number" if lossless else f"rounded once to {dtype}"
+        return self._float(tensor, dtype, "dequantized", f"inputs and outputs change places; {what}", lossless)
 
     # ------------------------------------------------------------ named types
 
@@ -171,11 +136,11 @@ class Chooser:
             return again
         dtype = self._float_dtype(tensor, found, named)
         if found == {dtype} and tensor.constant is None:
-            plain = all(s.index is None and not s.transposed for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.shift
+            plain = all(s.is_plain for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.altered
             kind, why = ("copied", "the same bytes") if plain else ("exact", "rows in a new order")
-            if tensor.shift:
+            if tensor.altered:
                 kind, why = self._float_kind(tensor, dtype)
-            return self._job(tensor, "float" if tensor.shift else "copy", kind, why, dtype)
+            return self._job(tensor, "float" if tensor.altered else "copy", kind, why, dtype)
         if tensor.constant is not None:
             return self._job(tensor, "float", "exact", "computed from the configuration", dtype)
         kind, why = self._float_kind(tensor, dtype)
@@ -184,7 +149,7 @@ class Chooser:
     def _blocks_again(self, tensor: TensorMap) -> Job | None:
         """Floats that a record says were blocks, and that still are: every value is met again by rounding to nearest."""
         storage = block_storage(self.blocks[tensor.target]) if tensor.leaf == "weight" and tensor.target in self.blocks else None
-        if storage is None or self.options.header_only or tensor.shift or self._misfit(tensor, storage):
+        if storage is None or self.options.header_only or tensor.altered or self._misfit(tensor, storage):
             return None
         import torch
 
@@ -208,7 +173,7 @@ class Chooser:
             return None
         source = tensor.sources[0]
         raw = self.checkpoint.modules[source.module].parts[source.leaf]
-        if len(tensor.sources) > 1 or source.index is not None or raw.big_endian or raw.shape != tensor.shape or tensor.shift:
+        if len(tensor.sources) > 1 or source.index is not None or raw.big_endian or raw.shape != tensor.shape or tensor.altered:
             return None
         return Job(tensor, "parts", "copied", "the same bytes", dtype, {tensor.leaf: PartInfo(dtype, tensor.shape)}, True, format="hf")
 
@@ -221,7 +186,7 @@ class Chooser:
         if named is not None:
             return FLOAT_WORDS[named]
         source = next(iter(found)) if len(found) == 1 else "F32"
-        if self._gguf and named is None and self.mix.file_type is not None and self.checkpoint.gguf is not None and not tensor.shift:
+        if self._gguf and named is None and self.mix.file_type is not None and self.checkpoint.gguf is not None and not tensor.altered:
             return source  # what llama.cpp does not quantize, it copies
         if self._gguf:
             matrix = len(tensor.shape) >= 2 and tensor.kind in _MATRIX_KINDS
@@ -231,13 +196,13 @@ class Chooser:
             return wanted
         if self.options.target.type in FLOAT_WORDS:
             return FLOAT_WORDS[self.options.target.type]
-        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.shift:
+        if source in ("F16", "BF16") and self.checkpoint.gguf is None and not tensor.altered:
             return source
         return self._smallest_exact(tensor, source)
 
     def _smallest_exact(self, tensor: TensorMap, source: str) -> str:
         order = [self.float_default, *(d for d in ("F16", "BF16") if d != self.float_default)]
-        if source in order and not tensor.shift:
+        if source in order and not tensor.altered:
             return source
         if self.options.header_only:
             return "F32"
@@ -257,7 +222,7 @@ class Chooser:
         for start, stop in slabs(probe, self.checkpoint):
             values = read_rows(probe, slab, self.checkpoint, start, stop)
             assert isinstance(values, torch.Tensor)
-            exact = values.to(torch.float64) + tensor.shift
+            exact = tensor.alter(values.to(torch.float64))
             if bool(((exact.to(torch.float32).to(target).to(torch.float64) != exact) & ~torch.isnan(exact)).any()):
                 return False
         return True
@@ -265,11 +230,11 @@ class Chooser:
     def _float_kind(self, tensor: TensorMap, dtype: str) -> tuple[str, str]:
         found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf}
         widening = all((a, dtype) in {("F16", "F32"), ("BF16", "F32")} or a == dtype for a in found)
-        if widening and not tensor.shift:
+        if widening and not tensor.altered:
             return "exact", f"{'/'.join(sorted(found))} values are {dtype} values"
         if not self.options.header_only and self._is_exact(tensor, dtype):
-            return "exact", f"every value is a {dtype} number" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
-        return "dequantized", f"rounded once to {dtype}" + (f" after adding {tensor.shift:g}" if tensor.shift else "")
+            return "exact", f"every value is a {dtype} number" + (f" after {tensor.altered}" if tensor.altered else "")
+        return "dequantized", f"rounded once to {dtype}" + (f" after {tensor.altered}" if tensor.altered else "")
 
     def _float(self, tensor: TensorMap, dtype: str, kind: str, reason: str, lossless: bool = False) -> Job:
         return replace(self._job(tensor, "float", kind, reason, dtype), lossless=lossless)
@@ -297,6 +262,8 @@ class Chooser:
             return kept
         row = registry.row(self._target(named).format)
         if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
+            return self._dequantize(tensor, named)
+        if getattr(registry.format_module(row.name), "PACKED_EXPERTS", False) and tensor.kind != "experts":
             return self._dequantize(tensor, named)
         storages = self._storages(tensor, named)
         best, refusals = self._best(tensor, storages, row.name)
@@ -330,12 +297,12 @@ class Chooser:
         """A tensor that stays in its format, type and row order is copied part by part, unread."""
         source, target = tensor.sources[0], self.options.target
         module = self.checkpoint.modules[source.module]
-        whole = len(tensor.sources) == 1 and source.index is None and not self._orders(tensor) and tensor.leaf == "weight"
+        whole = len(tensor.sources) == 1 and source.is_plain and not self._orders(tensor) and tensor.leaf == "weight"
         if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
             return None
         own = {"weight", *registry.format_module(target.format).SUFFIXES}
         kept = {leaf: raw for leaf, raw in module.parts.items() if leaf in own}
-        if any(raw.big_endian for raw in kept.values()) or (source.start, source.stop) != (0, _rows(tensor.shape)):
+        if any(raw.big_endian for raw in kept.values()) or (source.start, source.stop) != (0, row_count(tensor.shape)):
             return None
         if self._gguf:
             kind = module.parts["weight"].dtype
@@ -380,12 +347,12 @@ class Chooser:
                 return self._codes_job(tensor, storage, format_name, found, rounding), refusals
         return None, refusals
 
-    def _probe(self, tensor: TensorMap) -> tuple[QuantizedTensor, _Ranges]:
+    def _probe(self, tensor: TensorMap) -> tuple[QuantizedTensor, Ranges]:
         """The parameters of a few rows, to refuse on before whole ranges are read; their codes only if a rule asks."""
         job = Job(tensor, "codes", "", "", "", {}, False, orders=self._orders(tensor))
         slab, rows = Slab(self.checkpoint, ahead=False), first_rows(job)
         blank = read_rows(job, slab, self.checkpoint, 0, rows, codes=False)
-        return blank, _Ranges(job, slab, self.checkpoint, 0, rows)  # type: ignore[return-value]
+        return blank, Ranges(job, slab, self.checkpoint, 0, rows)  # type: ignore[return-value]
 
     def _hint(self, tensor: TensorMap, rows: int) -> Hint | None:
         return hint_rows(self.hints.get(tensor.target), 0, rows)
@@ -405,15 +372,17 @@ class Chooser:
         """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
+        if "values" in storage.options:  # the schemes said it all
+            return worst
         if hint is None and worst.kind == "exact" and self._fits_whatever_it_holds(tensor, storage):
             return worst
         if hint is None or hint.zero_point is None:
             probe, _ = in_source_order(probe)  # no rule looks beyond a row
         for start, stop in slabs(probe, self.checkpoint, SCAN_WEIGHTS):
             blank = read_rows(probe, slab, self.checkpoint, start, stop, codes=False)
-            if storage.offset is not None and worst.kind == "codes-exact" and _cannot_overflow(blank):  # type: ignore[arg-type]
+            if storage.offset is not None and worst.kind == "codes-exact" and cannot_overflow(blank):  # type: ignore[arg-type]
                 continue
-            ranges = _Ranges(probe, slab, self.checkpoint, start, stop)
+            ranges = Ranges(probe, slab, self.checkpoint, start, stop)
             found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]
             if KINDS.index(found.kind) > KINDS.index(worst.kind):
                 worst = found
@@ -429,7 +398,7 @@ class Chooser:
             if claimed or scheme.group_index or any(scale.dtype not in storage.scale_dtypes for scale in scheme.scales):
                 return False
             try:
-                if fit(_pessimist(scheme, ordered=False), storage).kind != "exact":
+                if fit(pessimist(scheme, ordered=False), storage).kind != "exact":
                     return False
             except Refused:
                 return False
@@ -438,8 +407,11 @@ class Chooser:
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
         scheme = self._scheme(tensor)
+        if "values" in storage.options and registry.format_module(self.options.target.format).can_store(storage, scheme):
+            reason = "claimed from the header: the same codes under the same scales"
+            return Fit("exact", reason, (), scheme.shape[-1], None, None, storage.grid, None, None, None)  # type: ignore[arg-type]
         ordered = scheme.group_index and bool(self.checkpoint.match.config.get("desc_act"))
-        found = fit(_pessimist(scheme, ordered), storage, rounding=rounding)
+        found = fit(pessimist(scheme, ordered), storage, rounding=rounding)
         condition = ", if the group index is trivial" if scheme.group_index else ""
         if scheme.zero_point is not None and scheme.zero_point.constant is not None:
             condition += f", if every zero point is {scheme.zero_point.constant:g} as the config says"
@@ -459,7 +431,7 @@ class Chooser:
 
     def _dequantize(self, tensor: TensorMap, named: str | None) -> Job:
         scheme = self._scheme(tensor)
-        exact32 = _float32_exact(scheme)
+        exact32 = float32_exact(scheme)
         dtype = FLOAT_WORDS.get(named or "", "F32")
         exact = exact32 and dtype == "F32"
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
@@ -470,7 +442,7 @@ class Chooser:
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
         target = self._target(kind)
         module = registry.format_module(target.format)
-        scheme = self._scheme(tensor) if self._is_code_source(tensor) else _float_scheme(tensor.shape)
+        scheme = self._scheme(tensor) if self._is_code_source(tensor) else float_scheme(tensor.shape)
         storage = module.storages(target, scheme)[0]
         smaller = mixes.fallback(kind, tensor.shape[-1]) if self._gguf else kind
         if smaller != kind and smaller not in FLOAT_WORDS:
@@ -478,7 +450,7 @@ class Chooser:
         if self._misfit(tensor, storage):
             codes = self._is_code_source(tensor)
             dtype = "F32" if codes else self._float_dtype(tensor, {"F16"}, None)
-            lossless = codes and _float32_exact(self._scheme(tensor))
+            lossless = codes and float32_exact(self._scheme(tensor))
             why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
             return self._float(tensor, dtype, "dequantized", why, lossless)
         parts = module.layout(storage, tensor.shape)
@@ -493,101 +465,3 @@ class Chooser:
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
         return any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"
-
-
-class _Ranges:
-    """Smallest and largest codes of runs, read from the file only when a rule asks."""
-
-    def __init__(self, job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int) -> None:
-        self._args = (job, slab, checkpoint, start, stop)
-        self._tensor: QuantizedTensor | None = None
-        self._known: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, width: int) -> tuple[Tensor, Tensor]:
-        if self._tensor is None:
-            value = read_rows(*self._args)
-            self._tensor = whole_codes(value)  # type: ignore[arg-type]
-        if width not in self._known:
-            assert self._tensor is not None
-            self._known[width] = block_range(self._tensor, width)
-        return self._known[width]
-
-
-def _cannot_overflow(t: QuantizedTensor) -> bool:
-    """Whether scale x (any integer a relabelling may use) stays below the largest fp16, and the form is plain."""
-    import torch
-
-    if len(t.scales) != 1 or not isinstance(t.scales[0].values, torch.Tensor) or t.scales[0].values.dtype != torch.float16:
-        return False
-    zero = t.zero_point
-    if t.offset is not None or (zero is not None and (not isinstance(zero.values, torch.Tensor) or zero.values.dtype.is_floating_point)):
-        return False
-    return bool((t.scales[0].values.to(torch.float32).abs() <= 65504 / 512).all())
-
-
-def hint_rows(hint: Hint | None, start: int, stop: int) -> Hint | None:
-    if hint is None or hint.zero_point is None or len(hint.zero_point) == 1:
-        return hint
-    return Hint(hint.zero_point[start:stop], hint.positive)
-
-
-def _float32_exact(scheme: Scheme) -> bool:
-    """Whether scale x (code − zero point) always fits 24 significant bits and nothing is added."""
-    bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
-    total = getattr(scheme.grid, "bits", 9) + 1
-    for scale in scheme.scales:
-        spec: ParamSpec | None = scale
-        while spec is not None and spec.nested is not None:
-            total += getattr(spec.nested.grid, "bits", 8)
-            spec = next(iter(spec.nested.scales), None)
-        if spec is not None and not _power_of_two(spec.constant):
-            total += bits.get(spec.dtype, 24)
-    return scheme.offset is None and total <= 24
-
-
-def _power_of_two(value: float | None) -> bool:
-    from math import frexp
-
-    return value is not None and abs(frexp(value)[0]) == 0.5
-
-
-def _rows(shape: tuple[int, ...]) -> int:
-    from math import prod
-
-    return prod(shape[:-1]) if len(shape) > 1 else 1
-
-
-def _float_scheme(shape: tuple[int, ...]) -> Scheme:
-    from qformats.scheme import Integer
-
-    return Scheme(shape, Integer(16, signed=True))
-
-
-def _pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
-    """A row for every zero point the grid can hold, each with the widest code range in every group."""
-    import torch
-
-    from qformats.scheme import Integer, Tile
-    from qformats.tensor import Param, QuantizedTensor, constant
-
-    if not isinstance(scheme.grid, Integer) or any(not isinstance(s.block, Tile) or s.nested for s in scheme.scales):
-        raise Refused("the header does not tell")
-    if ordered:
-        raise Refused("the config speaks of act-order")
-    k, group = scheme.shape[-1], scheme.group_size or scheme.shape[-1]
-    known = None if scheme.zero_point is None else scheme.zero_point.constant
-    rows = 1 if scheme.zero_point is None or known is not None else scheme.grid.highest + 2
-    shape = (rows, k)
-    codes = torch.full(shape, scheme.grid.highest, dtype=torch.int8 if scheme.grid.signed else torch.uint8)
-    codes[:, ::2] = scheme.grid.lowest
-    counts = (rows, -(-k // group))
-    zero = None
-    if scheme.zero_point is not None:
-        plane = torch.arange(rows, dtype=torch.int16).unsqueeze(1).expand(counts).contiguous()
-        zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
-    dtype = getattr(torch, scheme.scales[0].dtype)
-    scale = Param(torch.full(counts, 1.0009765625, dtype=dtype), Tile((1, group)))
-    offset = None if scheme.offset is None else Param(torch.full(counts, 0.333, dtype=dtype), Tile((1, group)))
-    return QuantizedTensor(shape, codes, scheme.grid, (scale,), zero, offset)
-
-

@@ -320,7 +320,7 @@ def _as_float(job: Job, value: Any) -> Tensor:
         plain = job.dtype == "F32" and isinstance(value.grid, Integer)
         exact = torch.float32 if plain else torch.float64  # the writer rounds float64 once, and sees an overflow
         return value.dequantize(exact)  # type: ignore[no-any-return]
-    return value.to(torch.float32) + job.map.shift if job.map.shift else value
+    return job.map.alter(value.to(torch.float32)) if job.map.altered else value  # type: ignore[no-any-return]
 
 
 def _float_bytes(values: Tensor, job: Job) -> np.ndarray[Any, Any]:
@@ -359,13 +359,13 @@ def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) 
     for first, last, expert in expert_runs(job, start, stop, task.rows):
         run = weights[first - start : last - start]
         importance = None if job.importance is None else torch.from_numpy(job.importance[expert])
-        tensor = rtn(run.to(torch.float32) + job.map.shift, job.storage, importance)
+        tensor = rtn(job.map.alter(run.to(torch.float32)), job.storage, importance)
         errors.add_tensor(job, first, run, tensor)
         yield from registry.format_module(job.format).write(job.storage, tensor, first, job.map.shape)
 
 
 def _hint(job: Job, start: int, stop: int) -> Hint | None:
-    from converters.choose import hint_rows
+    from converters.claims import hint_rows
 
     return hint_rows(job.hints.get(job.map.target), start, stop)
 

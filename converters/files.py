@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from converters.choose import PlanOptions
 from converters.digests import DIGESTS_KEY, placeholder
 from converters.gguf_record import kept_keys, restored_metadata
 from converters.importances import metadata_keys
@@ -15,6 +14,7 @@ from converters.jobs import Job
 from converters.mapping import linear_modules
 from converters.metadata_words import assigned, parse_assignment
 from converters.mixing import meant
+from converters.options import PlanOptions
 from converters.outputs import Output, gguf_output, safetensors_output
 from qformats import registry
 from qformats.checkpoint import PROVENANCE_KEY, Checkpoint
@@ -111,6 +111,7 @@ def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[
 
 def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, bytes]:
     files = checkpoint.side_files() if checkpoint.gguf is None else checkpoint.binding.hf_files(checkpoint.gguf.metadata)
+    files = {name: data for name, data in files.items() if "/" not in name}  # only read
     if checkpoint.gguf is None and all(job.kind == "copied" for job in jobs):
         return files
     if restore is not None and _restores_all(jobs, restore):

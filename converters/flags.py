@@ -15,7 +15,7 @@ from qformats import registry
 from qformats.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from converters.choose import PlanOptions
+    from converters.options import PlanOptions
 
 __all__ = ["REPORT_SUFFIXES", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
 
@@ -103,7 +103,7 @@ class Wishes:
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
         target = registry.parse_target(self.to)
-        from converters.choose import PlanOptions
+        from converters.options import PlanOptions
         from qformats.quantize.imatrix import read_imatrix
 
         matrix = None if self.imatrix is None else read_imatrix(self.imatrix)

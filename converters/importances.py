@@ -20,7 +20,7 @@ from qformats.quantize.imatrix import ImportanceMatrix, read_imatrix
 if TYPE_CHECKING:
     import numpy as np
 
-    from converters.choose import PlanOptions
+    from converters.options import PlanOptions
 
 __all__ = ["WEIGHTED", "expert_runs", "metadata_keys", "recorded_imatrix", "same_imatrix", "with_importances"]
 

@@ -62,7 +62,8 @@ class Job:
 
     def part_name(self, leaf: str) -> str:
         """Full stored name of a part."""
-        return f"{self.map.target}.{leaf}" if self.map.target else leaf
+        glued = not self.map.target or leaf.startswith("_")
+        return f"{self.map.target}{leaf}" if glued else f"{self.map.target}.{leaf}"
 
 
 def storage_to_json(storage: Storage) -> dict[str, Any]:

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
+from qformats import registry
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
-from qformats.errors import QFormatError
+from qformats.errors import QFormatError, Unsupported
 
 __all__ = ["map_tensors"]
 
 
-def map_tensors(checkpoint: Checkpoint, container: str) -> Mapped:
-    """All target tensors of ``container`` (``"gguf"`` or ``"safetensors"``) with their source rows."""
+def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
+    """All tensors of the format ``target`` with their source rows."""
+    packs, container = _packs_experts(target), registry.row(target).container
     if checkpoint.container != container:
         binding, shapes = checkpoint.binding, checkpoint.shapes()
-        return binding.to_gguf(shapes) if container == "gguf" else binding.to_hf(shapes)
-    return Mapped(_same_names(checkpoint), {})
+        if container == "gguf":
+            return binding.to_gguf(shapes)
+        mapped = binding.to_hf(shapes, packed=packs)
+        return _checked_experts(mapped, checkpoint, target) if packs else mapped
+    tensors = _same_names(checkpoint)
+    if packs:
+        return _checked_experts(Mapped(tensors), checkpoint, target)
+    return Mapped(tuple(_unpacked(t) if _is_packed(checkpoint, t) else t for t in tensors), {})
+
+
+def _packs_experts(name: str) -> bool:
+    return bool(getattr(registry.format_module(name), "PACKED_EXPERTS", False))
+
+
+def _is_packed(checkpoint: Checkpoint, tensor: TensorMap) -> bool:
+    return _packs_experts(checkpoint.format) and checkpoint.is_quantized(tensor.target) and tensor.leaf == "weight"
+
+
+def _unpacked(tensor: TensorMap) -> TensorMap:
+    """A stacked weight of codes (E, N, K) under the name and in the shape its floats have: (E, K, N), no leaf of its own."""
+    experts, rows, columns = tensor.shape
+    module, _, leaf = tensor.target.rpartition(".")
+    slices = [(expert * rows, (expert + 1) * rows) for expert in range(experts)]
+    pieces = tuple(SourceRows(tensor.target, "weight", 0, columns, transposed=rows_of) for rows_of in slices)
+    return TensorMap(module, leaf, (experts, columns, rows), pieces, kind="experts")
+
+
+def _checked_experts(mapped: Mapped, checkpoint: Checkpoint, target: str) -> Mapped:
+    """``Unsupported('experts')`` unless there are stacked experts and all of them are codes that the format keeps as they are."""
+    experts = [t for t in mapped.tensors if t.kind == "experts" and t.leaf == "weight"]
+    form: Any = registry.format_module(target)
+    for tensor in experts:
+        for source in tensor.sources:
+            if not checkpoint.is_quantized(source.module) or not form.can_store(None, checkpoint.scheme(source.module)):
+                raise Unsupported("experts", f"{target} keeps experts that are {target} blocks already", tensor=source.module)
+    if not experts:
+        raise Unsupported("experts", f"{target} holds stacked experts; this model has none")
+    return mapped
 
 
 def _same_names(checkpoint: Checkpoint) -> tuple[TensorMap, ...]:

@@ -14,7 +14,7 @@ from qformats.errors import UsageError
 from qformats.formats.ggml import mixes
 
 if TYPE_CHECKING:
-    from converters.choose import PlanOptions
+    from converters.options import PlanOptions
 
 __all__ = ["NO_MIX", "Mix", "check_options", "meant", "mix_of", "model_of"]
 

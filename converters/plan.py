@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import absorb, files, provenance
-from converters.choose import NEEDS_CONSENT, Chooser, PlanOptions
+from converters.choose import Chooser
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
 from converters.mixing import meant, mix_of
+from converters.options import NEEDS_CONSENT, PlanOptions
 from converters.outputs import Output
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
@@ -100,7 +101,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
     restore = _restorable(checkpoint, options)
-    mapped = map_tensors(checkpoint, target.container)
+    mapped = map_tensors(checkpoint, target.name)
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ def row_step(job: Job, weights: int = 0) -> int:
     unit = 32
     for source in job.map.sources:
         if source.period == 0:
-            return sum(s.stop - s.start for s in job.map.sources)
+            return job.map.rows
         unit = max(unit, source.period) if max(unit, source.period) % min(unit, source.period) == 0 else unit * source.period
     return max(unit, weights // max(1, columns) // unit * unit)
 
@@ -78,8 +78,7 @@ def _module_nbytes(checkpoint: Checkpoint, name: str) -> int:
 
 def slabs(job: Job, checkpoint: Checkpoint, weights: int = 0) -> Iterator[tuple[int, int]]:
     """Row ranges of the job's flattened target, in order; ``weights`` overrides how many weights one holds."""
-    total = sum(s.stop - s.start for s in job.map.sources)
-    step = row_step(job, weights)
+    total, step = job.map.rows, row_step(job, weights)
     for start in range(0, total, step):
         yield start, min(total, start + step)
 
@@ -100,13 +99,15 @@ def in_source_order(job: Job) -> tuple[Job, np.ndarray[Any, Any] | None]:
     """
     import numpy as np
 
-    if len(job.map.shape) < 2 or all(s.index is None for s in job.map.sources):
+    if len(job.map.shape) < 2 or job.map.weave or all(s.index is None for s in job.map.sources):
         return job, None
     placed, sources, at = [], [], 0
     for source in job.map.sources:
         length = source.stop - source.start
         place = np.arange(length)
         if source.index is not None:
+            if int(source.index.max()) >= length:
+                return job, None  # a choice of rows, not an order
             place[source.index] = np.arange(length)
             if not np.array_equal(place[source.index], np.arange(length)):
                 return job, None  # rows taken twice
@@ -118,8 +119,7 @@ def in_source_order(job: Job) -> tuple[Job, np.ndarray[Any, Any] | None]:
 
 def first_rows(job: Job) -> int:
     """How many of the target's first rows make a cheap probe: whole periods of the row order."""
-    total = sum(s.stop - s.start for s in job.map.sources)
-    return min(total, max(_PROBE_ROWS, *(s.period for s in job.map.sources)))
+    return min(job.map.rows, max(_PROBE_ROWS, *(s.period for s in job.map.sources)))
 
 
 def read_rows(
@@ -132,11 +132,54 @@ def read_rows(
     """
     import torch
 
+    if job.map.weave:
+        return _read_woven(job, slab, checkpoint, start, stop, codes)
     pieces = [_read_piece(job, slab, checkpoint, source, low, high, codes) for source, low, high in overlaps(job, start, stop)]
     if all(not isinstance(p, torch.Tensor) for p in pieces) and (job.action == "codes" or len(pieces) == 1):
         return rewrite.concatenate_rows(pieces)
-    floats = [p if isinstance(p, torch.Tensor) else p.dequantize(torch.float32) for p in pieces]
+    floats = _as_floats(pieces)
     return floats[0] if len(floats) == 1 else torch.cat(floats)
+
+
+def _as_floats(pieces: Sequence[Any]) -> list[Tensor]:
+    import torch
+
+    return [p if isinstance(p, torch.Tensor) else p.dequantize(torch.float32) for p in pieces]
+
+
+def _read_woven(job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int, codes: bool) -> QuantizedTensor | Tensor:
+    """Target rows ``start:stop`` of sources that come in pairs, the rows or columns of which take turns."""
+    import torch
+
+    by_rows, at = job.map.weave == "rows", 0
+    pieces: list[Any] = []
+    for pair in zip(job.map.sources[::2], job.map.sources[1::2], strict=True):
+        length = (pair[0].stop - pair[0].start) * (2 if by_rows else 1)
+        low, high = max(start, at) - at, min(stop, at + length) - at
+        at += length
+        if low >= high:
+            continue
+        if not by_rows:
+            both = _as_floats([_read_piece(job, slab, checkpoint, source, low, high, codes) for source in pair])
+            pieces.append(torch.stack(both, -1).flatten(-2))
+            continue
+        ranges = [((low + 1 - side) // 2, (high + 1 - side) // 2) for side in (0, 1)]
+        found = [_read_piece(job, slab, checkpoint, s, a, b, codes) for s, (a, b) in zip(pair, ranges, strict=True) if a < b]
+        pieces.append(_alternate(found, ranges, low, high))
+    whole = all(not isinstance(p, torch.Tensor) for p in pieces)
+    return rewrite.concatenate_rows(pieces) if whole else torch.cat(_as_floats(pieces))
+
+
+def _alternate(found: list[Any], ranges: list[tuple[int, int]], low: int, high: int) -> Any:
+    """Rows ``low:high`` of two pieces taking turns; ``ranges`` says which rows of each were read."""
+    import torch
+
+    first = ranges[0][1] - ranges[0][0]
+    target = torch.arange(low, high)
+    index = torch.where(target % 2 == 0, target // 2 - ranges[0][0], target // 2 - ranges[1][0] + first)
+    if any(isinstance(p, torch.Tensor) for p in found):
+        return torch.cat(_as_floats(found)).index_select(0, index)
+    return rewrite.select_rows(rewrite.concatenate_rows(found), index)
 
 
 def _read_piece(job: Job, slab: Slab, checkpoint: Checkpoint, source: SourceRows, low: int, high: int, codes: bool) -> Any:
@@ -160,17 +203,17 @@ def _source_range(source: SourceRows, low: int, high: int) -> tuple[int, int, np
     return first, last, wanted - first
 
 
-def _read_columns(module: Module, checkpoint: Checkpoint, rows: int, first: int, last: int) -> Tensor:
-    """Columns ``first:last`` of a weight of ``rows`` rows as rows, in floats; the whole weight is read."""
+def _read_columns(module: Module, checkpoint: Checkpoint, leaf: str, rows: tuple[int, int], first: int, last: int) -> Tensor:
+    """Columns ``first:last`` of rows ``rows`` of a weight as rows, in floats; those rows are read whole."""
     import torch
 
     from qformats import registry
     from qformats.formats.dense import read_float
 
     if checkpoint.is_quantized(module.name):
-        whole = registry.format_module(module.match.format).read(module, 0, rows).dequantize(torch.float32)
+        whole = registry.format_module(module.match.format).read(module, *rows).dequantize(torch.float32)
     else:
-        whole = read_float(module.parts["weight"])
+        whole = read_float(module.parts[leaf], *rows)
     columns: Tensor = whole.t()[first:last].contiguous()
     return columns
 
@@ -182,8 +225,8 @@ def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: 
     from qformats.formats.dense import read_float
 
     module = slab.module(source.module)
-    if source.transposed:
-        return _read_columns(module, checkpoint, job.map.shape[-1], first, last)
+    if source.transposed is not None:
+        return _read_columns(module, checkpoint, source.leaf, source.transposed, first, last)
     if source.leaf == "weight" and checkpoint.is_quantized(source.module):
         tensor = registry.format_module(module.match.format).read(module, first, last, codes=codes)
         order = job.orders.get(source.module)
@@ -191,6 +234,9 @@ def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: 
             tensor, _ = rewrite.absorb_group_index(tensor, torch.from_numpy(order))
         return tensor
     raw = module.parts[source.leaf]
+    if source.columns != (0, 1):
+        start, step = source.columns
+        return read_float(raw, first, last)[:, start::step]
     width = job.map.shape[-1] if len(job.map.shape) > 1 else 1
     if min(len(raw.shape), len(job.map.shape)) <= 1:  # a vector on either side: its rows are the target's
         return read_float(raw).reshape(-1, width)[first:last]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import digests
-from converters.choose import PlanOptions
 from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
+from converters.options import PlanOptions
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
 from converters.provenance import is_intact, tool_version
@@ -23,6 +23,8 @@ from qformats.errors import BadFile, Mismatch, QFormatError, UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from qformats.architectures.mapping import TensorMap
 
 __all__ = ["VerifyResult", "verify"]
 
@@ -254,7 +256,7 @@ def _unseen(record: Mapping[str, Any]) -> list[str]:
 
 def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
     """Without a record: every mapped tensor's real values, in float64."""
-    mapped = map_tensors(checkpoint, found.container)
+    mapped = map_tensors(checkpoint, found.format)
     unseen = "no provenance record: metadata, side files, padding and unmapped tensors are not compared"
     result = VerifyResult(True, "values", unseen=[unseen])
     from converters.jobs import Job
@@ -269,8 +271,8 @@ def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
         job = Job(tensor, "float", "", "", "", {}, False)
         slab = Slab(checkpoint)
         for start, stop in slabs(job, checkpoint):
-            ours = _float64(read_rows(job, slab, checkpoint, start, stop), tensor.shift)
-            theirs = _float64(_read_rows_of(found, tensor.target, tensor.leaf, start, stop), 0.0)
+            ours = _float64(read_rows(job, slab, checkpoint, start, stop), tensor)
+            theirs = _float64(_read_rows_of(found, tensor.target, tensor.leaf, start, stop))
             result.compared_nbytes += ours.nbytes
             if ours.shape != theirs.shape or not (ours == theirs).all():
                 worst = float(abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
@@ -295,9 +297,11 @@ def _read_rows_of(found: Checkpoint, module: str, leaf: str, start: int, stop: i
     return found.read(module, start, stop, leaf)
 
 
-def _float64(value: Any, shift: float) -> np.ndarray[Any, Any]:
+def _float64(value: Any, tensor: TensorMap | None = None) -> np.ndarray[Any, Any]:
     import torch
 
     values = value.to(torch.float64) if isinstance(value, torch.Tensor) else value.dequantize(torch.float64)
-    array: np.ndarray[Any, Any] = (values + shift).numpy()
+    if tensor is not None and tensor.altered:  # as it was written
+        values = tensor.alter(values.to(torch.float32)).to(torch.float64)
+    array: np.ndarray[Any, Any] = values.numpy()
     return array

@@ -35,8 +35,8 @@ FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")
 SIDE_FILES = (
     "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json", "1_Pooling/config.json",
 )  # fmt: skip
 _MAX_SIDE_NBYTES = 256_000_000
 
@@ -69,10 +69,19 @@ class Checkpoint:
         """Modules by name in file order, each with its raw parts by leaf name."""
         grouped: dict[str, dict[str, RawTensor]] = {}
         for name, raw in self.raw.items():
-            module, _, leaf = name.rpartition(".")
+            module, leaf = self._split_name(name)
             grouped.setdefault(module, {})[leaf] = raw
         dense = Match("gguf" if self.gguf else "hf", self.match.config if self.gguf else {})
         return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+
+    def _split_name(self, name: str) -> tuple[str, str]:
+        """A stored tensor's module and leaf; a format's leaf that begins with an underscore is glued to the module."""
+        suffixes = registry.format_module(self.match.format).SUFFIXES if self.gguf is None else ()
+        leaf = next((suffix for suffix in suffixes if suffix.startswith("_") and name.endswith(suffix)), None)
+        if leaf is not None:
+            return name.removesuffix(leaf), leaf
+        module, _, leaf = name.rpartition(".")
+        return module, leaf
 
     def _is_quantized(self, parts: Mapping[str, RawTensor]) -> bool:
         if self.gguf is not None:

@@ -12,8 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from qformats.architectures.bert import BERT
 from qformats.architectures.binding import Architecture, Binding
+from qformats.architectures.bloom import BLOOM
 from qformats.architectures.cohere2 import COHERE2
+from qformats.architectures.command_r import COMMAND_R
+from qformats.architectures.deepseek2 import DEEPSEEK2
 from qformats.architectures.falcon import FALCON
 from qformats.architectures.gemma import GEMMA
 from qformats.architectures.gemma2 import GEMMA2
@@ -21,11 +25,16 @@ from qformats.architectures.gemma3 import GEMMA3
 from qformats.architectures.glm4 import GLM4
 from qformats.architectures.gpt2 import GPT2
 from qformats.architectures.gpt_neox import GPT_NEOX
+from qformats.architectures.gpt_oss import GPT_OSS
 from qformats.architectures.granite import GRANITE
+from qformats.architectures.lfm2 import LFM2
 from qformats.architectures.llama import LLAMA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.architectures.mixtral import MIXTRAL
+from qformats.architectures.nemotron import NEMOTRON
+from qformats.architectures.olmo import OLMO
 from qformats.architectures.olmo2 import OLMO2
+from qformats.architectures.olmoe import OLMOE
 from qformats.architectures.phi2 import PHI2
 from qformats.architectures.phi3 import PHI3
 from qformats.architectures.qwen2 import QWEN2
@@ -35,6 +44,7 @@ from qformats.architectures.qwen3_moe import QWEN3_MOE
 from qformats.architectures.smollm3 import SMOLLM3
 from qformats.architectures.stablelm import STABLELM
 from qformats.architectures.starcoder2 import STARCODER2
+from qformats.architectures.t5 import T5
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -44,7 +54,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
-    GLM4, GPT2, GPT_NEOX, FALCON, PHI2, PHI3,
+    GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R, T5, LFM2, BERT, DEEPSEEK2,
 )  # fmt: skip
 
 

@@ -42,7 +42,9 @@ class Architecture:
     tokenizer.json stands for a SentencePiece model; ``llama_vocabulary``: vocabularies are written by Llama's rules; ``token_ids``:
     special tokens by word, as ids or texts, and ``adds_bos``, a flag, where the files say nothing. ``adjust`` changes a rebuilt config
     by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
-    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it.
+    None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it. ``letters``: sizes of the family's own.
+    ``left_out``: beginnings of names that have no place in a GGUF, with the reason. ``pooling``: how side files say that an embedding
+    model pools, as llama.cpp's number.
     """
 
     name: str
@@ -72,6 +74,9 @@ class Architecture:
     complete: Callable[[dict[str, Any]], None] | None = None
     adjust: Callable[[dict[str, Any], Mapping[str, Any]], None] | None = None
     own_keys: Callable[[Mapping[str, Any]], list[tuple[str, str, Any]]] | None = None
+    letters: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    pooling: Callable[[Mapping[str, bytes]], int | None] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""
@@ -178,7 +183,7 @@ class Architecture:
         dims["R"], dims["W"], dims["U"] = rotary_dim(full, dims["D"]), dims["Q"] + 2 * dims["V"], 2 * dims["F"]
         needed = "".join(rule.shape for rule in self.rules)
         dims.update({letter: positive(full, name) for letter, name in _RARE_SIZES.items() if letter in needed})
-        return dims
+        return dims if self.letters is None else {**dims, **self.letters(full)}
 
 
 @dataclass(frozen=True)
@@ -198,7 +203,7 @@ class Binding:
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The family's rules that hold for this config."""
-        return tuple(rule for rule in self.architecture.rules if rule.exists(self.full))
+        return tuple(rule.bound(self.full) for rule in self.architecture.rules if rule.exists(self.full))
 
     def factors(self) -> dict[str, np.ndarray[Any, Any]]:
         """The values of the rotary factor tensors by base name; ``Unsupported('rope')`` where llama.cpp would not read them."""
@@ -215,14 +220,17 @@ class Binding:
     def to_gguf(self, parts: Parts) -> Mapped:
         """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
         dropped = self._ignored()
-        tensors = map_to_gguf(self.rules, self.dims, parts, tied=self.tied, dropped=dropped)
+        tensors = map_to_gguf(self.rules, self.dims, parts, tied=self.tied, dropped=dropped, left_out=self._left_out())
         made = [TensorMap(name, "weight", (len(values),), (), 0.0, "rope", values) for name, values in self.factors().items()]
         return Mapped((*made, *tensors), dropped)
 
-    def to_hf(self, parts: Parts) -> Mapped:
-        """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order."""
+    def to_hf(self, parts: Parts, *, packed: bool = False) -> Mapped:
+        """Map GGUF base names ({base: {leaf: logical shape}}) to HF modules, in the model's order.
+
+        ``packed``: the target keeps stacked experts as codes, where HF has a layout of its own for that (``splits``).
+        """
         dropped: dict[str, str] = {}
-        return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped), dropped)
+        return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped, packed=packed), dropped)
 
     def producers(self, module: str) -> tuple[tuple[str, str], ...]:
         """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.
@@ -264,6 +272,14 @@ class Binding:
         from qformats.architectures.metadata import build_hf_files
 
         return build_hf_files(self, metadata)
+
+    def _left_out(self) -> dict[str, str]:
+        """Beginnings of names without a place in a GGUF: the family's, and blocks behind the last that predict further tokens."""
+        count = self.full.get("num_nextn_predict_layers") or self.full.get("num_mtp_layers") or 0
+        last = self.dims["L"] + (count if isinstance(count, int) else 0)
+        why = "predicts further tokens; llama.cpp reads no such block"
+        extra = {f"model.layers.{layer}.": why for layer in range(self.dims["L"], last)}
+        return {**self.architecture.left_out, **extra}
 
     def _ignored(self) -> dict[str, str]:
         return {

@@ -1,8 +1,9 @@
 """Hugging Face tokenizer files from a GGUF vocabulary: plain transformers then gives the ids that llama.cpp gives.
 
-``gpt2`` becomes a byte-level BPE with the named pre-tokenizer's rules, ``llama`` (SentencePiece BPE) a byte-fallback BPE whose
-merges follow from the scores. Every control and user-defined token becomes an added token under its own id; ``[PAD…]`` tokens only
-fill ids up to the model's size and are left out. What a GGUF does not say is not invented: no Unicode normalizer (llama.cpp applies none).
+``t5`` becomes a unigram model behind llama.cpp's normalization, ``gpt2`` a byte-level BPE with the named pre-tokenizer's rules,
+``llama`` (SentencePiece BPE) a byte-fallback BPE whose merges follow from the scores. Every control and user-defined token becomes
+an added token under its own id; ``[PAD…]`` tokens only fill ids up to the model's size and are left out. What a GGUF does not say is
+not invented: no Unicode normalizer where llama.cpp applies none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures import pretokenizers
-from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, merges_of
+from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Normalizer, merges_of
+from qformats.architectures.ugm import hf_model, hf_normalizer
+from qformats.architectures.wordpiece import wordpiece_tokenizer
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -26,18 +29,21 @@ _IDS = {
     "bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "sep": "seperator_token_id",
     "pad": "padding_token_id", "mask": "mask_token_id",
 }  # fmt: skip
+_UNIGRAM_IDS = {"pad": 0, "eos": 1, "unk": 2}  # llama.cpp's where a file of kind t5 does not say
+_WPM_IDS = {"bos": 101, "unk": 100, "sep": 102, "pad": 0, "mask": 103}  # what llama.cpp assumes of a WordPiece
 _PADDING = re.compile(r"\[PAD\d+\]")
 
 
-_TYPES = {"tokens": "[str]", "merges": "[str]", "token_type": "[i32]", "scores": "[f32]", "model": "str", "pre": "str"}
+_TYPES = {"tokens": "[str]", "merges": "[str]", "token_type": "[i32]", "scores": "[f32]", "model": "str", "pre": "str",
+          "precompiled_charsmap": "[u8]"}  # fmt: skip
 
 
 def _get(metadata: Metadata, key: str, default: Any = None) -> Any:
     stored = metadata.get(_PREFIX + key)
     if stored is None:
         return default
-    wanted = _TYPES.get(key, "bool" if key.startswith("add_") else stored.type)
-    if stored.type != wanted and (key, stored.type) != ("token_type", "[u32]"):
+    wanted = _TYPES.get(key, "bool" if key.startswith(("add_", "remove_")) else stored.type)
+    if stored.type != wanted and (key, stored.type) not in (("token_type", "[u32]"), ("precompiled_charsmap", "[i8]")):
         raise BadFile("gguf-key", f"{_PREFIX}{key} is of type {stored.type}, expected {wanted}")
     return stored.value
 
@@ -55,9 +61,14 @@ def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, 
     types = list(_get(metadata, "token_type", [NORMAL] * len(tokens)))
     if not tokens or len(types) != len(tokens):
         raise BadFile("tokenizer", f"the vocabulary has {len(tokens)} tokens and {len(types)} types")
-    special = _special_ids(metadata, len(tokens))
+    special = _special_ids(metadata, len(tokens), _UNIGRAM_IDS if model == "t5" else {})
     if model == "gpt2":
         parsed = _byte_level(metadata, tokens, types)
+    elif model == "t5":
+        parsed = _unigram(metadata, tokens, types, special.get("unk"))
+    elif model == "bert":
+        special = {**{name: number for name, number in _WPM_IDS.items() if number < len(tokens)}, **special}
+        parsed = _wordpiece(metadata, tokens, types, special)
     elif model == "llama":
         parsed = _byte_fallback(metadata, tokens, types, special.get("unk"))
     else:
@@ -65,21 +76,24 @@ def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, 
     parsed["added_tokens"] = _added_tokens(tokens, types)
     parsed["post_processor"] = _post_processor(metadata, tokens, special, model)
     names = {f"{name}_token": tokens[number] for name, number in special.items()}
+    if model == "bert":  # transformers' words for the tokens around a text
+        names.update({own: names[usual] for own, usual in (("cls_token", "bos_token"), ("sep_token", "sep_token")) if usual in names})
+        names = {name: text for name, text in names.items() if name not in ("bos_token", "eos_token")}
     files = {
         "tokenizer.json": json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n",
         "special_tokens_map.json": _dump(names),
         **_settings(metadata, names),
     }
-    ids: dict[str, Any] = dict(special)
+    ids: dict[str, Any] = {name: number for name, number in special.items() if model != "bert" or name == "pad"}
     if (eot := _get(metadata, "eot_token_id")) is not None and "eos" in ids and eot != ids["eos"]:
         ids["eos"] = [ids["eos"], eot]
     return files, {name: ids[name] for name in ("bos", "eos", "pad") if name in ids}
 
 
-def _special_ids(metadata: Metadata, size: int) -> dict[str, int]:
+def _special_ids(metadata: Metadata, size: int, defaults: Mapping[str, int]) -> dict[str, int]:
     ids: dict[str, int] = {}
     for name, key in _IDS.items():
-        number = _get(metadata, key)
+        number = _get(metadata, key, defaults.get(name))
         if number is None or number == 0xFFFFFFFF:  # llama.cpp's "no such token"
             continue
         if not isinstance(number, int) or not 0 <= number < size:
@@ -132,9 +146,7 @@ def _byte_level(metadata: Metadata, tokens: Sequence[str], types: Sequence[int])
 
 
 def _byte_fallback(metadata: Metadata, tokens: Sequence[str], types: Sequence[int], unknown: int | None) -> dict[str, Any]:
-    scores = list(_get(metadata, "scores", ()))
-    if len(scores) != len(tokens):
-        raise BadFile("tokenizer", f"the vocabulary has {len(tokens)} tokens and {len(scores)} scores")
+    scores = _scores(metadata, len(tokens))
     vocab = _vocab(tokens, types)
     plain = {text: scores[number] for text, number in vocab.items() if types[number] == NORMAL}
     if unknown is None:
@@ -157,18 +169,50 @@ def _byte_fallback(metadata: Metadata, tokens: Sequence[str], types: Sequence[in
     }  # fmt: skip
 
 
+def _unigram(metadata: Metadata, tokens: Sequence[str], types: Sequence[int], unknown: int | None) -> dict[str, Any]:
+    charsmap = _get(metadata, "precompiled_charsmap", b"")
+    normalizer = Normalizer(
+        charsmap=bytes(number & 255 for number in charsmap), space_first=bool(_get(metadata, "add_space_prefix", True)),
+        merges_spaces=bool(_get(metadata, "remove_extra_whitespaces", False)),
+    )  # fmt: skip
+    decoders: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "Fuse"}]
+    if normalizer.space_first or normalizer.merges_spaces:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": hf_normalizer(normalizer),
+        "pre_tokenizer": None, "post_processor": None, "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": hf_model(tokens, _scores(metadata, len(tokens)), types, unknown),
+    }  # fmt: skip
+
+
+def _scores(metadata: Metadata, size: int) -> list[float]:
+    scores = list(_get(metadata, "scores", ()))
+    if len(scores) != size:
+        raise BadFile("tokenizer", f"the vocabulary has {size} tokens and {len(scores)} scores")
+    return scores
+
+
+def _wordpiece(metadata: Metadata, tokens: Sequence[str], types: Sequence[int], special: Mapping[str, int]) -> dict[str, Any]:
+    if "unk" not in special:
+        raise BadFile("tokenizer", "the vocabulary has no token for unknown words")
+    flags = {name: _get(metadata, f"normalizer.{name}") for name in ("lowercase", "strip_accents")}
+    given = {name: bool(flag) for name, flag in flags.items() if flag is not None}
+    return wordpiece_tokenizer(tokens, types, tokens[special["unk"]], given)
+
+
 def _adds(metadata: Metadata, model: str) -> tuple[bool, bool]:
     """Whether llama.cpp puts the begin and the end token around a text."""
     default = model == "llama" or pretokenizers.adds_bos(str(_get(metadata, "pre", "default")))
-    return bool(_get(metadata, "add_bos_token", default)), bool(_get(metadata, "add_eos_token", False))
+    return bool(_get(metadata, "add_bos_token", default)), bool(_get(metadata, "add_eos_token", model == "t5"))
 
 
 def _post_processor(metadata: Metadata, tokens: Sequence[str], special: Mapping[str, int], model: str) -> dict[str, Any] | None:
     bos, eos = _adds(metadata, model)
-    first = [special["bos"]] if bos and "bos" in special else []
-    last = [special["eos"]] if eos and "eos" in special else []
+    ends = ("bos", "sep") if model == "bert" else ("bos", "eos")
+    first = [special[ends[0]]] if (bos or model == "bert") and ends[0] in special else []
+    last = [special[ends[1]]] if (eos or model == "bert") and ends[1] in special else []
     if not first and not last:
-        return None if model == "llama" else {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
+        return None if model != "gpt2" else {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}
 
     def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
         around = [[{"SpecialToken": {"id": tokens[n], "type_id": type_id}} for n in side] for side in (first, last)]

@@ -5,114 +5,28 @@ What a rule can do to a tensor acts on whole rows (rotary permutation, expert st
 a norm, so it applies to packed codes and to their parameters alike. Facts: llama.cpp, ``conversion/{llama,qwen,gemma}.py`` and
 ``gguf-py/gguf/tensor_mapping.py``.
 
-Rows: a tensor (N, K) has N rows, (E, N, K) has E·N rows, and each element of a vector (N,) is one row. Between tensors of different
-rank the rows are the target's: of E vectors stacked to (E, K) each is one row, and a vector that becomes (1, K) is one row too.
+``parts`` has the values that say what a tensor is made of, ``splits`` the tensors that are one in HF and several in GGUF.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
 
+from qformats.architectures.parts import Mapped, Parts, Shape, SourceRows, TensorMap
 from qformats.architectures.rows import inverse_order, row_order
+from qformats.architectures.rules import Rule
+from qformats.architectures.splits import Split, join, joined_shape, take_apart
 from qformats.errors import BadFile
-
-if TYPE_CHECKING:
-    import numpy as np
 
 __all__ = ["Mapped", "Parts", "Rule", "SourceRows", "TensorMap", "map_to_gguf", "map_to_hf"]
 
-Shape = tuple[int, ...]
-Parts = Mapping[str, Mapping[str, Shape]]
-
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
-_BUFFERS = (".rotary_emb.inv_freq", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
+_BUFFERS = (
+    ".rotary_emb.inv_freq", "embeddings.position_ids", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRows:
-    """Rows ``start:stop`` of source tensor ``module.leaf`` flattened to rows; row ``r`` of the piece is row ``start + index[r]``.
-
-    ``index``: (stop - start,) int64 or None for "in order". ``period``: rows ``k·period:(k+1)·period`` of the piece come only from
-    the same rows of the source (1 for "in order", head_dim for a rotary permutation, 0 when the whole piece is needed).
-    ``transposed``: the rows meant are the source's columns. Empty ``module`` and ``leaf`` stand for ``stop - start`` rows of zeros
-    (padding of an embedding).
-    """
-
-    module: str
-    leaf: str
-    start: int
-    stop: int
-    index: np.ndarray[Any, np.dtype[np.int64]] | None = None
-    period: int = 1
-    transposed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class TensorMap:
-    """One target tensor: ``sources`` concatenated along rows, then ``shift`` added to every value in float32.
-
-    ``target`` is the base name without leaf, ``shape`` the logical one: (N, K), (E, N, K) or (K,). ``kind`` is one of ``linear``,
-    ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv1d`` (inputs as
-    rows). ``constant``: the float32 values of a
-    computed tensor, which has no sources.
-    """
-
-    target: str
-    leaf: str
-    shape: Shape
-    sources: tuple[SourceRows, ...]
-    shift: float = 0.0
-    kind: str = "linear"
-    constant: np.ndarray[Any, np.dtype[np.float32]] | None = None
-
-    @property
-    def name(self) -> str:
-        """The full tensor name, ``target.leaf``; the leaf alone where the name has no dot."""
-        return f"{self.target}.{self.leaf}" if self.target else self.leaf
-
-
-@dataclass(frozen=True, slots=True)
-class Mapped:
-    """All target tensors in a fixed order, and every source tensor (or config field, as ``config:NAME``) left out, with the reason."""
-
-    tensors: tuple[TensorMap, ...]
-    dropped: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """One HF module ↔ one GGUF tensor.
-
-    ``hf`` and ``gguf`` are names with ``{i}`` for the layer and ``{e}`` for the expert. ``shape`` spells the weight's shape in the
-    letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
-    ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
-    ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
-    ``fused`` names the leaf of ``….experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
-    """
-
-    hf: str
-    gguf: str
-    shape: str
-    kind: str = "linear"
-    order: str = ""
-    shift: float = 0.0
-    bias: bool | str = False
-    when: str = ""
-    unless: str = ""
-    transposed: bool = False
-    resizable: bool = False
-    fused: tuple[str, int, int] | None = None
-
-    def sizes(self, dims: Mapping[str, int]) -> Shape:
-        return tuple(int(letter) if letter.isdecimal() else dims[letter] for letter in self.shape)
-
-    def exists(self, config: Mapping[str, object]) -> bool:
-        return not (self.when and not config.get(self.when)) and not (self.unless and config.get(self.unless))
 
 
 def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool) -> Iterator[tuple[Rule, int]]:
@@ -122,9 +36,10 @@ def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool)
     block = sorted(rules[first:last], key=lambda rule: rule.hf) if block_order else rules[first:last]
     for rule in rules[:first]:
         yield rule, 0
-    for layer in range(dims["L"]):
+    for layer in range(max(dims[rule.until or "L"] for rule in block)):
         for rule in block:
-            yield rule, layer
+            if rule.in_block(layer, dims):
+                yield rule, layer
     for rule in rules[last:]:
         yield rule, 0
 
@@ -147,7 +62,7 @@ class _Sources:
         return module, tuple(self._parts[module][leaf])
 
     def drop(self, name: str, reason: str, dropped: dict[str, str]) -> None:
-        for leaf in ("weight", "bias"):
+        for leaf in self._parts[self._module[name]] if name in self._module else ():
             if (found := self.take(name, leaf)) is not None:
                 dropped[f"{found[0]}.{leaf}"] = reason
         self._dropped.add(name)
@@ -214,7 +129,7 @@ def _canonical_hf(parts: Parts, rules: tuple[Rule, ...]) -> dict[str, str]:
     if first not in parts and first.removeprefix(prefix) in parts:
         return {name if name == "lm_head" else prefix + name: name for name in parts}
     for module in parts:
-        name = module.removeprefix("language_model.")
+        name = module.removeprefix("language_model.").removeprefix("bert.")
         if name.startswith("model.language_model."):
             name = "model." + name.removeprefix("model.language_model.")
         names[name] = module
@@ -222,9 +137,18 @@ def _canonical_hf(parts: Parts, rules: tuple[Rule, ...]) -> dict[str, str]:
 
 
 def map_to_gguf(
-    rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, tied: bool, dropped: dict[str, str]
+    rules: tuple[Rule, ...],
+    dims: Mapping[str, int],
+    parts: Parts,
+    *,
+    tied: bool,
+    dropped: dict[str, str],
+    left_out: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[TensorMap, ...]:
-    """Map HF modules to GGUF tensors; raises ``BadFile`` (``unmapped-tensor``, ``missing-tensor``, ``tensor-shape``)."""
+    """Map HF modules to GGUF tensors; raises ``BadFile`` (``unmapped-tensor``, ``missing-tensor``, ``tensor-shape``).
+
+    ``left_out``: beginnings of plain names that have no place in a GGUF, with the reason.
+    """
     buffers = {m: s for m, s in parts.items() if not m.startswith(_OTHER_TOWERS)}
     for module, leaves in parts.items():
         if module not in buffers:
@@ -236,15 +160,25 @@ def map_to_gguf(
                 dropped[f"{module}.{leaf}"] = "a buffer that the model computes itself"
             else:
                 kept.setdefault(module, {})[leaf] = shape
-    sources = _Sources(kept, _canonical_hf(kept, rules))
-    for name in {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} if tied else ():
+    names = _canonical_hf(kept, rules)
+    sources = _Sources(kept, names)
+    for name in names:
+        if (why := next((reason for start, reason in left_out.items() if name.startswith(start)), None)) is not None:
+            sources.drop(name, why, dropped)
+    outputs = {"lm_head", *(rule.hf for rule in rules if rule.kind == "output")} - {rule.hf for rule in rules if rule.optional}
+    for name in outputs if tied else ():
         sources.drop(name, "tied: the same weights as the embedding", dropped)
+    for name in (name for rule in rules for name in rule.copies):
+        sources.drop(name, "the same weights as the embedding", dropped)
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=True):
-        made = _experts_to_gguf(rule, layer, dims, sources) if "{e}" in rule.hf else _one_to_gguf(rule, layer, dims, sources)
-        if not made and not (tied and rule.kind == "output"):
-            missing.append(rule.hf.format(i=layer, e=0) + ".weight")
+        if rule.split is not None:
+            made = _split_to_gguf(rule, rule.split, rules, layer, dims, sources)
+        else:
+            made = _experts_to_gguf(rule, layer, dims, sources) if "{e}" in rule.hf else _one_to_gguf(rule, layer, dims, sources)
+        if not made and not (tied and rule.kind == "output") and not rule.optional:
+            missing.append(f"{rule.hf.format(i=layer, e=0)}.{rule.leaf if rule.split is None else rule.split.leaf}")
         tensors.extend(made)
     _missing(missing)
     sources.finish("GGUF")
@@ -254,18 +188,19 @@ def map_to_gguf(
 def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     made: list[TensorMap] = []
     name, target = rule.hf.format(i=layer), rule.gguf.format(i=layer)
-    found = sources.take(name, "weight")
+    found = sources.take(name, rule.leaf)
     if found is not None and rule.transposed:
         _check_shape(f"{found[0]}.weight", found[1], rule.sizes(dims)[::-1])
         made.append(_transposed(target, found[0], rule.sizes(dims), rule.kind))
     elif found is not None:
         module, shape = found
-        expected = rule.sizes(dims)
-        piece = _whole(module, "weight", shape, rule, dims, inverse=False)
+        expected = rule.sizes(dims, hf=True)
+        piece = _whole(module, rule.leaf, shape, rule, dims, inverse=False)
         if rule.resizable and len(shape) == 2 and shape[0] > expected[0]:
-            piece, shape = SourceRows(module, "weight", 0, expected[0]), expected
-        _check_shape(f"{module}.weight", shape, expected)
-        made.append(TensorMap(target, "weight", shape, (piece,), rule.shift, rule.kind))
+            piece, shape = SourceRows(module, rule.leaf, 0, expected[0]), expected
+        _check_shape(f"{module}.{rule.leaf}", shape, expected)
+        shape = rule.sizes(dims) if rule.hf_shape else shape
+        made.append(TensorMap(target, rule.gguf_leaf, shape, (piece,), rule.shift, rule.kind, factor=float(rule.factor)))
     if rule.bias and (found := sources.take(name, "bias")) is not None:
         module, shape = found
         _check_shape(f"{module}.bias", shape, rule.sizes(dims)[:1])
@@ -274,7 +209,30 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
 
 
 def _transposed(target: str, module: str, shape: Shape, kind: str) -> TensorMap:
-    return TensorMap(target, "weight", shape, (SourceRows(module, "weight", 0, shape[0], transposed=True),), 0.0, kind)
+    return TensorMap(target, "weight", shape, (SourceRows(module, "weight", 0, shape[0], transposed=(0, shape[1])),), 0.0, kind)
+
+
+def _siblings(rule: Rule, split: Split, rules: tuple[Rule, ...]) -> list[Rule]:
+    """All rules whose GGUF tensors make the HF tensor of ``rule``, in the order of their parts."""
+    same = [r for r in rules if r.split is not None and r.hf == rule.hf and r.split.leaf == split.leaf]
+    return sorted(same, key=lambda r: r.split.part if r.split else 0)
+
+
+def _split_to_gguf(
+    rule: Rule, split: Split, rules: tuple[Rule, ...], layer: int, dims: Mapping[str, int], sources: _Sources
+) -> list[TensorMap]:
+    """One part of an HF tensor, which is ``module.leaf`` or, packed, the weight of a module of that name."""
+    name, leaf = rule.hf.format(i=layer), split.leaf
+    found = sources.take(name, leaf)
+    packed = found is None
+    if found is None:
+        found, leaf = sources.take(f"{name}.{leaf}", "weight"), "weight"
+    if found is None:
+        return []
+    shapes = [other.sizes(dims) for other in _siblings(rule, split, rules)]
+    _check_shape(f"{found[0]}.{leaf}", found[1], joined_shape(split, shapes, packed))
+    pieces = take_apart(split, found[0], leaf, shapes, packed)
+    return [TensorMap(rule.gguf.format(i=layer), rule.gguf_leaf, rule.sizes(dims), pieces, 0.0, rule.kind)]
 
 
 def _experts_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
@@ -315,8 +273,10 @@ def _fused_to_gguf(rule: Rule, layer: int, expected: Shape, sources: _Sources) -
     return [TensorMap(rule.gguf.format(i=layer), "weight", expected, pieces, 0.0, rule.kind)]
 
 
-def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, dropped: dict[str, str]) -> tuple[TensorMap, ...]:
-    """Map GGUF base names to HF modules, the exact inverse of :func:`map_to_gguf`; the same errors."""
+def map_to_hf(
+    rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *, dropped: dict[str, str], packed: bool = False
+) -> tuple[TensorMap, ...]:
+    """Map GGUF base names to HF modules, the exact inverse of :func:`map_to_gguf`; the same errors. ``packed``: see ``Split``."""
     sources = _Sources(parts, {name: name for name in parts})
     for name in _FACTORS:
         sources.drop(name, "rotary factors, kept as rope parameters of config.json", dropped)
@@ -325,33 +285,61 @@ def map_to_hf(rules: tuple[Rule, ...], dims: Mapping[str, int], parts: Parts, *,
     tensors: list[TensorMap] = []
     missing: list[str] = []
     for rule, layer in _layers(rules, dims, block_order=False):
-        made = _one_to_hf(rule, layer, dims, sources)
-        if not made and rule.kind != "output":
-            missing.append(rule.gguf.format(i=layer) + ".weight")
+        if rule.split is not None:
+            made = _split_to_hf(rule, rule.split, rules, layer, dims, sources, packed)
+            complete = bool(made) or rule.split.part > 0
+        else:
+            made = _one_to_hf(rule, layer, dims, sources)
+            complete = bool(made) or rule.kind == "output"
+        if not complete:
+            missing.append(f"{rule.gguf.format(i=layer)}.{rule.gguf_leaf}")
         tensors.extend(made)
     _missing(missing)
     sources.finish("HF")
     return tuple(tensors)
 
 
+def _split_to_hf(
+    rule: Rule, split: Split, rules: tuple[Rule, ...], layer: int, dims: Mapping[str, int], sources: _Sources, packed: bool
+) -> list[TensorMap]:
+    """The whole HF tensor at the rule of its first part, nothing at the others."""
+    if split.part:
+        return []
+    names, shapes, parts = [], [], _siblings(rule, split, rules)
+    for part in parts:
+        base = part.gguf.format(i=layer)
+        found = sources.take(base, part.gguf_leaf)
+        if found is None:
+            return []
+        shapes.append(part.sizes(dims))
+        _check_shape(f"{base}.{part.gguf_leaf}", found[1], shapes[-1])
+        names.append((base, part.gguf_leaf))
+    target, leaf, as_module = rule.hf.format(i=layer), split.leaf, packed and len(shapes[0]) == 3 and split.layout == "alternate"
+    if as_module:
+        target, leaf = f"{target}.{leaf}", "weight"
+    return [join(split, target, leaf, names, shapes, as_module, rule.kind)]
+
+
 def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     made: list[TensorMap] = []
     base, expected = rule.gguf.format(i=layer), rule.sizes(dims)
-    found = sources.take(base, "weight")
+    found = sources.take(base, rule.gguf_leaf)
     if found is not None and rule.transposed:
         _check_shape(f"{base}.weight", found[1], expected)
         made.append(_transposed(rule.hf.format(i=layer), base, expected[::-1], "conv1d"))
     elif found is not None:
         shape = expected if expected[:1] == (1,) and found[1] == expected[1:] else found[1]  # older files hold one row as a vector
         if rule.resizable and len(shape) == 2 and shape[0] < expected[0]:
-            pieces = [SourceRows(base, "weight", 0, shape[0]), SourceRows("", "", 0, expected[0] - shape[0])]
+            pieces = [SourceRows(base, rule.gguf_leaf, 0, shape[0]), SourceRows("", "", 0, expected[0] - shape[0])]
             shape = (expected[0], shape[1])
         else:
-            pieces = [_whole(base, "weight", shape, rule, dims, inverse=True)]
-        _check_shape(f"{base}.weight", shape, expected)
+            pieces = [_whole(base, rule.gguf_leaf, shape, rule, dims, inverse=True)]
+        _check_shape(f"{base}.{rule.gguf_leaf}", shape, expected)
         if "{e}" in rule.hf:
             return _experts_to_hf(rule, layer, base, expected)
-        made.append(TensorMap(rule.hf.format(i=layer), "weight", shape, tuple(pieces), 0.0 - rule.shift, rule.kind))
+        undone = 1.0 / float(rule.factor)
+        shape = rule.sizes(dims, hf=True) if rule.hf_shape else shape
+        made.append(TensorMap(rule.hf.format(i=layer), rule.leaf, shape, tuple(pieces), 0.0 - rule.shift, rule.kind, factor=undone))
     if rule.bias and (found := sources.take(base, "bias")) is not None:
         _check_shape(f"{base}.bias", found[1], expected[:1])
         piece = _whole(base, "bias", found[1], rule, dims, inverse=True)

@@ -23,8 +23,8 @@ __all__ = ["SIDE_FILES", "build_hf_files", "build_metadata", "json_file", "size_
 
 # side files that metadata reads, where they exist
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
-    "vocab.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+    "tokenizer.json", "tokenizer.model", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "merges.txt", "vocab.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
 
 # generation_config.json field → (key after general.sampling, type), in llama.cpp's order
@@ -77,6 +77,9 @@ def build_metadata(
                 metadata["general.file_type"] = Value("u32", file_type)
         else:
             metadata[f"{binding.architecture.gguf}.{key}"] = Value(kind, value)
+    pooled = None if binding.architecture.pooling is None else binding.architecture.pooling(files or {})
+    if pooled is not None:
+        metadata[f"{binding.architecture.gguf}.pooling_type"] = Value("u32", pooled)
     if quantization_version is not None:
         metadata["general.quantization_version"] = Value("u32", quantization_version)
     metadata.update(tokenizer_metadata(binding, files, pre))
@@ -153,6 +156,9 @@ def _value(binding: Binding, name: str) -> Any:
 def _add_field(keys: list[tuple[str, str, Any]], key: str, kind: str, value: Any) -> None:
     if value is None:
         return
+    if kind == "[i32]" and isinstance(value, list) and all(type(number) is int and abs(number) < 1 << 31 for number in value):
+        keys.append((key, kind, value))
+        return
     right = isinstance(value, {"str": str, "bool": bool}.get(kind, (int, float))) and (kind == "bool") == isinstance(value, bool)
     if not right or (kind == "u32" and (not isinstance(value, int) or not 0 <= value < 1 << 32)):
         raise BadFile("config-field", f"the config value for {key!r} is {value!r}, which is no {kind}")
@@ -168,7 +174,7 @@ def size_label(binding: Binding) -> str:
         count = 1
         for size in rule.sizes(binding.dims):
             count *= size
-        layers = binding.dims["L"] if "{i}" in rule.gguf else 1
+        layers = rule.blocks(binding.dims) if "{i}" in rule.gguf else 1
         if rule.kind == "experts":
             experts = binding.dims["E"]
             expert += count // experts * layers

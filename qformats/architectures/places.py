@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from qformats.architectures.mapping import Rule, Shape
+from qformats.architectures.parts import Shape
+from qformats.architectures.rules import Rule
 
 if TYPE_CHECKING:
     from qformats.architectures.binding import Binding
@@ -60,7 +61,10 @@ class Places:
         rules, dims = self.binding.rules, self.binding.dims
         for rule in rules:
             shape = rule.sizes(dims)
-            for layer in range(dims["L"] if "{i}" in rule.hf else 1):
+            if rule.split is not None or (rule.leaf, rule.gguf_leaf) != ("weight", "weight"):
+                continue  # one of its tensors is no weight of one module
+            layers = [i for i in range(dims[rule.until or "L"]) if rule.in_block(i, dims)] if "{i}" in rule.hf else [0]
+            for layer in layers:
                 gguf = rule.gguf.format(i=layer)
                 if "{e}" not in rule.hf:
                     yield Place(rule.hf.format(i=layer), gguf, rule, shape)

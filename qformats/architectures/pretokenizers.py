@@ -38,6 +38,7 @@ _DEEPSEEK3 = (
     + "\r\n"
     + r"]+|\s+(?!\S)|\s+",
 )
+_BLOOM = " ?[^(\\s|.,!?…。，、।۔،)]+"  # without the nested brackets of the original, which mean the same
 _BYTE_LEVEL = "byte-level"  # the rule GPT-2's own pattern, built into the ByteLevel step
 _DIGITS = "digits"
 
@@ -50,6 +51,7 @@ _RULES: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     ((_TEKKEN,), ("tekken",)),
     ((_GPT4O,), ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")),
     (_DEEPSEEK3, ("deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4")),
+    ((_BLOOM,), ("bloom", "poro-chat", "gpt3-finnish")),
     ((_DIGITS, _BYTE_LEVEL), ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2")),
     (
         (_BYTE_LEVEL,),

@@ -1,8 +1,11 @@
 """SentencePiece vocabularies: a small reader of ``tokenizer.model``, and scores ↔ merges for byte-fallback ``tokenizer.json`` files.
 
 ``tokenizer.model`` is a protobuf (sentencepiece, ``src/sentencepiece_model.proto``): field 1 repeated pieces {1 text, 2 float score,
-3 type}, field 2 trainer {3 model type: 1 unigram, 2 BPE}. llama.cpp merges the neighbours whose union has the highest score;
-Hugging Face applies merges in their order. The two agree when a piece's score falls with the rank of its merges.
+3 type}, field 2 trainer {3 model type: 1 unigram, 2 BPE; 24 whether a space ends a word; 35 whether bytes stand for unknown letters},
+field 3 normalizer {2 compiled map of characters, 3 whether a space is put first, 4 whether spaces are merged}.
+
+llama.cpp merges the neighbours whose union has the highest score; Hugging Face applies merges in their order. The two agree when a
+piece's score falls with the rank of its merges.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from typing import Any
 
 from qformats.errors import BadFile, Unsupported
 
-__all__ = ["BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Piece", "merges_of", "read_model", "scores_of"]
+__all__ = [
+    "BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Normalizer", "Piece", "is_unigram", "merges_of", "read_model",
+    "read_unigram", "scores_of",
+]  # fmt: skip
 
 # llama.cpp's token types (``include/llama.h``), which are SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
-_BPE = 2
+_UNIGRAM, _BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -30,6 +36,15 @@ class Piece:
     text: str
     score: float
     type: int
+
+
+@dataclass(frozen=True, slots=True)
+class Normalizer:
+    """How a text is changed before it is split: a compiled map of characters (empty for none), a space put first, spaces merged."""
+
+    charsmap: bytes = b""
+    space_first: bool = True
+    merges_spaces: bool = True
 
 
 def _broken() -> BadFile:
@@ -68,20 +83,42 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
         at += size
 
 
+def is_unigram(data: bytes) -> bool:
+    """Whether a SentencePiece model is of unigram type; ``BadFile('tokenizer-model')`` if broken."""
+    return _trainer(data).get(3, _UNIGRAM) == _UNIGRAM
+
+
 def read_model(data: bytes) -> list[Piece]:
     """Parse ``tokenizer.model``; ``BadFile('tokenizer-model')`` if broken, ``Unsupported('tokenizer')`` if not of BPE type."""
-    pieces: list[Piece] = []
-    kind = 1
-    for number, value in _fields(data):
-        if number == 1 and isinstance(value, bytes):
-            pieces.append(_piece(value))
-        elif number == 2 and isinstance(value, bytes):
-            kind = next((v for n, v in _fields(value) if n == 3 and isinstance(v, int)), 1)
-    if not pieces:
-        raise _broken()
-    if kind != _BPE:
+    pieces = _pieces(data)
+    if _trainer(data).get(3, _UNIGRAM) != _BPE:
         raise Unsupported("tokenizer", "tokenizer.model is not of BPE type; llama.cpp's 'llama' vocabulary would split text differently")
     return pieces
+
+
+def read_unigram(data: bytes) -> tuple[list[Piece], Normalizer]:
+    """Parse a model of unigram type; ``Unsupported('tokenizer')`` for what llama.cpp's 't5' vocabulary does not do."""
+    trainer = _trainer(data)
+    for number, what in ((24, "spaces behind words"), (35, "bytes for unknown letters")):
+        if trainer.get(number, 0):
+            raise Unsupported("tokenizer", f"a unigram vocabulary with {what} cannot be written to GGUF")
+    found: dict[int, int | bytes] = {}
+    for number, value in _fields(data):
+        if number == 3 and isinstance(value, bytes):
+            found.update(_fields(value))
+    charsmap = found.get(2, b"")
+    return _pieces(data), Normalizer(charsmap if isinstance(charsmap, bytes) else b"", bool(found.get(3, 1)), bool(found.get(4, 1)))
+
+
+def _pieces(data: bytes) -> list[Piece]:
+    pieces = [_piece(value) for number, value in _fields(data) if number == 1 and isinstance(value, bytes)]
+    if not pieces:
+        raise _broken()
+    return pieces
+
+
+def _trainer(data: bytes) -> dict[int, int | bytes]:
+    return {n: v for number, value in _fields(data) if number == 2 and isinstance(value, bytes) for n, v in _fields(value)}
 
 
 def _piece(data: bytes) -> Piece:

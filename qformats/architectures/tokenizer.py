@@ -1,6 +1,7 @@
 """A checkpoint's tokenizer files as GGUF keys (``tokenizer.ggml.*``), by llama.cpp's rules. The only importer of ``tokenizers``.
 
-Two kinds of vocabulary: ``gpt2`` (byte-level BPE out of tokenizer.json: tokens, types, merges, pre-tokenizer's name) and ``llama``
+Three kinds of vocabulary: ``t5`` (unigram, see ``ugm``), ``gpt2`` (byte-level BPE out of tokenizer.json: tokens, types, merges,
+pre-tokenizer's name) and ``llama``
 (SentencePiece BPE out of tokenizer.model, or out of a byte-fallback tokenizer.json: tokens, scores, types). Facts: llama.cpp,
 ``conversion/base.py`` ``get_vocab_base``, ``_create_vocab_sentencepiece``, ``does_token_look_special``. One difference: where there is no
 tokenizer.model llama.cpp writes −1000 as every score, which loses the order of merges; here scores follow the merges.
@@ -17,7 +18,20 @@ from qformats.architectures import pretokenizers
 from qformats.architectures.metadata import json_file
 from qformats.architectures.pretokenizer_hashes import CHECK_TEXT
 from qformats.architectures.special import KEYS, merges_as_text, read_special, token_content
-from qformats.architectures.spm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, read_model, scores_of
+from qformats.architectures.spm import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    is_unigram,
+    read_model,
+    read_unigram,
+    scores_of,
+)  # fmt: skip
+from qformats.architectures.ugm import is_unigram_json, json_normalizer, json_pieces
+from qformats.architectures.wordpiece import PRE, is_wordpiece, normalizer_flags, phantom
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -49,15 +63,20 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     if files is None:
         return {"tokenizer.ggml.model": Value("str", "none")}
     tokenizer = json_file(files, "tokenizer.json")
-    if tokenizer is None and "tokenizer.model" not in files:
+    spm = "tokenizer.model" if "tokenizer.model" in files else "spiece.model"
+    if tokenizer is None and spm not in files:
         raise BadFile("missing-tokenizer", "there is neither tokenizer.json nor tokenizer.model", hint="fetch the tokenizer files")
     made: Metadata = {}
     settings = json_file(files, "tokenizer_config.json") or {}
     prefix = settings.get("add_prefix_space")
     if binding.architecture.llama_vocabulary and isinstance(prefix, bool):
         made["tokenizer.ggml.add_space_prefix"] = Value("bool", prefix)
-    if "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
+    if is_unigram_json(tokenizer) or (tokenizer is None and is_unigram(files[spm])):
+        made.update(_from_unigram(binding, files, tokenizer, files.get(spm)))
+    elif "tokenizer.model" in files and (tokenizer is None or files["tokenizer.model"][:1] == b"\n"):
         made.update(_from_model(binding, files, tokenizer, settings))
+    elif tokenizer is not None and is_wordpiece(tokenizer):
+        made.update(_from_wordpiece(binding, files, tokenizer, settings, pre))
     elif tokenizer is not None and _is_byte_fallback(tokenizer):
         made.update(_from_byte_fallback(binding, files, tokenizer))
     elif tokenizer is not None and _is_byte_level(tokenizer):
@@ -65,7 +84,8 @@ def tokenizer_metadata(binding: Binding, files: Mapping[str, bytes] | None, pre:
     else:
         model = (tokenizer or {}).get("model")
         kind = model.get("type") if isinstance(model, Mapping) else model
-        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint="BPE and SentencePiece BPE can")
+        known = "BPE, SentencePiece BPE, unigram and WordPiece can"
+        raise Unsupported("tokenizer", f"a tokenizer of type {kind!r} cannot be written to GGUF", hint=known)
     if binding.architecture.llama_vocabulary and binding.dims["T"] == _GRANITE_VOCABULARY:
         made["tokenizer.ggml.add_bos_token"] = Value("bool", False)
     tokens = made["tokenizer.ggml.tokens"].value
@@ -133,7 +153,7 @@ class _Table:
             "tokenizer.ggml.pre": Value("str", pre),
             "tokenizer.ggml.tokens": Value("[str]", self.texts),
         }
-        if model == "llama":
+        if model in ("llama", "t5"):
             made["tokenizer.ggml.scores"] = Value("[f32]", self.scores)
         made["tokenizer.ggml.token_type"] = Value("[i32]", self.types)
         return made
@@ -180,6 +200,33 @@ def _from_byte_fallback(binding: Binding, files: Mapping[str, bytes], tokenizer:
     return _spm_metadata(binding, files, table, prefix)
 
 
+def _from_unigram(
+    binding: Binding, files: Mapping[str, bytes], tokenizer: Mapping[str, Any] | None, model: bytes | None
+) -> Metadata:
+    """Unigram pieces out of tokenizer.json, or out of the SentencePiece model alone, then added tokens over them."""
+    from qformats.containers.gguf import Value
+
+    if tokenizer is None:
+        assert model is not None
+        pieces, normalizer = read_unigram(model)
+    else:
+        pieces, normalizer = json_pieces(tokenizer), json_normalizer(tokenizer)
+    table = _Table(binding.dims["T"])
+    for number, piece in enumerate(pieces):
+        table.put(number, piece.text, piece.score, piece.type)
+    for token in _added(tokenizer):
+        known = token["id"] < len(table.types) and table.types[token["id"]] == UNKNOWN
+        if not known:
+            table.put_added(token["id"], token["content"], bool(token.get("special")))
+    made = table.metadata("t5", "default")
+    made["tokenizer.ggml.add_space_prefix"] = Value("bool", normalizer.space_first)
+    made["tokenizer.ggml.remove_extra_whitespaces"] = Value("bool", normalizer.merges_spaces)
+    if normalizer.charsmap:
+        made["tokenizer.ggml.precompiled_charsmap"] = Value("[u8]", normalizer.charsmap)
+    made.update(read_special(files, binding.config, len(table.texts)).metadata())
+    return made
+
+
 def _pairs(merges: Any) -> list[tuple[str, str]]:
     pairs: list[tuple[str, str]] = []
     for merge in merges if isinstance(merges, list) else []:
@@ -209,6 +256,35 @@ def _from_byte_level(
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if parsed["model"].get(name):
             raise Unsupported("tokenizer", f"a byte-level BPE with {name} cannot be written to GGUF")
+    table, engine = _as_stored(binding, files, parsed, settings)
+    made = table.metadata("gpt2", pre_name(engine, parsed, pre))
+    merges = merges_as_text(parsed["model"].get("merges"))
+    if merges:
+        made["tokenizer.ggml.merges"] = Value("[str]", merges)
+    made.update(read_special(files, binding.config, None).metadata())
+    return made
+
+
+def _from_wordpiece(
+    binding: Binding, files: Mapping[str, bytes], parsed: Mapping[str, Any], settings: Mapping[str, Any], pre: str | None
+) -> Metadata:
+    """WordPiece: tokens as stored, spelled by where words start."""
+    from qformats.containers.gguf import Value
+
+    flags = normalizer_flags(parsed)
+    table, _ = _as_stored(binding, files, parsed, settings)
+    table.texts = [phantom(text, kind) for text, kind in zip(table.texts, table.types, strict=True)]
+    types = binding.full.get("type_vocab_size", 1)
+    made: Metadata = {"tokenizer.ggml.token_type_count": Value("u32", types), **table.metadata("bert", PRE if pre is None else pre)}
+    made.update(read_special(files, binding.config, len(table.texts)).metadata())
+    made.update({f"tokenizer.ggml.normalizer.{name}": Value("bool", flag) for name, flag in flags.items()})
+    return made
+
+
+def _as_stored(
+    binding: Binding, files: Mapping[str, bytes], parsed: Mapping[str, Any], settings: Mapping[str, Any]
+) -> tuple[_Table, Any]:
+    """The vocabulary as it stands in tokenizer.json, added tokens as the tokenizer itself decodes them; and the tokenizer."""
     engine = _engine(files["tokenizer.json"])
     vocab, added = _vocab(parsed), {token["id"]: token for token in _added(parsed)}
     size = binding.dims["T"]
@@ -227,12 +303,7 @@ def _from_byte_level(
         if not token.get("normalized"):
             text = engine.decode(engine.encode(text, add_special_tokens=False).ids, skip_special_tokens=False)
         table.put_added(number, text, bool(token.get("special")))
-    made = table.metadata("gpt2", pre_name(engine, parsed, pre))
-    merges = merges_as_text(parsed["model"].get("merges"))
-    if merges:
-        made["tokenizer.ggml.merges"] = Value("[str]", merges)
-    made.update(read_special(files, binding.config, None).metadata())
-    return made
+    return table, engine
 
 
 def _engine(data: bytes) -> Any:

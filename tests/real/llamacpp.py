@@ -133,6 +133,9 @@ _LLAMA: dict[str, tuple[Any, list[Any]]] = {
     "llama_tokenize": (_i32, [_ptr, C.c_char_p, _i32, C.POINTER(_i32), _i32, _bool, _bool]),
     "llama_detokenize": (_i32, [_ptr, C.POINTER(_i32), _i32, C.c_char_p, _i32, _bool, _bool]),
     "llama_batch_init": (_Batch, [_i32, _i32, _i32]), "llama_batch_free": (None, [_Batch]), "llama_decode": (_i32, [_ptr, _Batch]),
+    "llama_encode": (_i32, [_ptr, _Batch]), "llama_model_has_encoder": (_bool, [_ptr]), "llama_get_embeddings": (C.POINTER(_f32), [_ptr]),
+    "llama_get_embeddings_seq": (C.POINTER(_f32), [_ptr, _i32]), "llama_set_embeddings": (None, [_ptr, _bool]),
+    "llama_model_n_embd": (_i32, [_ptr]),
     "llama_get_logits": (C.POINTER(_f32), [_ptr]), "llama_get_memory": (_ptr, [_ptr]), "llama_memory_clear": (None, [_ptr, _bool]),
     "llama_adapter_lora_init": (_ptr, [_ptr, C.c_char_p]),
     "llama_set_adapters_lora": (_i32, [_ptr, C.POINTER(_ptr), _size, C.POINTER(_f32)]),
@@ -154,6 +157,7 @@ class _TensorOverride(C.Structure):
 
 
 _LINES: list[str] | None = None  # while a list, the log goes into it
+POOLING = {"none": 0, "mean": 1, "cls": 2, "as the file says": -1}
 _KEEP_ALIVE: list[Any] = []  # the log callback must outlive the library
 
 
@@ -316,6 +320,7 @@ def chosen_types(src: str | Path, ftype: str, **options: Any) -> dict[str, str]:
 class Llama:
     """A loaded model with one context.
 
+    ``pooling`` (``none``, ``mean``, ``cls``, ``as the file says``) opens an embedding model.
     ``n_ctx`` is the longest window. The defaults suit numerical comparison: KV cache in float32, flash attention off.
     """
 
@@ -328,6 +333,7 @@ class Llama:
         kv_type: str = "F32",
         flash_attention: bool = False,
         on_tensor: Any = None,
+        pooling: str = "",
     ) -> None:
         """``on_tensor``: an ``EVAL_CALLBACK``, called for every tensor that is computed."""
         self._lib = libraries()
@@ -343,6 +349,9 @@ class Llama:
         if on_tensor is not None:
             params.cb_eval = C.cast(on_tensor, _ptr)
         self._callback = on_tensor  # must outlive the context
+        if pooling:
+            params.embeddings, params.pooling_type = True, POOLING[pooling]
+        self._pooling = pooling
         self.n_ctx = n_ctx
         self._context = self._lib.llama_init_from_model(self._model, params)
         if not self._context:
@@ -395,18 +404,23 @@ class Llama:
         count = self._lib.llama_detokenize(self._vocab, (_i32 * len(ids))(*ids), len(ids), buffer, len(buffer), False, True)
         return buffer.raw[: max(count, 0)].decode("utf8", "replace")
 
-    def _decode(self, ids: list[int], position: int, every: bool) -> np.ndarray[Any, Any]:
+    def _run(self, step: str, ids: list[int], position: int, every: bool) -> None:
         batch = self._lib.llama_batch_init(len(ids), 0, 1)
         batch.n_tokens = len(ids)
         for at, token in enumerate(ids):
             batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position + at, 1
             batch.seq_id[at][0] = 0
             batch.logits[at] = int(every or at == len(ids) - 1)
-        status = self._lib.llama_decode(self._context, batch)
+        status = getattr(self._lib, step)(self._context, batch)
         self._lib.llama_batch_free(batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status}")
+            raise RuntimeError(f"{step} returned {status}")
+
+    def _decode(self, ids: list[int], position: int, every: bool, *, outputs: bool = True) -> np.ndarray[Any, Any]:
+        self._run("llama_decode", ids, position, every)
         rows = len(ids) if every else 1
+        if not outputs:
+            return np.empty(0, np.float32)
         return np.ctypeslib.as_array(self._lib.llama_get_logits(self._context), (rows, self.n_vocab)).copy()
 
     def _clear(self) -> None:
@@ -416,6 +430,20 @@ class Llama:
         """float32 (len(ids), n_vocab) from an empty cache; at most ``n_ctx`` tokens."""
         self._clear()
         return self._decode(ids, 0, True)
+
+    def decoder_logits(self, source: list[int], ids: list[int]) -> np.ndarray[Any, Any]:
+        """float32 (len(ids), n_vocab) of a decoder over ``ids`` behind an encoder over ``source``."""
+        self._clear()
+        self._run("llama_encode", source, 0, True)
+        return self._decode(ids, 0, True)
+
+    def embeddings(self, ids: list[int]) -> np.ndarray[Any, Any]:
+        """float32 (len(ids), n_embd) of a model opened with ``pooling="none"``, (n_embd,) with another."""
+        self._decode(ids, 0, True, outputs=False)
+        width = int(self._lib.llama_model_n_embd(self._model))
+        if self._pooling == "none":
+            return np.ctypeslib.as_array(self._lib.llama_get_embeddings(self._context), (len(ids), width)).copy()
+        return np.ctypeslib.as_array(self._lib.llama_get_embeddings_seq(self._context, 0), (width,)).copy()
 
     def nll(self, ids: list[int], window: int | None = None) -> float:
         """Mean negative log likelihood over consecutive windows (``n_ctx`` by default); the first token of each is not scored."""

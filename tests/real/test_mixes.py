@@ -11,10 +11,10 @@ import pytest
 from conftest import Workshop
 from test_dense import tiny_model
 
-from converters.choose import PlanOptions
 from converters.execute import execute
 from converters.mapping import map_tensors
 from converters.mixing import mix_of
+from converters.options import PlanOptions
 from converters.plan import make_plan, refuse_losses
 from qformats import registry
 from qformats.checkpoint import open_checkpoint

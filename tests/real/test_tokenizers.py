@@ -21,7 +21,7 @@ import llamacpp
 from qformats.architectures import find, find_gguf
 from qformats.architectures.hf_tokenizer import hf_tokenizer_files
 from qformats.architectures.metadata import SIDE_FILES
-from qformats.containers.gguf import Metadata, layout_gguf, open_gguf
+from qformats.containers.gguf import Metadata, Value, layout_gguf, open_gguf
 
 LAB = Path(os.environ.get("QFORMATS_LAB", "~/.cache/qformats-lab")).expanduser()
 VOCABULARIES = LAB / "so" / "llama.cpp-src" / "models"
@@ -101,6 +101,18 @@ def test_llama_cpps_own_vocabularies(name: str, tmp_path: Path) -> None:
     files, _ = hf_tokenizer_files(open_gguf(path).metadata)
     loaded = save(files, tmp_path)
     assert differences(path, loaded.encode, texts) == []
+
+
+def test_blooms_pre_tokenizer_on_another_vocabulary(tmp_path: Path) -> None:
+    """llama.cpp's tests have no vocabulary of this kind; GPT-2's is split by its rule instead."""
+    source = VOCABULARIES / "ggml-vocab-gpt-2.gguf"
+    if not source.exists():
+        pytest.skip("llama.cpp's source is not in the lab")
+    metadata = {**open_gguf(source).metadata, "tokenizer.ggml.pre": Value("str", "bloom")}
+    path = write_vocabulary(metadata, tmp_path / "vocab.gguf")
+    files, _ = hf_tokenizer_files(metadata)
+    texts = source.with_suffix(".gguf.inp").read_text().split("\n__ggml_vocab_test__\n") + TEXTS
+    assert differences(path, save(files, tmp_path).encode, texts) == []
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -141,7 +141,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     if target.type is None:
         bits = scheme.grid.bits if isinstance(scheme.grid, Integer) else 8
         narrow = [name for name in NARROW if bits <= max(2, BLOCK_TYPES[name].storage.integers.bits)]
-        return [BLOCK_TYPES[name].storage for name in (*narrow, *CANDIDATES)]
+        same = [name for name, kind in TABLES.items() if kind.grid == scheme.grid]
+        return [BLOCK_TYPES[name].storage for name in (*same, *narrow, *CANDIDATES)]
     name = target.type.upper()
     if name in floats.FLOATS:
         return [floats.storage(name)]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qformats.architectures import FAMILIES, Mapped, TensorMap, find
+from qformats.architectures import FAMILIES, Mapped, SourceRows, TensorMap, find
 from qformats.architectures.rows import inverse_order, qkv_order, rope_order
+from qformats.architectures.splits import joined_shape
 from qformats.errors import BadFile, QFormatError, Unsupported
 
 BASE: dict[str, Any] = {
@@ -20,7 +22,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"norm_topk_prob": True}, "stablelm": {"qk_layernorm": True},
     "falcon": {"new_decoder_architecture": True, "activation": "gelu_new"},
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
-    "starcoder2": {"hidden_act": "gelu_new"},
+    "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
+    "lfm2": {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [2, 5]},
+    "deepseek2": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
+    "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
 }  # fmt: skip
 FAMILY_NAMES = [family.name for family in FAMILIES]
 
@@ -40,13 +45,18 @@ def hf_parts(name: str, config: dict[str, Any], bias: bool = False) -> dict[str,
     for rule in binding.rules:
         if rule.kind == "output" and binding.tied:
             continue
-        for layer in range(binding.dims["L"] if "{i}" in rule.hf else 1):
-            shape = rule.sizes(binding.dims)
+        for layer in filter(lambda n: rule.in_block(n, binding.dims), range(binding.dims["L"] if "{i}" in rule.hf else 1)):
+            shape = rule.sizes(binding.dims, hf=True)
+            if rule.split is not None:
+                together = [r for r in binding.rules if r.split and (r.hf, r.split.leaf) == (rule.hf, rule.split.leaf)]
+                shapes = [r.sizes(binding.dims) for r in together]
+                parts.setdefault(rule.hf.format(i=layer), {})[rule.split.leaf] = joined_shape(rule.split, shapes, packed=False)
+                continue
             for expert in range(shape[0] if "{e}" in rule.hf else 1):
-                leaves = {"weight": shape[1:] if "{e}" in rule.hf else shape[::-1] if rule.transposed else shape}
+                leaves = {rule.leaf: shape[1:] if "{e}" in rule.hf else shape[::-1] if rule.transposed else shape}
                 if rule.bias and bias:
                     leaves["bias"] = shape[:1]
-                parts[rule.hf.format(i=layer, e=expert)] = leaves
+                parts.setdefault(rule.hf.format(i=layer, e=expert), {}).update(leaves)
     return parts
 
 
@@ -63,21 +73,41 @@ def build(mapped: Mapped, values: dict[tuple[str, str], np.ndarray[Any, Any]]) -
 def build_one(tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     if tensor.constant is not None:
         return tensor.constant
+    pieces = [piece_rows(piece, tensor, values) for piece in tensor.sources]
+    if tensor.weave:
+        axis = {"rows": 1, "columns": 2}[tensor.weave]
+        pieces = [np.stack(pair, axis).reshape(-1, tensor.shape[-1]) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
+    made = np.concatenate(pieces).reshape(tensor.shape) + np.float32(tensor.shift)
+    assert tensor.rows == (np.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0])
+    return made
+
+
+def piece_rows(piece: SourceRows, tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     width = tensor.shape[-1] if len(tensor.shape) > 1 else 1
-    pieces = []
-    for piece in tensor.sources:
-        if not piece.module:
-            pieces.append(np.zeros((piece.stop - piece.start, width), np.float32))
-            continue
-        stored = values[piece.module, piece.leaf]
-        rows = (stored.T if piece.transposed else stored).reshape(-1, width)[piece.start : piece.stop]
-        if piece.index is not None:
-            assert np.array_equal(np.sort(piece.index), np.arange(len(rows)))
-            period = piece.period or len(rows)
-            assert np.array_equal(piece.index // period, np.arange(len(rows)) // period)
-            rows = rows[piece.index]
-        pieces.append(rows)
-    return np.concatenate(pieces).reshape(tensor.shape) + np.float32(tensor.shift)
+    if not piece.module:
+        return np.zeros((piece.stop - piece.start, width), np.float32)
+    stored = values[piece.module, piece.leaf]
+    if piece.columns != (0, 1):
+        first, step = piece.columns
+        chosen: np.ndarray[Any, Any] = stored[piece.start : piece.stop, first::step]
+        return chosen
+    if piece.transposed is not None:
+        first, last = piece.transposed
+        stored = stored.reshape(-1, stored.shape[-1])[first:last].T
+    elif not tensor.weave:
+        stored = stored.reshape(-1, width)
+    elif tensor.weave == "rows":
+        stored = stored.reshape(-1, stored.shape[-1])
+    rows = stored[piece.start : piece.stop]
+    if piece.index is not None and piece.index.max() >= len(rows):
+        chosen = stored[piece.start + piece.index]
+        return chosen
+    if piece.index is not None:
+        assert np.array_equal(np.sort(piece.index), np.arange(len(rows)))
+        period = piece.period or len(rows)
+        assert np.array_equal(piece.index // period, np.arange(len(rows)) // period)
+        rows = rows[piece.index]
+    return rows
 
 
 def gguf_parts(mapped: Mapped) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -112,8 +142,14 @@ def test_names_are_those_of_gguf(name: str) -> None:
     arch = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}[binding.architecture.gguf]
     names = gguf.get_tensor_name_map(arch, binding.dims["L"])
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
-        module = tensor.sources[0].module
+        module, leaf = tensor.sources[0].module, tensor.sources[0].leaf
+        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or tensor.target.endswith("attn_v_b"):
+            known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
+            assert re.sub(r"blk\.\d+", "blk.{bid}", tensor.target) in known
+            continue
         merged = module.replace("experts.0.", "experts.").replace("norm.norms.0", "norm")
+        if name == "bloom":  # its converter cuts the first word off
+            merged = merged.removeprefix("transformer.")
         assert names.get_name(f"{merged}.{tensor.leaf}", try_suffixes=(".weight", ".bias")) == tensor.name
 
 
@@ -327,3 +363,15 @@ def test_an_unknown_architecture_names_the_known_ones() -> None:
     with pytest.raises(Unsupported, match="LlamaForCausalLM") as caught:
         find({"architectures": ["OtherForCausalLM"]})
     assert caught.value.code == "architecture"
+
+
+def test_deepseeks_keys_and_values_come_apart_and_further_predictions_are_named() -> None:
+    config = config_of("deepseek2", num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=1)
+    binding, parts = find(config).bind(config), hf_parts("deepseek2", config)
+    parts["model.layers.1.eh_proj"] = {"weight": (24, 48)}
+    mapped = binding.to_gguf(parts)
+    assert set(mapped.dropped) == {"model.layers.1.eh_proj.weight"}
+    values = fill(parts)
+    made, kv_b = build(mapped, values), values["model.layers.0.self_attn.kv_b_proj", "weight"].reshape(4, 7, 6)
+    assert np.array_equal(made["blk.0.attn_k_b", "weight"], kv_b[:, :4].swapaxes(1, 2))
+    assert np.array_equal(made["blk.0.attn_v_b", "weight"], kv_b[:, 4:])

@@ -11,8 +11,8 @@ from typing import Any
 
 import safetensors
 
-from converters.choose import PlanOptions
 from converters.execute import execute
+from converters.options import PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from qformats import registry
 

@@ -24,7 +24,7 @@ from qformats.formats.protocol import Match, Module, PartInfo, Piece
 from qformats.scheme import Integer, Scheme, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
-ROWS = [row for row in registry.ROWS if row.name != "hf"]
+ROWS = [row for row in registry.ROWS if row.name != "hf" and row.types]  # one without types takes no codes but its own
 GGUF_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 PARAM_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 

@@ -1,0 +1,117 @@
+"""What a plan can say of a tensor before its codes are read: the worst that its header allows, and ranges read only when asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from converters.jobs import Job
+from converters.sources import Slab, read_rows
+from qformats.checkpoint import Checkpoint
+from qformats.reencode import Hint
+from qformats.rewrite import Refused, block_range, whole_codes
+from qformats.scheme import ParamSpec, Scheme
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qformats.tensor import QuantizedTensor
+
+__all__ = ["Ranges", "cannot_overflow", "float32_exact", "float_scheme", "hint_rows", "pessimist", "row_count"]
+
+
+class Ranges:
+    """Smallest and largest codes of runs, read from the file only when a rule asks."""
+
+    def __init__(self, job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int) -> None:
+        self._args = (job, slab, checkpoint, start, stop)
+        self._tensor: QuantizedTensor | None = None
+        self._known: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, width: int) -> tuple[Tensor, Tensor]:
+        if self._tensor is None:
+            value = read_rows(*self._args)
+            self._tensor = whole_codes(value)  # type: ignore[arg-type]
+        if width not in self._known:
+            assert self._tensor is not None
+            self._known[width] = block_range(self._tensor, width)
+        return self._known[width]
+
+
+def cannot_overflow(t: QuantizedTensor) -> bool:
+    """Whether scale x (any integer a relabelling may use) stays below the largest fp16, and the form is plain."""
+    import torch
+
+    if len(t.scales) != 1 or not isinstance(t.scales[0].values, torch.Tensor) or t.scales[0].values.dtype != torch.float16:
+        return False
+    zero = t.zero_point
+    if t.offset is not None or (zero is not None and (not isinstance(zero.values, torch.Tensor) or zero.values.dtype.is_floating_point)):
+        return False
+    return bool((t.scales[0].values.to(torch.float32).abs() <= 65504 / 512).all())
+
+
+def hint_rows(hint: Hint | None, start: int, stop: int) -> Hint | None:
+    if hint is None or hint.zero_point is None or len(hint.zero_point) == 1:
+        return hint
+    return Hint(hint.zero_point[start:stop], hint.positive)
+
+
+def float32_exact(scheme: Scheme) -> bool:
+    """Whether scale x (code − zero point) always fits 24 significant bits and nothing is added."""
+    bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
+    total = getattr(scheme.grid, "bits", 9) + 1
+    for scale in scheme.scales:
+        spec: ParamSpec | None = scale
+        while spec is not None and spec.nested is not None:
+            total += getattr(spec.nested.grid, "bits", 8)
+            spec = next(iter(spec.nested.scales), None)
+        if spec is not None and not _power_of_two(spec.constant):
+            total += bits.get(spec.dtype, 24)
+    return scheme.offset is None and total <= 24
+
+
+def _power_of_two(value: float | None) -> bool:
+    from math import frexp
+
+    return value is not None and abs(frexp(value)[0]) == 0.5
+
+
+def row_count(shape: tuple[int, ...]) -> int:
+    from math import prod
+
+    return prod(shape[:-1]) if len(shape) > 1 else 1
+
+
+def float_scheme(shape: tuple[int, ...]) -> Scheme:
+    from qformats.scheme import Integer
+
+    return Scheme(shape, Integer(16, signed=True))
+
+
+def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
+    """A row for every zero point the grid can hold, each with the widest code range in every group."""
+    import torch
+
+    from qformats.scheme import Integer, Tile
+    from qformats.tensor import Param, QuantizedTensor, constant
+
+    if not isinstance(scheme.grid, Integer) or any(not isinstance(s.block, Tile) or s.nested for s in scheme.scales):
+        raise Refused("the header does not tell")
+    if ordered:
+        raise Refused("the config speaks of act-order")
+    k, group = scheme.shape[-1], scheme.group_size or scheme.shape[-1]
+    known = None if scheme.zero_point is None else scheme.zero_point.constant
+    rows = 1 if scheme.zero_point is None or known is not None else scheme.grid.highest + 2
+    shape = (rows, k)
+    codes = torch.full(shape, scheme.grid.highest, dtype=torch.int8 if scheme.grid.signed else torch.uint8)
+    codes[:, ::2] = scheme.grid.lowest
+    counts = (rows, -(-k // group))
+    zero = None
+    if scheme.zero_point is not None:
+        plane = torch.arange(rows, dtype=torch.int16).unsqueeze(1).expand(counts).contiguous()
+        zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
+    dtype = getattr(torch, scheme.scales[0].dtype)
+    scale = Param(torch.full(counts, 1.0009765625, dtype=dtype), Tile((1, group)))
+    offset = None if scheme.offset is None else Param(torch.full(counts, 0.333, dtype=dtype), Tile((1, group)))
+    return QuantizedTensor(shape, codes, scheme.grid, (scale,), zero, offset)
+
+

@@ -1,0 +1,105 @@
+"""One HF tensor that is several GGUF tensors: which rows and columns each is made of, in both directions.
+
+A ``Split`` on a ``Rule`` names the leaf of the HF module and the part of it that the rule's GGUF tensor is.
+
+- ``alternate``: gpt-oss's experts. HF keeps floats with inputs as rows, (E, K, parts · N), the parts' columns taking turns, and packed
+  weights with outputs as rows, (E, parts · N, K), their rows taking turns; a vector for each expert is (E, parts · N). GGUF has one
+  tensor for each part (llama.cpp, ``conversion/gpt_oss.py``).
+- ``heads``: DeepSeek's ``kv_b_proj``, (A · (n + v), r): for each head n rows of keys, then v rows of values. GGUF has (A, r, n), each
+  head's keys with inputs and outputs exchanged, and (A, v, r) (llama.cpp, ``conversion/deepseek.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from qformats.architectures.parts import Shape, SourceRows, TensorMap
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["Split", "join", "joined_shape", "take_apart"]
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """``leaf`` of the HF module, of which a GGUF tensor is ``part`` of ``parts``."""
+
+    layout: str
+    leaf: str
+    part: int = 0
+    parts: int = 1
+
+
+def joined_shape(split: Split, shapes: list[Shape], packed: bool) -> Shape:
+    """The shape of the HF tensor whose parts have the GGUF ``shapes``."""
+    if split.layout == "heads":
+        (heads, inputs, keys), (_, values, _) = shapes
+        return heads * (keys + values), inputs
+    shape = shapes[0]
+    if len(shape) == 2:
+        return shape[0], shape[1] * split.parts
+    experts, rows, columns = shape
+    return (experts, rows * split.parts, columns) if packed else (experts, columns, rows * split.parts)
+
+
+def take_apart(split: Split, module: str, leaf: str, shapes: list[Shape], packed: bool) -> tuple[SourceRows, ...]:
+    """The rows of the HF tensor ``module.leaf`` that make GGUF part ``split.part``."""
+    if split.layout == "heads":
+        return _one_of_heads(split.part, module, leaf, shapes)
+    shape = shapes[split.part]
+    if len(shape) == 2:
+        return (SourceRows(module, leaf, 0, shape[0], columns=(split.part, split.parts)),)
+    experts, rows, columns = shape
+    index = _every(rows, split.part, split.parts)
+    if packed and index is None:
+        return (SourceRows(module, leaf, 0, experts * rows),)
+    if packed:
+        starts = [expert * rows * split.parts for expert in range(experts)]
+        return tuple(SourceRows(module, leaf, start, start + rows, index) for start in starts)
+    slices = [(expert * columns, (expert + 1) * columns) for expert in range(experts)]
+    return tuple(SourceRows(module, leaf, 0, rows, index, transposed=rows_of) for rows_of in slices)
+
+
+def _every(count: int, first: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+    import numpy as np
+
+    return None if step == 1 else np.arange(count, dtype=np.int64) * step + first
+
+
+def _one_of_heads(part: int, module: str, leaf: str, shapes: list[Shape]) -> tuple[SourceRows, ...]:
+    (heads, inputs, keys), (_, values, _) = shapes
+    starts = [head * (keys + values) for head in range(heads)]
+    if part == 0:
+        return tuple(SourceRows(module, leaf, 0, inputs, transposed=(start, start + keys)) for start in starts)
+    return tuple(SourceRows(module, leaf, start + keys, start + keys + values) for start in starts)
+
+
+def join(split: Split, target: str, leaf: str, names: list[tuple[str, str]], shapes: list[Shape], packed: bool, kind: str) -> TensorMap:
+    """The HF tensor ``target.leaf`` out of the GGUF tensors (base, leaf) ``names`` of ``shapes``: the inverse of ``take_apart``."""
+    shape = joined_shape(split, shapes, packed)
+    if split.layout == "heads":
+        return TensorMap(target, leaf, shape, _heads_together(names, shapes), kind=kind)
+    if len(shape) == 2:
+        vectors = tuple(SourceRows(base, own, 0, shape[0]) for base, own in names)
+        return TensorMap(target, leaf, shape, vectors, kind=kind, weave="columns" if split.parts > 1 else "")
+    experts, rows, columns = shapes[0]
+    if packed and split.parts == 1:
+        return TensorMap(target, leaf, shape, (SourceRows(*names[0], 0, prod(shape[:-1])),), kind=kind)
+    slices = [(expert * rows, (expert + 1) * rows) for expert in range(experts)]
+    if packed:
+        pieces = tuple(SourceRows(base, own, first, last) for first, last in slices for base, own in names)
+    else:
+        pieces = tuple(SourceRows(base, own, 0, columns, transposed=rows_of) for rows_of in slices for base, own in names)
+    return TensorMap(target, leaf, shape, pieces, kind=kind, weave=("rows" if packed else "columns") if split.parts > 1 else "")
+
+
+def _heads_together(names: list[tuple[str, str]], shapes: list[Shape]) -> tuple[SourceRows, ...]:
+    (heads, inputs, keys), (_, values, _) = shapes
+    pieces: list[SourceRows] = []
+    for head in range(heads):
+        pieces.append(SourceRows(*names[0], 0, keys, transposed=(head * inputs, (head + 1) * inputs)))
+        pieces.append(SourceRows(*names[1], head * values, (head + 1) * values))
+    return tuple(pieces)
