@@ -88,7 +88,7 @@ def float_scheme(shape: tuple[int, ...]) -> Scheme:
 
 
 def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
-    """A row for every zero point the grid can hold, each with the widest code range in every group."""
+    """A row for every zero point the grid can hold, each with the widest code range in every group and no two groups' scales alike."""
     import torch
 
     from qformats.scheme import Integer, Tile
@@ -110,7 +110,8 @@ def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
         plane = torch.arange(rows, dtype=torch.int16).unsqueeze(1).expand(counts).contiguous()
         zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
     dtype = getattr(torch, scheme.scales[0].dtype)
-    scale = Param(torch.full(counts, 1.0009765625, dtype=dtype), Tile((1, group)))
+    different = 1 + (torch.arange(counts[1]) * 37 % 128 * 8 + 1) / 1024  # all bits used, no small multiples of one number
+    scale = Param(different.to(dtype).expand(counts).contiguous(), Tile((1, group)))
     offset = None if scheme.offset is None else Param(torch.full(counts, 0.333, dtype=dtype), Tile((1, group)))
     return QuantizedTensor(shape, codes, scheme.grid, (scale,), zero, offset)
 
