@@ -35,6 +35,8 @@ def plan(
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
     pure: bool = False,
+    max_error: float | None = None,
+    target_size: int | None = None,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -54,6 +56,8 @@ def plan(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         pure=pure,
+        max_error=max_error,
+        target_size=target_size,
     )
     return make_plan(source, options)
 
@@ -74,6 +78,8 @@ def convert(
     output_tensor_type: str | None = None,
     token_embedding_type: str | None = None,
     pure: bool = False,
+    max_error: float | None = None,
+    target_size: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
@@ -95,6 +101,8 @@ def convert(
         output_tensor_type=output_tensor_type,
         token_embedding_type=token_embedding_type,
         pure=pure,
+        max_error=max_error,
+        target_size=target_size,
     )
     with planned.checkpoint:
         refuse_losses(planned)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, writing_flags
+from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
 from qformats import registry
 from qformats.errors import BadFile, QFormatError, UsageError, WouldLose
@@ -23,10 +24,7 @@ __all__ = ["convert", "dequantize", "pair", "plan", "quantize", "verify"]
 
 FLOAT_TYPES = ("f32", "f16", "bf16")
 MAX_PLAN_NBYTES = 1 << 30
-_PLANNED = (
-    "exact", "allow_requantize", "tensor_types", "pre_tokenizer", "metadata", "output_tensor_type", "token_embedding_type", "pure",
-)  # fmt: skip
-_LATER_WORDS = ("output_tensor_type", "token_embedding_type")
+_PLANNED = ("exact", "allow_requantize", "tensor_types", "pre_tokenizer", "metadata", *LATER)
 _PATH = click.Path(path_type=Path)
 _TO = "FORMAT[:TYPE][,key=value…]"
 
@@ -101,7 +99,7 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
 @output_flags
 def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
     """Make new codes: convert SRC into DST of a named type, rounding where needed."""
-    if registry.parse_target(to).type is None:
+    if registry.parse_target(to).type is None and flags["max_error"] is None and flags["target_size"] is None:
         types = ", ".join(registry.row(registry.parse_target(to).format).types)
         raise UsageError("target-type-missing", f"--to {to} names no type", hint=f"types: {types}")
     _run(src, dst, {**flags, "to": to, "allow_requantize": True})
@@ -246,16 +244,7 @@ def _read_plan(path: Path) -> dict[str, Any]:
             raise ValueError
         saved = json.loads(path.read_text(encoding="utf-8"))
         options = saved["options"]
-        wishes = {
-            "to": str(options["to"]),
-            "exact": bool(options["exact"]),
-            "allow_requantize": bool(options["allow_requantize"]),
-            "tensor_types": tuple((str(a), str(b)) for a, b in options["tensor_types"]),
-            "pure": bool(options.get("pure")),
-            **{name: None if options.get(name) is None else str(options[name]) for name in _LATER_WORDS},
-            "pre_tokenizer": None if options["pre_tokenizer"] is None else str(options["pre_tokenizer"]),
-            "metadata": tuple(str(word) for word in options.get("metadata", ())),
-        }
+        wishes = recorded_words(options)
         found = {"options": wishes, "digest": str(saved["digest"]), "imatrix": recorded_imatrix(options)}
         depth = saved["depth"]
     except OSError as error:

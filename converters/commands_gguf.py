@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.flags import output_flags, output_of
+from converters.flags import Size, output_flags, output_of
 from converters.output import count, size
 
 if TYPE_CHECKING:
@@ -18,22 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["edit", "merge", "split"]
 
 _PATH = click.Path(path_type=Path)
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace what exists.")
-
-
-class Size(click.ParamType[Any]):
-    """A number of bytes with a decimal unit: ``2G``, ``500M``."""
-
-    name = "SIZE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d{1,15})([KMGT]?)B?", str(value).strip().upper())
-        if found is None or int(found[1]) == 0:
-            self.fail(f"{value!r} is no size, such as 2G or 500M", param, ctx)
-        return int(found[1]) * _UNITS[found[2]]
 
 
 class Pair(click.ParamType[Any]):

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converters import digests
-from converters.importances import expert_runs
 from converters.jobs import Job
 from converters.outputs import OutputPart
 from converters.plan import Plan
+from converters.rounding import new_codes
 from converters.sources import Slab, in_source_order, read_rows, tasks
 from qformats import registry
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
@@ -348,18 +348,9 @@ def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, err
 
 
 def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
-    """Rows rounded, those of each expert under its own importances."""
-    import torch
-
-    from qformats.quantize import rtn
-
     job = task.job
     assert job.storage is not None
-    weights = value if isinstance(value, torch.Tensor) else value.dequantize(torch.float32)
-    for first, last, expert in expert_runs(job, start, stop, task.rows):
-        run = weights[first - start : last - start]
-        importance = None if job.importance is None else torch.from_numpy(job.importance[expert])
-        tensor = rtn(job.map.alter(run.to(torch.float32)), job.storage, importance)
+    for first, run, tensor in new_codes(job, value, start, stop, task.rows):
         errors.add_tensor(job, first, run, tensor)
         yield from registry.format_module(job.format).write(job.storage, tensor, first, job.map.shape)
 

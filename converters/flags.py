@@ -17,10 +17,25 @@ from qformats.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from converters.options import PlanOptions
 
-__all__ = ["REPORT_SUFFIXES", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
+__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
 
 REPORT_SUFFIXES = (".json", ".md", ".html")
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Size(click.ParamType[Any]):
+    """A number of bytes with a decimal unit: ``2G``, ``500M``."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d{1,15})([KMGT]?)B?", str(value).strip().upper())
+        if found is None or int(found[1]) == 0:
+            self.fail(f"{value!r} is no size, such as 2G or 500M", param, ctx)
+        return int(found[1]) * _UNITS[found[2]]
 
 
 class TensorType(click.ParamType[Any]):
@@ -69,6 +84,8 @@ def loss_flags(function: F) -> F:
         click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
         click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding (GGUF)."),
         click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
+        click.option("--max-error", type=float, metavar="X", help="Smallest types with an rms error of at most X (GGUF)."),
+        click.option("--target-size", type=Size(), metavar="SIZE", help="Best types for a file of at most SIZE bytes: 4G, 700M (GGUF)."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
@@ -99,6 +116,8 @@ class Wishes:
     output_tensor_type: str | None = None
     token_embedding_type: str | None = None
     pure: bool = False
+    max_error: float | None = None
+    target_size: int | None = None
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
@@ -110,7 +129,7 @@ class Wishes:
         return PlanOptions(
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
-            token_embedding_type=self.token_embedding_type, pure=self.pure,
+            token_embedding_type=self.token_embedding_type, pure=self.pure, max_error=self.max_error, target_size=self.target_size,
         )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from qformats.formats.ggml import mixes
 if TYPE_CHECKING:
     from converters.options import PlanOptions
 
-__all__ = ["NO_MIX", "Mix", "check_options", "meant", "mix_of", "model_of"]
+__all__ = ["NO_MIX", "Mix", "check_options", "is_named", "meant", "mix_of", "model_of"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ def mix_of(checkpoint: Checkpoint, options: PlanOptions, tensors: Iterable[Tenso
     kind = options.target.type or ""
     is_block = mixes.is_block_type(kind)
     return Mix(found, types, not is_block, kind if is_block else None, overridden)
+
+
+def is_named(name: str, options: PlanOptions) -> bool:
+    """Whether ``--tensor-type`` speaks of this tensor."""
+    return any(re.search(pattern, name, re.IGNORECASE) for pattern, _ in options.tensor_types)
 
 
 def _is_overridden(name: str, options: PlanOptions, named: tuple[tuple[str, str], ...], tied: bool) -> bool:

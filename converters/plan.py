@@ -6,19 +6,20 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters import absorb, files, provenance
+from converters import absorb, budget, files, provenance
 from converters.choose import Chooser
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
-from converters.mixing import meant, mix_of
+from converters.mixing import Mix, meant, mix_of
 from converters.options import NEEDS_CONSENT, PlanOptions
 from converters.outputs import Output
 from qformats import registry
+from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import QFormatError, Unsupported, UsageError, WouldLose
 from qformats.formats.ggml import mixes
@@ -121,15 +122,61 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         orders=orders,
         mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
     )
-    jobs, told = with_importances(_decide(chooser, tensors), options)
-    warnings.extend(told)
-    all_orders = {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}
-    jobs = _harmonize(target.name, jobs)
-    small = files.side_files(checkpoint, options, jobs, restore)
-    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, all_orders, small)
+    rest = _Rest(tensors, {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}, restore, dropped, warnings, unsorted)
+    if options.max_error is not None:
+        matrices = [tensor for tensor in tensors if budget.takes_part(chooser, tensor)]
+        chooser = _in_types(chooser, budget.under_error(chooser, matrices, options.max_error))
+    if options.target_size is not None:
+        return _within(chooser, options.target_size, rest)
+    return _assembled(chooser, rest)
+
+
+@dataclass(frozen=True)
+class _Rest:
+    """What a plan is made of beside the chooser."""
+
+    tensors: Sequence[TensorMap]
+    orders: Mapping[str, Any]
+    restore: provenance.Restore | None
+    dropped: Mapping[str, str]
+    warnings: Sequence[str]
+    unsorted: Mapping[str, Any]
+
+
+def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
+    """Decide every tensor and lay the output out."""
+    checkpoint, options = chooser.checkpoint, chooser.options
+    jobs, told = with_importances(_decide(chooser, rest.tensors), options)
+    jobs = _harmonize(options.target.format, jobs)
+    small = files.side_files(checkpoint, options, jobs, rest.restore)
+    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
-    output = files.build_output(checkpoint, options, jobs, record, restore, small)
-    return Plan(checkpoint, options, tuple(jobs), output, dropped, tuple(warnings), not options.header_only, unsorted)
+    output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
+    warnings = (*rest.warnings, *told)
+    return Plan(checkpoint, options, tuple(jobs), output, rest.dropped, warnings, not options.header_only, rest.unsorted)
+
+
+def _in_types(chooser: Chooser, types: Mapping[str, str]) -> Chooser:
+    return replace(chooser, mix=Mix(types={**chooser.mix.types, **types}))
+
+
+def _within(chooser: Chooser, nbytes: int, rest: _Rest) -> Plan:
+    """The plan with the best types for a file of at most ``nbytes``: what is left for the matrices is known once the rest is laid out."""
+    matrices = [tensor for tensor in rest.tensors if budget.takes_part(chooser, tensor)]
+    frontiers = budget.Frontiers.of(chooser, matrices)
+    points = {name: hull[0] for name, hull in frontiers.hulls.items()}
+    for _ in range(8):  # padding depends on the types, by a few bytes a tensor
+        plan = _assembled(_in_types(chooser, {name: point.type for name, point in points.items()}), rest)
+        left = nbytes - plan.output.nbytes + sum(point.nbytes for point in points.values())
+        chosen = frontiers.within(left)
+        if chosen == points and plan.output.nbytes <= nbytes:
+            return plan
+        points = chosen
+    while plan.output.nbytes > nbytes:
+        left -= plan.output.nbytes - nbytes
+        points = frontiers.within(left)
+        plan = _assembled(_in_types(chooser, {name: point.type for name, point in points.items()}), rest)
+    return plan
 
 
 def _module_warnings(checkpoint: Checkpoint) -> list[str]:
@@ -206,8 +253,6 @@ def _float_default(checkpoint: Checkpoint, restore: provenance.Restore | None) -
 
 def _harmonize(format_name: str, jobs: list[Job]) -> list[Job]:
     """Let a format settle what is stated once for a whole checkpoint (GPTQ's zero-point label)."""
-    from dataclasses import replace
-
     settle = getattr(registry.format_module(format_name), "harmonize", None)
     storages = {j.map.target: j.storage for j in jobs if j.storage is not None}
     if settle is None or not storages:
@@ -259,8 +304,6 @@ def _decide_together(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
 
 
 def _with_option(options: PlanOptions, key: str, value: str) -> PlanOptions:
-    from dataclasses import replace
-
     return replace(options, target=Target(options.target.format, options.target.type, {**options.target.options, key: value}))
 
 

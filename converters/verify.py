@@ -12,7 +12,7 @@ from converters import digests
 from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
-from converters.options import PlanOptions
+from converters.options import PlanOptions, recorded_words
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
 from converters.provenance import is_intact, tool_version
@@ -131,17 +131,9 @@ def _has_lost_record(found: Checkpoint) -> bool:
 def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
     """The options a record names, or None where it is too damaged to replay."""
     try:
-        options = record["options"]
-        types = tuple((str(a), str(b)) for a, b in options["tensor_types"])
-        target = registry.parse_target(options["to"])
-        recorded_imatrix(options)
-        words = tuple(str(word) for word in options.get("metadata", ()))
-        exact, requantize = bool(options["exact"]), bool(options["allow_requantize"])
-        head, embedding = (name and str(name) for name in map(options.get, ("output_tensor_type", "token_embedding_type")))
-        return PlanOptions(
-            target, exact, requantize, types, options["pre_tokenizer"], metadata=words, output_tensor_type=head,
-            token_embedding_type=embedding, pure=bool(options.get("pure")),
-        )  # fmt: skip
+        words = recorded_words(record["options"])
+        recorded_imatrix(record["options"])
+        return PlanOptions(registry.parse_target(words.pop("to")), **words)
     except (KeyError, TypeError, ValueError, QFormatError):
         return None
 
