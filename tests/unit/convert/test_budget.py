@@ -135,7 +135,8 @@ def test_codes_that_are_kept_have_no_error(tmp_path: Path) -> None:
     ("words", "code"),
     [
         (("--to", "gptq:int4", "--max-error", "0.1"), "budget-target"), (("--to", "gguf:q4_0", "--max-error", "0.1"), "budget-type"),
-        (("--to", "gguf", "--max-error", "0.1", "--target-size", "1M"), "budget-type"), (("--to", "gguf", "--max-error", "1.5"), "max-error"),
+        (("--to", "gguf", "--max-error", "0.1", "--target-size", "1M"), "budget-type"),
+        (("--to", "gguf", "--max-error", "1.5"), "max-error"),
         (("--to", "gguf", "--max-error", "nan"), "max-error"), (("--to", "gguf", "--target-size", "many"), "usage"),
         (("--to", "gguf", "--target-size", "1K"), "target-size"),
     ],
