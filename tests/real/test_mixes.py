@@ -20,8 +20,8 @@ from qformats import registry
 from qformats.checkpoint import open_checkpoint
 from qformats.errors import Unsupported
 from qformats.formats.ggml.mixes import FILE_TYPES, Model, Wish, choose, requires_imatrix
+from qformats.quantize.imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
 
-pytestmark = pytest.mark.real
 MATRIX = {"x": np.ones(4, np.float32)}  # an importance matrix that speaks of no tensor: only that there is one decides types
 # architecture, layers, heads, key-value heads, experts: every branch of the rules
 MODELS = [
@@ -75,6 +75,7 @@ def file_types(k: int) -> list[str]:
     return [name for name in FILE_TYPES if name != "q1_0" or not k % 128]
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("case", MODELS, ids=lambda case: "-".join(map(str, case)))
 @pytest.mark.parametrize(("k", "tied"), [(256, True), (96, False), (100, True)])
 def test_rules_are_llama_cpps(case: tuple[str, int, int, int, int], k: int, tied: bool, tmp_path: Path, llama: Any) -> None:
@@ -86,6 +87,7 @@ def test_rules_are_llama_cpps(case: tuple[str, int, int, int, int], k: int, tied
         assert {tensor: mine.get(tensor, stored[tensor]).upper() for tensor in stored} == theirs, (name, with_imatrix)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("options", [
     {"pure": True}, {"output_type": "q5_0"}, {"embedding_type": "q4_1"}, {"output_type": "q8_0", "embedding_type": "iq4_nl"},
     {"tensor_types": [("attn_v", "q8_0"), (r"blk\.[0-3]\.ffn_(up|down)", "q3_k"), ("token_embd", "q2_k"), ("^output", "q4_0")]},
@@ -103,6 +105,7 @@ def test_overrides_are_llama_cpps(options: dict[str, Any], tied: bool, tmp_path:
         assert {tensor: mine.get(tensor, stored[tensor]).upper() for tensor in stored} == theirs, name
 
 
+@pytest.mark.real
 def test_llama_cpp_demands_a_matrix_where_rules_say_so(tmp_path: Path, llama: Any) -> None:
     path = write_model(tmp_path / "model.gguf", "llama", 2, 8, 2, 0, 256, True)
     model, shapes, _ = content(path)
@@ -144,11 +147,13 @@ def assert_plans(source: Path, file: Path, llama: Any, names: list[str]) -> None
             assert {job.name: job.type for job in plan.jobs} == theirs, name
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(("name", "stage"), [("smollm2-135m", "smollm"), ("smollm2-768", "smollm"), ("gemma3-270m", "gemma")])
 def test_types_of_real_models(name: str, stage: str, lab_model: Any, workshop: Workshop, llama: Any) -> None:
     assert_types(lab_model(name, stage), workshop, llama)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe", "mixtral", "qwen2_moe", "gemma3", "falcon-new", "gpt2", "phi3", "gpt_neox"])
 def test_types_of_every_kind_of_model(name: str, tmp_path: Path, workshop: Workshop, llama: Any) -> None:
     folder = tiny_model(name, tmp_path / name)
@@ -187,12 +192,53 @@ def everything(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]
     return {key: value for key, value in metadata.items() if not key.startswith("qformats.")}, tensors
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q8_0", "q2_k", "q3_k_m", "q4_k_s", "q4_k_m", "q5_k_m", "q6_k", "f16", "bf16", "f32"])
+def importances(source: Path, out: Path) -> tuple[ImportanceMatrix, dict[str, np.ndarray[Any, Any]]]:
+    """Random importances of every matrix, for us and for llama.cpp."""
+    rng = np.random.default_rng(4)
+    shapes = content(source)[1]
+    rows = {name: np.exp(rng.normal(0, 1, shape[-1])).astype(np.float32) for name, shape in shapes.items() if len(shape) == 2}
+    write_imatrix(ImportanceMatrix({name: Entry(row.reshape(1, -1), np.array([1])) for name, row in rows.items()}, (), 1, 512), out)
+    return read_imatrix(out), rows
+
+
+def assert_same_file(source: Path, name: str, llama: Any, tmp_path: Path, weighted: bool) -> str:
+    """Our file of a file type is llama.cpp's, tensor by tensor and key by key."""
+    matrix, rows = importances(source, tmp_path / "imatrix.gguf") if weighted else (None, None)
+    llama.quantize_file(source, tmp_path / "theirs.gguf", name.upper(), threads=2, imatrix=rows)
+    mine, (keys, theirs) = everything(made(source, tmp_path / "ours.gguf", name, imatrix=matrix)), everything(tmp_path / "theirs.gguf")
+    assert {key: value for key, value in mine[0].items() if not key.startswith("quantize.imatrix.")} == keys
+    assert {tensor: kind for tensor, (kind, _) in mine[1].items()} == {tensor: kind for tensor, (kind, _) in theirs.items()}
+    assert [tensor for tensor in theirs if mine[1][tensor] != theirs[tensor]] == []
+    return ", ".join(sorted({kind for kind, _ in theirs.values()}))
+
+
+NEEDY = ("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_xs", "q2_k_s")  # some tensor needs a matrix
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", FILE_TYPES)
 def test_a_file_is_llama_cpps(name: str, wide: Path, tmp_path: Path, llama: Any) -> None:
-    llama.quantize_file(wide, tmp_path / "theirs.gguf", name.upper())
-    assert everything(made(wide, tmp_path / "ours.gguf", name)) == everything(tmp_path / "theirs.gguf")
+    assert_same_file(wide, name, llama, tmp_path, name in NEEDY)
 
 
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["q4_0", "q5_1", "q3_k_s", "q4_k_m", "q6_k", "iq4_nl", "iq4_xs", "iq3_m", "tq2_0"])
+def test_a_file_with_a_matrix_is_llama_cpps(name: str, wide: Path, tmp_path: Path, llama: Any) -> None:
+    assert_same_file(wide, name, llama, tmp_path, True)
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.real if name in ("q4_k_m", "iq4_xs", "iq2_xs") else pytest.mark.real_full) for name in FILE_TYPES
+])  # fmt: skip
+def test_a_real_models_file_is_llama_cpps(
+    name: str, lab_model: Any, workshop: Workshop, tmp_path: Path, llama: Any, figure: Any
+) -> None:
+    """Bytes, and with them the mean NLL: that of two files of the same tensors is the same."""
+    source, _ = workshop.convert(lab_model("smollm2-768-slice4", "wide"), "gguf:f16")
+    figure(f"{name}: every tensor ({assert_same_file(source, name, llama, tmp_path, name in NEEDY)}) has llama.cpp's bytes")
+
+
+@pytest.mark.real
 @pytest.mark.parametrize(("first", "then"), [("Q8_0", "q4_k_m"), ("Q4_K_M", "q8_0"), ("Q5_K_M", "q4_k_s"), ("Q6_K", "f16")])
 def test_a_requantized_file_is_llama_cpps(first: str, then: str, wide: Path, tmp_path: Path, llama: Any) -> None:
     llama.quantize_file(wide, tmp_path / "first.gguf", first)
@@ -200,6 +246,7 @@ def test_a_requantized_file_is_llama_cpps(first: str, then: str, wide: Path, tmp
     assert everything(made(tmp_path / "first.gguf", tmp_path / "ours.gguf", then)) == everything(tmp_path / "theirs.gguf")
 
 
+@pytest.mark.real
 def test_what_needs_a_matrix_is_refused_before_work_starts(wide: Path, tmp_path: Path) -> None:
     with pytest.raises(Unsupported) as caught:
         made(wide, tmp_path / "out.gguf", "q2_k_s")
