@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -348,11 +348,26 @@ def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, err
 
 
 def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
+    import torch
+
     job = task.job
     assert job.storage is not None
+    form = registry.format_module(job.format)
     for first, run, tensor in new_codes(job, value, start, stop, task.rows):
-        errors.add_tensor(job, first, run, tensor)
-        yield from registry.format_module(job.format).write(job.storage, tensor, first, job.map.shape)
+        pieces = form.write(job.storage, tensor, first, job.map.shape)
+        errors.add_tensor(job, first, run, tensor.dequantize(torch.float32) if job.format != "gguf" else _read_back(form, job, pieces))
+        yield from pieces
+
+
+def _read_back(form: Any, job: Job, pieces: Sequence[Piece]) -> Tensor:
+    """The float32 values of rows of blocks, by the loops that are made for it."""
+    import numpy as np
+    import torch
+
+    (blocks,) = (piece.array for piece in pieces)
+    out = np.empty((len(blocks), job.map.shape[-1]), np.float32)
+    form.dequantize(job.type, blocks, out)
+    return torch.from_numpy(out)
 
 
 def _hint(job: Job, start: int, stop: int) -> Hint | None:
@@ -396,15 +411,15 @@ class _Errors:
 
         bits = torch.from_numpy(array.view("<i2") if job.dtype == "BF16" else array)
         stored = bits.view(getattr(torch, FLOAT_DTYPES[job.dtype or "F32"]))
-        self._add(job.name, start, before.to(torch.float64).reshape(-1), stored.to(torch.float64).reshape(-1))
+        self.add_tensor(job, start, before.to(torch.float64).reshape(stored.shape), stored.to(torch.float64))
 
-    def add_tensor(self, job: Job, start: int, before: Tensor, after: QuantizedTensor) -> None:
+    def add_tensor(self, job: Job, start: int, before: Tensor, after: Tensor) -> None:
+        """Two tensors (rows, K) in one dtype."""
         import torch
 
-        self._add(job.name, start, before.to(torch.float64).reshape(-1), after.dequantize(torch.float64).reshape(-1))
-
-    def _add(self, name: str, start: int, before: Tensor, after: Tensor) -> None:
-        self._sums[name, start] = float(((before - after) ** 2).sum()), float((before**2).sum())
+        apart = before - after
+        error, size = ((values * values).sum(-1).sum(dtype=torch.float64) for values in (apart, before))  # rows in their own dtype
+        self._sums[job.name, start] = float(error), float(size)
 
     def relative(self) -> dict[str, float]:
         totals: dict[str, tuple[float, float]] = {}
