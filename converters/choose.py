@@ -107,6 +107,13 @@ class Chooser:
             return _SAFE_TYPE if self._gguf else None
         return kind
 
+    def _whose_choice(self) -> str:
+        if self.options.max_error is not None:
+            return f"in the smallest type with at most {self.options.max_error:g} of error"
+        if self.options.target_size is not None:
+            return f"in the best types for {self.options.target_size} bytes"
+        return "as named" if self.mix.file_type is None else f"as {self.mix.file_type.name.upper()} has them"
+
     def _target(self, kind: str | None) -> Target:
         target = self.options.target
         found = registry.row(target.format)
@@ -125,8 +132,7 @@ class Chooser:
             return kept
         named = self._named(tensor, dense=True)
         if named is not None and named not in FLOAT_WORDS:
-            as_what = "as named" if self.mix.file_type is None else f"as {self.mix.file_type.name.upper()} has them"
-            return self._quantize(tensor, named, f"new codes from floats, {as_what}")
+            return self._quantize(tensor, named, f"new codes from floats, {self._whose_choice()}")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
             job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
             ask = not self.options.allow_requantize and job.kind == "requantized"
