@@ -7,6 +7,9 @@ A ``Split`` on a ``Rule`` names the leaf of the HF module and the part of it tha
   tensor for each part (llama.cpp, ``conversion/gpt_oss.py``).
 - ``heads``: DeepSeek's ``kv_b_proj``, (A · (n + v), r): for each head n rows of keys, then v rows of values. GGUF has (A, r, n), each
   head's keys with inputs and outputs exchanged, and (A, v, r) (llama.cpp, ``conversion/deepseek.py``).
+- ``runs``: Granite's experts and its shared expert. HF keeps outputs as rows, (E, parts · N, K) or (parts · N, K), the parts' rows one
+  run after another (llama.cpp, ``conversion/granite.py``).
+- ``runs of columns``: Llama 4's experts, the same with inputs as rows: (E, K, parts · N) (llama.cpp, ``conversion/llama.py``).
 """
 
 from __future__ import annotations
@@ -39,10 +42,12 @@ def joined_shape(split: Split, shapes: list[Shape], packed: bool) -> Shape:
         (heads, inputs, keys), (_, values, _) = shapes
         return heads * (keys + values), inputs
     shape = shapes[0]
+    if split.layout == "runs":
+        return *shape[:-2], shape[-2] * split.parts, shape[-1]
     if len(shape) == 2:
         return shape[0], shape[1] * split.parts
     experts, rows, columns = shape
-    return (experts, rows * split.parts, columns) if packed else (experts, columns, rows * split.parts)
+    return (experts, rows * split.parts, columns) if packed and split.layout == "alternate" else (experts, columns, rows * split.parts)
 
 
 def take_apart(split: Split, module: str, leaf: str, shapes: list[Shape], packed: bool) -> tuple[SourceRows, ...]:
@@ -50,6 +55,8 @@ def take_apart(split: Split, module: str, leaf: str, shapes: list[Shape], packed
     if split.layout == "heads":
         return _one_of_heads(split.part, module, leaf, shapes)
     shape = shapes[split.part]
+    if split.layout.startswith("runs"):
+        return _one_of_runs(split, module, leaf, shape)
     if len(shape) == 2:
         return (SourceRows(module, leaf, 0, shape[0], columns=(split.part, split.parts)),)
     experts, rows, columns = shape
@@ -77,11 +84,24 @@ def _one_of_heads(part: int, module: str, leaf: str, shapes: list[Shape]) -> tup
     return tuple(SourceRows(module, leaf, start + keys, start + keys + values) for start in starts)
 
 
+def _one_of_runs(split: Split, module: str, leaf: str, shape: Shape) -> tuple[SourceRows, ...]:
+    experts, rows, columns = prod(shape[:-2]), *shape[-2:]
+    if split.layout == "runs of columns":
+        own = split.part * rows, (split.part + 1) * rows
+        return tuple(SourceRows(module, leaf, *own, transposed=(e * columns, (e + 1) * columns)) for e in range(experts))
+    if split.parts == 1:
+        return (SourceRows(module, leaf, 0, experts * rows),)
+    starts = [(expert * split.parts + split.part) * rows for expert in range(experts)]
+    return tuple(SourceRows(module, leaf, start, start + rows) for start in starts)
+
+
 def join(split: Split, target: str, leaf: str, names: list[tuple[str, str]], shapes: list[Shape], packed: bool, kind: str) -> TensorMap:
     """The HF tensor ``target.leaf`` out of the GGUF tensors (base, leaf) ``names`` of ``shapes``: the inverse of ``take_apart``."""
     shape = joined_shape(split, shapes, packed)
     if split.layout == "heads":
         return TensorMap(target, leaf, shape, _heads_together(names, shapes), kind=kind)
+    if split.layout.startswith("runs"):
+        return _runs_together(split, target, leaf, names, shapes, kind)
     if len(shape) == 2:
         vectors = tuple(SourceRows(base, own, 0, shape[0]) for base, own in names)
         return TensorMap(target, leaf, shape, vectors, kind=kind, weave="columns" if split.parts > 1 else "")
@@ -94,6 +114,18 @@ def join(split: Split, target: str, leaf: str, names: list[tuple[str, str]], sha
     else:
         pieces = tuple(SourceRows(base, own, 0, columns, transposed=rows_of) for rows_of in slices for base, own in names)
     return TensorMap(target, leaf, shape, pieces, kind=kind, weave=("rows" if packed else "columns") if split.parts > 1 else "")
+
+
+def _runs_together(split: Split, target: str, leaf: str, names: list[tuple[str, str]], shapes: list[Shape], kind: str) -> TensorMap:
+    shape = joined_shape(split, shapes, False)
+    experts, rows, columns = prod(shapes[0][:-2]), *shapes[0][-2:]
+    slices = [(expert * rows, (expert + 1) * rows) for expert in range(experts)]
+    if split.layout == "runs of columns":
+        across = tuple(SourceRows(base, own, 0, columns, transposed=rows_of) for rows_of in slices for base, own in names)
+        return TensorMap(target, leaf, shape, across, kind=kind, weave="beside" if split.parts > 1 else "")
+    if split.parts == 1:
+        return TensorMap(target, leaf, shape, (SourceRows(*names[0], 0, experts * rows),), kind=kind)
+    return TensorMap(target, leaf, shape, tuple(SourceRows(*name, *rows_of) for rows_of in slices for name in names), kind=kind)
 
 
 def _heads_together(names: list[tuple[str, str]], shapes: list[Shape]) -> tuple[SourceRows, ...]:

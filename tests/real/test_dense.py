@@ -56,6 +56,7 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 MULTIPLIERS = {"attention_multiplier": 0.125, "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+NO_HEADS = {"num_key_value_heads": None, "num_attention_heads": None, "intermediate_size": None, "max_position_embeddings": None}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -129,6 +130,14 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama-tied", "lfm2",
         {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 16, "conv_L_cache": 4, "tie_word_embeddings": False},
     ),
+    "mamba": ("llama-tied", "mamba", {**NO_HEADS, "tie_word_embeddings": True}),
+    "mamba-untied": ("llama-tied", "mamba", {**NO_HEADS, "state_size": 8, "time_step_rank": 6, "tie_word_embeddings": False}),
+    "falcon_mamba": ("llama-tied", "falcon_mamba", {**NO_HEADS, "mixer_rms_eps": 1e-5}),
+    "granitemoe": ("llama-tied", "granitemoe", {**EXPERTS, **MULTIPLIERS}),
+    "granitemoe-shared": (
+        "llama-tied", "granitemoeshared",
+        {**EXPERTS, **MULTIPLIERS, "shared_intermediate_size": 48, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
     "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
     "gpt_oss": (
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "sliding_window": 32, "num_hidden_layers": 3, "rope_parameters": YARN},
@@ -178,6 +187,8 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
     "gpt2-inverse-layer": ("llama-tied", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
+    "mamba-biases": ("llama-tied", "mamba", {**NO_HEADS, "use_bias": True}),
+    "mamba-wide": ("llama-tied", "mamba", {**NO_HEADS, "expand": 3}),
     "olmo-biases": ("llama-tied", "olmo", {"attention_bias": True}),
     "olmoe-clipped": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "clip_qkv": 0.5}),
     "olmoe-rescaled": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "norm_topk_prob": True}),
@@ -206,7 +217,10 @@ def assert_runs_alike(folder: Path, workshop: Workshop, llama: Any, figure: Any,
 
     file, report = workshop.convert(folder, "gguf:f32")
     shifted = [line for line in report.tensors if line.kind not in ("copied", "exact")]  # Gemma's norms are stored with one added
-    assert all(line.name.endswith("norm.weight") and "after adding 1" in line.reason for line in shifted)
+    assert all(
+        (line.name.endswith("norm.weight") and "after adding 1" in line.reason) or (line.name.endswith("ssm_a") and "-exp" in line.reason)
+        for line in shifted
+    )
     text = evaluation_text()
     ids = ids_of(file, text, positions)
     assert AutoTokenizer.from_pretrained(folder).encode(text)[:positions] == ids
