@@ -30,6 +30,7 @@ from qformats.architectures.granite import GRANITE
 from qformats.architectures.granitemoe import GRANITEMOE
 from qformats.architectures.lfm2 import LFM2
 from qformats.architectures.llama import LLAMA
+from qformats.architectures.llama4 import LLAMA4
 from qformats.architectures.mamba import MAMBA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.architectures.mixtral import MIXTRAL
@@ -57,7 +58,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
     GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R, T5, LFM2, BERT, DEEPSEEK2,
-    MAMBA, GRANITEMOE,
+    MAMBA, GRANITEMOE, LLAMA4,
 )  # fmt: skip
 
 

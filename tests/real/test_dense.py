@@ -57,6 +57,7 @@ SHAPE: dict[str, Any] = {
 MULTIPLIERS = {"attention_multiplier": 0.125, "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 NO_HEADS = {"num_key_value_heads": None, "num_attention_heads": None, "intermediate_size": None, "max_position_embeddings": None}
+CHUNKED = {"num_local_experts": 4, "head_dim": 16}
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -138,6 +139,11 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama-tied", "granitemoeshared",
         {**EXPERTS, **MULTIPLIERS, "shared_intermediate_size": 48, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
     ),
+    "llama4": ("llama-tied", "llama4_text", {**CHUNKED, "num_hidden_layers": 5, "rope_parameters": LLAMA3}),
+    "llama4-interleaved": (
+        "llama", "llama4_text",
+        {**CHUNKED, "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "intermediate_size_mlp": 80},
+    ),
     "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
     "gpt_oss": (
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "sliding_window": 32, "num_hidden_layers": 3, "rope_parameters": YARN},
@@ -187,6 +193,10 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
     "gpt2-inverse-layer": ("llama-tied", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
+    "llama4-short-chunks": ("llama-tied", "llama4_text", {**CHUNKED, "attention_chunk_size": 32}),
+    "llama4-all-rotated": ("llama-tied", "llama4_text", {**CHUNKED, "no_rope_layers": [1] * 4, "num_hidden_layers": 4}),
+    "llama4-no-norm": ("llama-tied", "llama4_text", {**CHUNKED, "use_qk_norm": False}),
+    "llama4-odd-experts": ("llama-tied", "llama4_text", {**CHUNKED, "num_hidden_layers": 4, "moe_layers": [0, 3]}),
     "mamba-biases": ("llama-tied", "mamba", {**NO_HEADS, "use_bias": True}),
     "mamba-wide": ("llama-tied", "mamba", {**NO_HEADS, "expand": 3}),
     "olmo-biases": ("llama-tied", "olmo", {"attention_bias": True}),

@@ -25,6 +25,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
     "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
     "lfm2": {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [2, 5]},
+    "llama4": {"interleave_moe_layer_step": 3, "intermediate_size_mlp": 14},
     "mamba": {"intermediate_size": 48, "state_size": 5, "conv_kernel": 3}, "granitemoe": {"shared_intermediate_size": 7},
     "deepseek2": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
