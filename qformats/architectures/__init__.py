@@ -44,6 +44,7 @@ from qformats.architectures.qwen2 import QWEN2
 from qformats.architectures.qwen2_moe import QWEN2_MOE
 from qformats.architectures.qwen3 import QWEN3
 from qformats.architectures.qwen3_moe import QWEN3_MOE
+from qformats.architectures.qwen3_next import QWEN3_NEXT
 from qformats.architectures.smollm3 import SMOLLM3
 from qformats.architectures.stablelm import STABLELM
 from qformats.architectures.starcoder2 import STARCODER2
@@ -58,7 +59,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
     GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R, T5, LFM2, BERT, DEEPSEEK2,
-    MAMBA, GRANITEMOE, LLAMA4,
+    MAMBA, GRANITEMOE, LLAMA4, QWEN3_NEXT,
 )  # fmt: skip
 
 

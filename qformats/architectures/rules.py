@@ -64,6 +64,8 @@ class Rule:
     def bound(self, config: Mapping[str, Any]) -> Rule:
         """The rule of one config: its factor a number, its blocks known."""
         made = replace(self, factor=float(config[self.factor])) if isinstance(self.factor, str) else self
+        if self.split is not None:
+            made = replace(made, split=self.split.bound(config))
         return replace(made, chosen=frozenset(config[self.within])) if self.within else made
 
     def sizes(self, dims: Mapping[str, int], *, hf: bool = False) -> Shape:

@@ -58,6 +58,10 @@ MULTIPLIERS = {"attention_multiplier": 0.125, "embedding_multiplier": 6.0, "resi
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 NO_HEADS = {"num_key_value_heads": None, "num_attention_heads": None, "intermediate_size": None, "max_position_embeddings": None}
 CHUNKED = {"num_local_experts": 4, "head_dim": 16}
+NETS = {
+    "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -144,6 +148,12 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama", "llama4_text",
         {**CHUNKED, "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "intermediate_size_mlp": 80},
     ),
+    "qwen3_next": ("qwen2", "qwen3_next", {**NETS, "num_hidden_layers": 4}),
+    "qwen3_next-odd-blocks": (
+        "qwen2", "qwen3_next",
+        {**NETS, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+         "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    ),
     "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
     "gpt_oss": (
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "sliding_window": 32, "num_hidden_layers": 3, "rope_parameters": YARN},
@@ -197,6 +207,7 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama4-all-rotated": ("llama-tied", "llama4_text", {**CHUNKED, "no_rope_layers": [1] * 4, "num_hidden_layers": 4}),
     "llama4-no-norm": ("llama-tied", "llama4_text", {**CHUNKED, "use_qk_norm": False}),
     "llama4-odd-experts": ("llama-tied", "llama4_text", {**CHUNKED, "num_hidden_layers": 4, "moe_layers": [0, 3]}),
+    "qwen3_next-two-sizes": ("qwen2", "qwen3_next", {**NETS, "linear_value_head_dim": 32}),
     "mamba-biases": ("llama-tied", "mamba", {**NO_HEADS, "use_bias": True}),
     "mamba-wide": ("llama-tied", "mamba", {**NO_HEADS, "expand": 3}),
     "olmo-biases": ("llama-tied", "olmo", {"attention_bias": True}),

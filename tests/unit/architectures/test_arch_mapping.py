@@ -26,6 +26,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
     "lfm2": {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [2, 5]},
     "llama4": {"interleave_moe_layer_step": 3, "intermediate_size_mlp": 14},
+    "qwen3_next": {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 6},
     "mamba": {"intermediate_size": 48, "state_size": 5, "conv_kernel": 3}, "granitemoe": {"shared_intermediate_size": 7},
     "deepseek2": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
@@ -150,7 +151,8 @@ def test_names_are_those_of_gguf(name: str) -> None:
     names = gguf.get_tensor_name_map(arch, binding.dims["L"])
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
         module, leaf = tensor.sources[0].module, tensor.sources[0].leaf
-        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or tensor.target.endswith("attn_v_b") or "_linear" in module:
+        parted = tensor.target.endswith("attn_v_b") or "_linear" in module or module.endswith("_qkvz")
+        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or parted:
             known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
             assert re.sub(r"blk\.\d+", "blk.{bid}", tensor.target if tensor.leaf in ("weight", "bias") else tensor.name) in known
             continue
