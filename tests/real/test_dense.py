@@ -344,6 +344,22 @@ def test_a_quantized_gpt2_comes_back_transposed(tmp_path: Path, workshop: Worksh
         assert np.array_equal(found[f"transformer.h.1.{ours}.weight"], stored[f"blk.1.{theirs}.weight"].T), ours
 
 
+@pytest.mark.parametrize("name", ["granitemoe", "llama4", "gpt_oss", "qwen3_next", "mamba"])
+def test_what_is_no_matrix_of_one_module_stays_float(name: str, tmp_path: Path, workshop: Workshop, llama: Any) -> None:
+    """Codes of GPTQ are for two dimensions: stacked experts, convolutions and states are floats beside them, out of both worlds."""
+    from converters import convert
+
+    folder = tiny_model(name, tmp_path / name)
+    file = tmp_path / f"{name}.gguf"
+    convert(folder, file, to="gguf:q8_0", tensor_types=(("ffn_gate", "q5_0"), ("attn_qkv", "q4_0")))
+    for source in (folder, file):
+        packed, report = workshop.convert(source, "gptq:int4", allow_requantize=True)
+        assert {len(line.shape) for line in report.tensors if line.type == "int4"} == {2}
+        again, _ = workshop.convert(packed, "gguf")
+        with llama.Llama(again) as model:
+            model.logits(ids_of(again, evaluation_text(), 32))
+
+
 @pytest.mark.parametrize("name", [*REFUSED, *BARE_REFUSED])
 def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, tmp_path: Path, workshop: Workshop) -> None:
     with pytest.raises(Unsupported):
