@@ -94,10 +94,13 @@ class Chooser:
             return self.mix.types[tensor.name]
         mixed = self.mix.file_type is not None
         for pattern, name in self.options.tensor_types:
-            if re.search(pattern, tensor.name) and ((len(tensor.shape) > 1 and not mixed) or name.lower() in FLOAT_WORDS):
+            matrix = len(tensor.shape) > 1 and not self._is_stack(tensor)
+            if re.search(pattern, tensor.name) and ((matrix and not mixed) or name.lower() in FLOAT_WORDS):
                 return name.lower()
         kind = None if mixed else self.options.target.type
         if kind is None or tensor.kind not in _MATRIX_KINDS or len(tensor.shape) < 2:
+            return None
+        if kind not in FLOAT_WORDS and self._is_stack(tensor):
             return None
         if not dense or kind in FLOAT_WORDS:
             return kind
@@ -324,9 +327,14 @@ class Chooser:
         return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
     def _must_be_float(self, tensor: TensorMap) -> bool:
-        """Embedding and output of integer checkpoint formats stay floats unless the record says otherwise."""
-        return not self._gguf and tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of \
-            and self.checkpoint.gguf is not None  # fmt: skip
+        """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats."""
+        ends = tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of and self.checkpoint.gguf is not None
+        return self._is_stack(tensor) or (not self._gguf and ends)
+
+    def _is_stack(self, tensor: TensorMap) -> bool:
+        """Experts in one tensor, which no integer checkpoint format has codes for."""
+        packs = getattr(registry.format_module(self.options.target.format), "PACKED_EXPERTS", False)
+        return not self._gguf and not packs and len(tensor.shape) > 2
 
     def _best(
         self, tensor: TensorMap, storages: Sequence[Storage], format_name: str, roundings: Sequence[bool] = (False, True)

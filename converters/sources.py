@@ -161,7 +161,7 @@ def _read_woven(job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: 
             continue
         if not by_rows:
             both = _as_floats([_read_piece(job, slab, checkpoint, source, low, high, codes) for source in pair])
-            pieces.append(torch.stack(both, -1).flatten(-2))
+            pieces.append(torch.cat(both, -1) if job.map.weave == "beside" else torch.stack(both, -1).flatten(-2))
             continue
         ranges = [((low + 1 - side) // 2, (high + 1 - side) // 2) for side in (0, 1)]
         found = [_read_piece(job, slab, checkpoint, s, a, b, codes) for s, (a, b) in zip(pair, ranges, strict=True) if a < b]

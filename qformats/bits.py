@@ -93,7 +93,8 @@ def unpack_stream(words: Tensor, bits: int, count: int) -> Tensor:
 
     _little_endian_host()
     *lead, width = words.shape
-    stream = words.contiguous().view(torch.uint8).reshape(*lead, width * words.element_size())
+    flat = words.contiguous().reshape(-1)  # a last dimension of 1 may keep a stride that no view takes
+    stream = flat.view(torch.uint8).reshape(*lead, width * words.element_size())
     if bits in (1, 2, 4, 8):
         shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
         fields = (stream.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # (..., bytes, 8 / b)

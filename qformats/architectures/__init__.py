@@ -27,8 +27,11 @@ from qformats.architectures.gpt2 import GPT2
 from qformats.architectures.gpt_neox import GPT_NEOX
 from qformats.architectures.gpt_oss import GPT_OSS
 from qformats.architectures.granite import GRANITE
+from qformats.architectures.granitemoe import GRANITEMOE
 from qformats.architectures.lfm2 import LFM2
 from qformats.architectures.llama import LLAMA
+from qformats.architectures.llama4 import LLAMA4
+from qformats.architectures.mamba import MAMBA
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.architectures.mixtral import MIXTRAL
 from qformats.architectures.nemotron import NEMOTRON
@@ -41,6 +44,7 @@ from qformats.architectures.qwen2 import QWEN2
 from qformats.architectures.qwen2_moe import QWEN2_MOE
 from qformats.architectures.qwen3 import QWEN3
 from qformats.architectures.qwen3_moe import QWEN3_MOE
+from qformats.architectures.qwen3_next import QWEN3_NEXT
 from qformats.architectures.smollm3 import SMOLLM3
 from qformats.architectures.stablelm import STABLELM
 from qformats.architectures.starcoder2 import STARCODER2
@@ -55,6 +59,7 @@ __all__ = ["FAMILIES", "Architecture", "Binding", "Mapped", "SourceRows", "Tenso
 FAMILIES: tuple[Architecture, ...] = (
     LLAMA, MIXTRAL, SMOLLM3, GRANITE, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, GEMMA, GEMMA2, GEMMA3, STABLELM, STARCODER2, COHERE2,
     GLM4, GPT2, GPT_NEOX, GPT_OSS, FALCON, PHI2, PHI3, OLMO, OLMOE, NEMOTRON, BLOOM, COMMAND_R, T5, LFM2, BERT, DEEPSEEK2,
+    MAMBA, GRANITEMOE, LLAMA4, QWEN3_NEXT,
 )  # fmt: skip
 
 

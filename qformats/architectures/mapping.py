@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
-from qformats.architectures.parts import Mapped, Parts, Shape, SourceRows, TensorMap
+from qformats.architectures.parts import FUNCTIONS, Mapped, Parts, Shape, SourceRows, TensorMap
 from qformats.architectures.rows import inverse_order, row_order
 from qformats.architectures.rules import Rule
 from qformats.architectures.splits import Split, join, joined_shape, take_apart
@@ -26,7 +26,7 @@ _BUFFERS = (
     ".rotary_emb.inv_freq", "embeddings.position_ids", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
-_OTHER_TOWERS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+_OTHER_TOWERS = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool) -> Iterator[tuple[Rule, int]]:
@@ -60,6 +60,12 @@ class _Sources:
             return None
         self._left.discard((module, leaf))
         return module, tuple(self._parts[module][leaf])
+
+    def stored(self, name: str, leaf: str) -> str:
+        """The leaf of a norm under the name it has here: the first BERT and its like say gamma and beta."""
+        module = self._module.get(name)
+        old = {"weight": "gamma", "bias": "beta"}.get(leaf, leaf)
+        return old if module is not None and leaf not in self._parts[module] and old in self._parts[module] else leaf
 
     def drop(self, name: str, reason: str, dropped: dict[str, str]) -> None:
         for leaf in self._parts[self._module[name]] if name in self._module else ():
@@ -188,23 +194,28 @@ def map_to_gguf(
 def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
     made: list[TensorMap] = []
     name, target = rule.hf.format(i=layer), rule.gguf.format(i=layer)
-    found = sources.take(name, rule.leaf)
+    leaf, bias = (sources.stored(name, own) if rule.kind == "norm" else own for own in (rule.leaf, "bias"))
+    found = sources.take(name, leaf)
     if found is not None and rule.transposed:
         _check_shape(f"{found[0]}.weight", found[1], rule.sizes(dims)[::-1])
         made.append(_transposed(target, found[0], rule.sizes(dims), rule.kind))
     elif found is not None:
         module, shape = found
         expected = rule.sizes(dims, hf=True)
-        piece = _whole(module, rule.leaf, shape, rule, dims, inverse=False)
+        piece = _whole(module, leaf, shape, rule, dims, inverse=False)
         if rule.resizable and len(shape) == 2 and shape[0] > expected[0]:
-            piece, shape = SourceRows(module, rule.leaf, 0, expected[0]), expected
-        _check_shape(f"{module}.{rule.leaf}", shape, expected)
+            piece, shape = SourceRows(module, leaf, 0, expected[0]), expected
+        _check_shape(f"{module}.{leaf}", shape, expected)
         shape = rule.sizes(dims) if rule.hf_shape else shape
-        made.append(TensorMap(target, rule.gguf_leaf, shape, (piece,), rule.shift, rule.kind, factor=float(rule.factor)))
-    if rule.bias and (found := sources.take(name, "bias")) is not None:
+        made.append(
+            TensorMap(
+                target, rule.gguf_leaf, shape, (piece,), rule.shift, rule.kind, factor=float(rule.factor), function=rule.function
+            )
+        )  # fmt: skip
+    if rule.bias and (found := sources.take(name, bias)) is not None:
         module, shape = found
-        _check_shape(f"{module}.bias", shape, rule.sizes(dims)[:1])
-        made.append(TensorMap(target, "bias", shape, (_whole(module, "bias", shape, rule, dims, False),), 0.0, "bias"))
+        _check_shape(f"{module}.{bias}", shape, rule.sizes(dims)[:1])
+        made.append(TensorMap(target, "bias", shape, (_whole(module, bias, shape, rule, dims, False),), 0.0, "bias"))
     return made
 
 
@@ -337,9 +348,11 @@ def _one_to_hf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Source
         _check_shape(f"{base}.{rule.gguf_leaf}", shape, expected)
         if "{e}" in rule.hf:
             return _experts_to_hf(rule, layer, base, expected)
-        undone = 1.0 / float(rule.factor)
-        shape = rule.sizes(dims, hf=True) if rule.hf_shape else shape
-        made.append(TensorMap(rule.hf.format(i=layer), rule.leaf, shape, tuple(pieces), 0.0 - rule.shift, rule.kind, factor=undone))
+        factor, function = 1.0 / float(rule.factor), FUNCTIONS.get(rule.function, "")
+        shape, target = rule.sizes(dims, hf=True) if rule.hf_shape else shape, rule.hf.format(i=layer)
+        made.append(
+            TensorMap(target, rule.leaf, shape, tuple(pieces), 0.0 - rule.shift, rule.kind, factor=factor, function=function)
+        )  # fmt: skip
     if rule.bias and (found := sources.take(base, "bias")) is not None:
         _check_shape(f"{base}.bias", found[1], expected[:1])
         piece = _whole(base, "bias", found[1], rule, dims, inverse=True)

@@ -10,12 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qformats.errors import BadFile
+
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Mapped", "Parts", "Shape", "SourceRows", "TensorMap"]
+__all__ = ["FUNCTIONS", "Mapped", "Parts", "Shape", "SourceRows", "TensorMap"]
 
 Shape = tuple[int, ...]
+FUNCTIONS = {"-exp(x)": "log(-x)", "log(-x)": "-exp(x)"}  # each with the one that undoes it
 Parts = Mapping[str, Mapping[str, Shape]]
 
 
@@ -26,8 +29,8 @@ class SourceRows:
     ``index``: (stop - start,) int64 or None for "in order". ``period``: rows ``k·period:(k+1)·period`` of the piece come only from
     the same rows of the source (1 for "in order", head_dim for a rotary permutation, 0 when the whole piece is needed).
     ``transposed``: the rows meant are the columns of source rows ``first:last``. ``columns`` (first, step): only these columns of the
-    rows. An index may reach beyond ``stop - start`` (every second row). Empty ``module`` and ``leaf`` stand for ``stop - start`` rows
-    of zeros (padding of an embedding).
+    rows. An index may reach beyond ``stop - start`` (every second row). Empty ``module`` and ``leaf`` stand for ``stop - start``
+    rows of zeros (padding of an embedding).
     """
 
     module: str
@@ -47,12 +50,12 @@ class SourceRows:
 
 @dataclass(frozen=True, slots=True)
 class TensorMap:
-    """One target tensor: ``sources`` concatenated along rows, then each value multiplied by ``factor`` and ``shift`` added in float32.
+    """One target tensor: ``sources`` concatenated along rows, then ``function`` of each value, times ``factor``, plus ``shift``.
 
     ``target`` is the base name without leaf, ``shape`` the logical one: (N, K), (E, N, K) or (K,). ``kind`` is one of ``linear``,
     ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv``, ``conv1d`` (inputs
     as rows). ``constant``: the float32 values of a computed tensor, which has no sources. ``weave``: sources come in pairs of equal
-    size whose ``rows``, or ``columns``, take turns.
+    size whose ``rows``, or ``columns``, take turns, or that stand ``beside`` each other. ``function``: empty, or a word of ``FUNCTIONS``.
     """
 
     target: str
@@ -64,6 +67,7 @@ class TensorMap:
     constant: np.ndarray[Any, np.dtype[np.float32]] | None = None
     weave: str = ""
     factor: float = 1.0
+    function: str = ""
 
     @property
     def name(self) -> str:
@@ -73,19 +77,38 @@ class TensorMap:
     @property
     def altered(self) -> str:
         """What is done to every value, in words; empty for nothing."""
-        times = f"multiplying by {self.factor:g}" if self.factor != 1.0 else ""
-        return " and ".join(word for word in (times, f"adding {self.shift:g}" if self.shift else "") if word)
+        words = (
+            f"taking {self.function}" if self.function else "",
+            f"multiplying by {self.factor:g}" if self.factor != 1.0 else "",
+            f"adding {self.shift:g}" if self.shift else "",
+        )
+        return " and ".join(word for word in words if word)
 
     def alter(self, values: Any) -> Any:
-        """The values of the target by those of the sources: a torch tensor in its own dtype, the same object where nothing is done."""
-        times = values * self.factor if self.factor != 1.0 else values
+        """The values of the target by those of the sources: a torch tensor in its own dtype, the same object where nothing is done.
+
+        Raises ``BadFile('tensor-value')`` where a function has no value.
+        """
+        made = _apply(self.function, values, self.name) if self.function else values
+        times = made * self.factor if self.factor != 1.0 else made
         return times + self.shift if self.shift else times
 
     @property
     def rows(self) -> int:
         """Rows of the flattened target."""
         total = sum(source.stop - source.start for source in self.sources)
-        return total // 2 if self.weave == "columns" else total
+        return total // 2 if self.weave in ("columns", "beside") else total
+
+
+def _apply(function: str, values: Any, name: str) -> Any:
+    """A function of floats, computed in float64 and rounded once."""
+    import torch
+
+    wide = values.to(torch.float64)
+    made = -torch.exp(wide) if function == "-exp(x)" else torch.log(-wide)
+    if not bool(torch.isfinite(made).all()):
+        raise BadFile("tensor-value", f"{function} of its values is not finite", tensor=name, hint="fetch the file again")
+    return made.to(values.dtype)
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,7 @@ class Places:
         rules, dims = self.binding.rules, self.binding.dims
         for rule in rules:
             shape = rule.sizes(dims)
-            if rule.split is not None or (rule.leaf, rule.gguf_leaf) != ("weight", "weight"):
+            if rule.split is not None or rule.hf_shape or (rule.leaf, rule.gguf_leaf) != ("weight", "weight"):
                 continue  # one of its tensors is no weight of one module
             layers = [i for i in range(dims[rule.until or "L"]) if rule.in_block(i, dims)] if "{i}" in rule.hf else [0]
             for layer in layers:

@@ -25,7 +25,7 @@ class Rule:
     ``since`` and ``until``: letters of the first block that has the tensor, where that is not 0, and of the first that no longer has it,
     where that is not ``L``. ``optional``: the tensor may be missing. ``within``: config field that lists the blocks with this tensor,
     ``chosen`` once it is read. ``hf_shape``: HF's shape where it has another axis. ``copies``: modules that hold the same weights again.
-    ``factor``: config field that a norm is multiplied by.
+    ``factor``: config field that a norm is multiplied by. ``function``: what GGUF has of each value (``parts.FUNCTIONS``).
     """
 
     hf: str
@@ -51,6 +51,7 @@ class Rule:
     within: str = ""
     chosen: frozenset[int] | None = None
     hf_shape: str = ""
+    function: str = ""
 
     def in_block(self, layer: int, dims: Mapping[str, int]) -> bool:
         """Whether block ``layer`` has it; ``until`` may lie beyond ``L``."""
@@ -63,6 +64,8 @@ class Rule:
     def bound(self, config: Mapping[str, Any]) -> Rule:
         """The rule of one config: its factor a number, its blocks known."""
         made = replace(self, factor=float(config[self.factor])) if isinstance(self.factor, str) else self
+        if self.split is not None:
+            made = replace(made, split=self.split.bound(config))
         return replace(made, chosen=frozenset(config[self.within])) if self.within else made
 
     def sizes(self, dims: Mapping[str, int], *, hf: bool = False) -> Shape:

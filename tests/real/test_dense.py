@@ -56,6 +56,12 @@ SHAPE: dict[str, Any] = {
 }  # fmt: skip
 MULTIPLIERS = {"attention_multiplier": 0.125, "embedding_multiplier": 6.0, "residual_multiplier": 0.5, "logits_scaling": 4.0}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+NO_HEADS = {"num_key_value_heads": None, "num_attention_heads": None, "intermediate_size": None, "max_position_embeddings": None}
+CHUNKED = {"num_local_experts": 4, "head_dim": 16}
+NETS = {
+    "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 48,
+}  # fmt: skip
 LATENT: dict[str, Any] = {
     "num_key_value_heads": 4, "num_hidden_layers": 3, "first_k_dense_replace": 1, "q_lora_rank": 24, "kv_lora_rank": 40,
     "qk_nope_head_dim": 24, "qk_rope_head_dim": 16, "v_head_dim": 20, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -129,6 +135,25 @@ BARE: dict[str, tuple[str, str, dict[str, Any]]] = {
         "llama-tied", "lfm2",
         {"num_hidden_layers": 3, "full_attn_idxs": [1], "block_multiple_of": 16, "conv_L_cache": 4, "tie_word_embeddings": False},
     ),
+    "mamba": ("llama-tied", "mamba", {**NO_HEADS, "tie_word_embeddings": True}),
+    "mamba-untied": ("llama-tied", "mamba", {**NO_HEADS, "state_size": 8, "time_step_rank": 6, "tie_word_embeddings": False}),
+    "falcon_mamba": ("llama-tied", "falcon_mamba", {**NO_HEADS, "mixer_rms_eps": 1e-5}),
+    "granitemoe": ("llama-tied", "granitemoe", {**EXPERTS, **MULTIPLIERS}),
+    "granitemoe-shared": (
+        "llama-tied", "granitemoeshared",
+        {**EXPERTS, **MULTIPLIERS, "shared_intermediate_size": 48, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    ),
+    "llama4": ("llama-tied", "llama4_text", {**CHUNKED, "num_hidden_layers": 5, "rope_parameters": LLAMA3}),
+    "llama4-interleaved": (
+        "llama", "llama4_text",
+        {**CHUNKED, "num_hidden_layers": 4, "interleave_moe_layer_step": 2, "num_experts_per_tok": 2, "intermediate_size_mlp": 80},
+    ),
+    "qwen3_next": ("qwen2", "qwen3_next", {**NETS, "num_hidden_layers": 4}),
+    "qwen3_next-odd-blocks": (
+        "qwen2", "qwen3_next",
+        {**NETS, "num_hidden_layers": 3, "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+         "rope_parameters": {"rope_theta": 5000.0, "partial_rotary_factor": 0.5}},
+    ),
     "command-r-plus": ("llama-tied", "cohere", {"num_hidden_layers": 64, "use_qk_norm": True}),
     "gpt_oss": (
         "llama-tied", "gpt_oss", {**EXPERTS, "head_dim": 32, "sliding_window": 32, "num_hidden_layers": 3, "rope_parameters": YARN},
@@ -178,6 +203,13 @@ BARE_REFUSED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "falcon-sequential": ("llama-tied", "falcon", {"parallel_attn": False}),
     "gpt2-inverse-layer": ("llama-tied", "gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     "phi2-norms": ("llama-tied", "phi", {"qk_layernorm": True}),
+    "llama4-short-chunks": ("llama-tied", "llama4_text", {**CHUNKED, "attention_chunk_size": 32}),
+    "llama4-all-rotated": ("llama-tied", "llama4_text", {**CHUNKED, "no_rope_layers": [1] * 4, "num_hidden_layers": 4}),
+    "llama4-no-norm": ("llama-tied", "llama4_text", {**CHUNKED, "use_qk_norm": False}),
+    "llama4-odd-experts": ("llama-tied", "llama4_text", {**CHUNKED, "num_hidden_layers": 4, "moe_layers": [0, 3]}),
+    "qwen3_next-two-sizes": ("qwen2", "qwen3_next", {**NETS, "linear_value_head_dim": 32}),
+    "mamba-biases": ("llama-tied", "mamba", {**NO_HEADS, "use_bias": True}),
+    "mamba-wide": ("llama-tied", "mamba", {**NO_HEADS, "expand": 3}),
     "olmo-biases": ("llama-tied", "olmo", {"attention_bias": True}),
     "olmoe-clipped": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "clip_qkv": 0.5}),
     "olmoe-rescaled": ("llama-tied", "olmoe", {"num_key_value_heads": 4, "num_experts": 4, "norm_topk_prob": True}),
@@ -206,7 +238,10 @@ def assert_runs_alike(folder: Path, workshop: Workshop, llama: Any, figure: Any,
 
     file, report = workshop.convert(folder, "gguf:f32")
     shifted = [line for line in report.tensors if line.kind not in ("copied", "exact")]  # Gemma's norms are stored with one added
-    assert all(line.name.endswith("norm.weight") and "after adding 1" in line.reason for line in shifted)
+    assert all(
+        (line.name.endswith("norm.weight") and "after adding 1" in line.reason) or (line.name.endswith("ssm_a") and "-exp" in line.reason)
+        for line in shifted
+    )
     text = evaluation_text()
     ids = ids_of(file, text, positions)
     assert AutoTokenizer.from_pretrained(folder).encode(text)[:positions] == ids
@@ -307,6 +342,22 @@ def test_a_quantized_gpt2_comes_back_transposed(tmp_path: Path, workshop: Worksh
     found = load_file(back / "model.safetensors")
     for theirs, ours in (("attn_qkv", "attn.c_attn"), ("attn_output", "attn.c_proj"), ("ffn_up", "mlp.c_fc"), ("ffn_down", "mlp.c_proj")):
         assert np.array_equal(found[f"transformer.h.1.{ours}.weight"], stored[f"blk.1.{theirs}.weight"].T), ours
+
+
+@pytest.mark.parametrize("name", ["granitemoe", "llama4", "gpt_oss", "qwen3_next", "mamba"])
+def test_what_is_no_matrix_of_one_module_stays_float(name: str, tmp_path: Path, workshop: Workshop, llama: Any) -> None:
+    """Codes of GPTQ are for two dimensions: stacked experts, convolutions and states are floats beside them, out of both worlds."""
+    from converters import convert
+
+    folder = tiny_model(name, tmp_path / name)
+    file = tmp_path / f"{name}.gguf"
+    convert(folder, file, to="gguf:q8_0", tensor_types=(("ffn_gate", "q5_0"), ("attn_qkv", "q4_0")))
+    for source in (folder, file):
+        packed, report = workshop.convert(source, "gptq:int4", allow_requantize=True)
+        assert {len(line.shape) for line in report.tensors if line.type == "int4"} == {2}
+        again, _ = workshop.convert(packed, "gguf")
+        with llama.Llama(again) as model:
+            model.logits(ids_of(again, evaluation_text(), 32))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *BARE_REFUSED])

@@ -125,3 +125,9 @@ def test_unsigned_words_read_like_signed() -> None:
     codes = codes_of(2, (5, 64), 4)
     words = B.pack_columns(codes, 4)
     assert np.array_equal(B.unpack_columns(words.view(np.uint32), 4, 64), codes)
+
+
+def test_one_word_of_each_column() -> None:
+    values = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    words = np.array([[0x3210, 0x7654, 0xBA98]], dtype=np.int32)
+    assert np.array_equal(B.unpack_columns(words, 4, 4), values)

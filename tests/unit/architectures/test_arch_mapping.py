@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from qformats.architectures import FAMILIES, Mapped, SourceRows, TensorMap, find
 from qformats.architectures.rows import inverse_order, qkv_order, rope_order
@@ -24,6 +25,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"num_key_value_heads": 4, "hidden_act": "gelu_new"}, "phi2": {"hidden_act": "gelu_new"},
     "starcoder2": {"hidden_act": "gelu_new"}, "olmoe": {"num_key_value_heads": 4},
     "lfm2": {"block_auto_adjust_ff_dim": False, "full_attn_idxs": [2, 5]},
+    "llama4": {"interleave_moe_layer_step": 3, "intermediate_size_mlp": 14},
+    "qwen3_next": {"linear_key_head_dim": 4, "linear_value_head_dim": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 6},
+    "mamba": {"intermediate_size": 48, "state_size": 5, "conv_kernel": 3}, "granitemoe": {"shared_intermediate_size": 7},
     "deepseek2": {"q_lora_rank": 5, "kv_lora_rank": 6, "qk_nope_head_dim": 4, "qk_rope_head_dim": 2, "v_head_dim": 3},
     "gpt_oss": {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
 }  # fmt: skip
@@ -74,10 +78,14 @@ def build_one(tensor: TensorMap, values: dict[tuple[str, str], np.ndarray[Any, A
     if tensor.constant is not None:
         return tensor.constant
     pieces = [piece_rows(piece, tensor, values) for piece in tensor.sources]
-    if tensor.weave:
+    if tensor.weave == "beside":
+        pieces = [np.concatenate(pair, 1) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
+    elif tensor.weave:
         axis = {"rows": 1, "columns": 2}[tensor.weave]
         pieces = [np.stack(pair, axis).reshape(-1, tensor.shape[-1]) for pair in zip(pieces[::2], pieces[1::2], strict=True)]
     made = np.concatenate(pieces).reshape(tensor.shape) + np.float32(tensor.shift)
+    if tensor.function:
+        made = tensor.alter(torch.from_numpy(made)).numpy()
     assert tensor.rows == (np.prod(tensor.shape[:-1]) if len(tensor.shape) > 1 else tensor.shape[0])
     return made
 
@@ -131,7 +139,7 @@ def test_to_hf_undoes_to_gguf(name: str, bias: bool) -> None:
     assert restored.keys() == values.keys()
     for key, value in values.items():
         assert restored[key].shape == value.shape
-        assert np.allclose(restored[key], value, atol=0 if "norm" not in key[0] else 1e-6), key
+        assert np.allclose(restored[key], value, atol=0 if "norm" not in key[0] and key[1] != "A_log" else 1e-6), key
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
@@ -143,9 +151,10 @@ def test_names_are_those_of_gguf(name: str) -> None:
     names = gguf.get_tensor_name_map(arch, binding.dims["L"])
     for tensor in binding.to_gguf(hf_parts(name, config, bias=True)).tensors:
         module, leaf = tensor.sources[0].module, tensor.sources[0].leaf
-        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or tensor.target.endswith("attn_v_b"):
+        parted = tensor.target.endswith("attn_v_b") or "_linear" in module or module.endswith("_qkvz")
+        if leaf not in ("weight", "bias") or tensor.sources[0].transposed or parted:
             known = {gguf.TENSOR_NAMES[kind] for kind in gguf.MODEL_TENSORS[arch]}
-            assert re.sub(r"blk\.\d+", "blk.{bid}", tensor.target) in known
+            assert re.sub(r"blk\.\d+", "blk.{bid}", tensor.target if tensor.leaf in ("weight", "bias") else tensor.name) in known
             continue
         merged = module.replace("experts.0.", "experts.").replace("norm.norms.0", "norm")
         if name == "bloom":  # its converter cuts the first word off
@@ -375,3 +384,22 @@ def test_deepseeks_keys_and_values_come_apart_and_further_predictions_are_named(
     made, kv_b = build(mapped, values), values["model.layers.0.self_attn.kv_b_proj", "weight"].reshape(4, 7, 6)
     assert np.array_equal(made["blk.0.attn_k_b", "weight"], kv_b[:, :4].swapaxes(1, 2))
     assert np.array_equal(made["blk.0.attn_v_b", "weight"], kv_b[:, 4:])
+
+
+def test_norms_of_the_first_bert_are_read_under_their_old_names() -> None:
+    config = config_of("bert")
+    binding = find(config).bind(config)
+    parts = hf_parts("bert", config, bias=True)
+    words = {"weight": "gamma", "bias": "beta"}
+    old = {m: {words[leaf] if m.endswith("LayerNorm") else leaf: s for leaf, s in leaves.items()} for m, leaves in parts.items()}
+    plain, renamed = binding.to_gguf(parts).tensors, binding.to_gguf(old).tensors
+    assert [(t.name, t.shape) for t in plain] == [(t.name, t.shape) for t in renamed]
+    assert {t.sources[0].leaf for t in renamed if t.kind == "norm"} == {"gamma"}
+
+
+def test_a_decay_that_is_none_is_refused() -> None:
+    tensor = TensorMap("backbone.layers.0.mixer", "A_log", (2,), (), kind="state", function="log(-x)")
+    assert torch.equal(tensor.alter(torch.tensor([-1.0, -1.0])), torch.zeros(2))
+    with pytest.raises(BadFile) as caught:
+        tensor.alter(torch.tensor([-1.0, 0.0]))
+    assert caught.value.code == "tensor-value"

@@ -213,7 +213,7 @@ def test_rope_that_gguf_cannot_say(rope: Any, code: str) -> None:
 
 def test_unknown_gguf_architecture() -> None:
     with pytest.raises(Unsupported) as caught:
-        find_gguf({"general.architecture": Value("str", "mamba")})
+        find_gguf({"general.architecture": Value("str", "rwkv7")})
     assert caught.value.code == "architecture"
     with pytest.raises(BadFile) as missing:
         find_gguf({})
