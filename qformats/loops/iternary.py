@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from qformats.loops.compiled import compiled
-from qformats.loops.iquantize import LANES, LEVEL, WORKSPACE, A, W, X, choose8, mean_square, spread, weigh
+from qformats.loops.iquantize import LEVEL, WORKSPACE, A, W, X, choose8, mean_square, weigh
 
 __all__ = ["refit", "search"]
 
@@ -132,10 +132,10 @@ def _split(sums: Array, width: int, halves: bool, scale: Any) -> tuple[int, int,
 
 @compiled
 def _value_levels(work: Array, bit: int) -> None:
-    """The values of three levels under a bit, for each of eight positions."""
+    """The values of three levels under a bit."""
     add = -_EIGHTH if bit else _EIGHTH
-    for m in range(LANES):
-        work[LEVEL + m] = f32(m % 3 - 1) + add if m < 24 else _ZERO
+    for level in range(3):
+        work[LEVEL + level] = f32(level - 1) + add
 
 
 @compiled
@@ -170,7 +170,6 @@ def _enter(work: Array, order: Array, at1: int, at2: int, negative: bool, codes:
             if not off:
                 for i in range(8 * groups):
                     work[A + i] = work[W + i]
-                spread(work, 8 * groups, 8, 3)
                 off = True
             _value_levels(work, bits[k % len(bits)])
             entry = i32(lists[choose8(work, k, scale, points[k], starts, offsets)])
