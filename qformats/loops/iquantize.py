@@ -119,7 +119,7 @@ def _choose4(work: Array, k: int, scale: Any, point: int, starts: Array, offsets
 
 
 @compiled
-def choose8(work: Array, k: int, scale: Any, point: int, starts: Array, offsets: Array) -> Any:
+def choose8(work: Array, k: int, scale: Any, point: Any, starts: Array, offsets: Array) -> Any:
     """As ``_choose4`` for eight weights of three levels; ``offsets`` name the sum of the first four terms, then the other terms."""
     _own_terms(work, k, scale, 8, 3)
     for a in range(3):
