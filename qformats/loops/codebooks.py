@@ -1,7 +1,7 @@
-"""Compiled loops over ggml's codebook super-blocks: dequantize IQ1_S … IQ3_S and IQ4_XS, one pass over the bytes each.
+"""Compiled loops over ggml's codebook super-blocks: dequantize IQ1_S … IQ3_S and IQ4_XS, unpack and pack IQ4_XS, one pass each.
 
-The definition each loop must equal bit for bit is ``IQuant.dequantize_blocks`` in ``qformats.formats.ggml.iquants``, where the byte layouts
-stand. Blocks are uint8 (S, block bytes), ``out`` float32 (S, 256); everything is serial and releases the GIL.
+The definitions, bit for bit, are ``IQuant.dequantize_blocks``, ``unpack_blocks`` and ``pack_blocks`` in ``qformats.formats.ggml.iquants``,
+where the byte layouts stand. Blocks are uint8 (S, block bytes), ``out`` float32 (S, 256); everything is serial and releases the GIL.
 
 Every weight is a small integer times a scale, and each such product is exact in float32. So the first half of a loop puts the 256 integers
 of a block into ``line`` (int8), eight at a time through ``words`` (the same bytes as uint64): an entry of the book, its signs applied to
@@ -20,7 +20,7 @@ from qformats.grids import table_values
 from qformats.loops.compiled import compiled
 from qformats.loops.half import half_of, word
 
-__all__ = ["DEQUANTIZE"]
+__all__ = ["DEQUANTIZE", "PACK", "UNPACK"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, u64, i8, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int8, np.float32
@@ -171,6 +171,38 @@ def iq4xs(blocks: Array, out: Array, pairs: Array, line: Array, width: int) -> N
                 out[b, to + width + j] = s * f32(i8(c >> u16(8)))
 
 
+@compiled
+def unpack4xs(blocks: Array, codes: Array, s: Array, d: Array, width: int) -> None:
+    """IQ4_XS: codes (S, 256), s (S, 8), d uint16 (S,); ``width`` = 16."""
+    for b in range(blocks.shape[0]):
+        d[b], high = word(blocks[b, 0], blocks[b, 1]), word(blocks[b, 2], blocks[b, 3])
+        for i in range(8):
+            low = u8(u8(blocks[b, 4 + i // 2] >> u8(4 * (i % 2))) & u8(15))
+            s[b, i] = u8(low | u8(u8(u8(high >> u16(2 * i)) & u8(3)) << u8(4)))
+            at, to = 8 + width * i, 2 * width * i
+            for j in range(width):
+                c = blocks[b, at + j]
+                codes[b, to + j] = u8(c & u8(15))
+                codes[b, to + width + j] = u8(c >> u8(4))
+
+
+@compiled
+def pack4xs(blocks: Array, codes: Array, s: Array, d: Array, width: int) -> None:
+    """The inverse of ``unpack4xs``."""
+    for b in range(blocks.shape[0]):
+        high = u16(0)
+        for i in range(8):
+            high = u16(high | u16(u16(s[b, i] >> u8(4)) << u16(2 * i)))
+        blocks[b, 0], blocks[b, 1] = u8(d[b]), u8(d[b] >> u16(8))
+        blocks[b, 2], blocks[b, 3] = u8(high), u8(high >> u16(8))
+        for i in range(4):
+            blocks[b, 4 + i] = u8(u8(s[b, 2 * i] & u8(15)) | u8(s[b, 2 * i + 1] << u8(4)))
+        for i in range(8):
+            at, to = 8 + width * i, 2 * width * i
+            for j in range(width):
+                blocks[b, at + j] = u8(codes[b, to + j] | u8(codes[b, to + width + j] << u8(4)))
+
+
 @cache
 def _book(name: str) -> Array:
     """A book's entries as the low bytes of uint64 words; for IQ1 eight times the entry minus z, for either z."""
@@ -216,4 +248,11 @@ DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {
     "IQ1_S": _run(iq1s, "iq1_s", 32, seven=False),
     "IQ1_M": _run(iq1m, "iq1_s", 16, seven=False),
     "IQ4_XS": lambda blocks, out: iq4xs(blocks, out, _pairs(), np.empty(128, u16), 16),
+}
+# type name -> loop over (blocks, codes, signs, s, shift, d); planes that a type lacks are empty
+UNPACK: dict[str, Callable[..., None]] = {
+    "IQ4_XS": lambda blocks, codes, signs, s, shift, d: unpack4xs(blocks, codes, s, d, 16),
+}
+PACK: dict[str, Callable[..., None]] = {
+    "IQ4_XS": lambda blocks, codes, signs, s, shift, d: pack4xs(blocks, codes, s, d, 16),
 }

@@ -357,6 +357,7 @@ UNPACK: dict[str, Callable[..., None]] = {
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: unpack6k(blocks, codes, sc, d, 32),
     **ggml_small.UNPACK,
     **kblocks.UNPACK,
+    **codebooks.UNPACK,
 }
 PACK: dict[str, Callable[..., None]] = {
     "Q4_0": _with_half(_pack40),
@@ -369,6 +370,7 @@ PACK: dict[str, Callable[..., None]] = {
     "Q6_K": lambda blocks, codes, sc, m, d, dmin: pack6k(blocks, codes, sc, d, 32),
     **ggml_small.PACK,
     **kblocks.PACK,
+    **codebooks.PACK,
 }
 # type name -> loop over (blocks, out)
 DEQUANTIZE: dict[str, Callable[[Array, Array], None]] = {

@@ -4,7 +4,7 @@ The definition they must equal, bit for bit, is ``grid_search`` in ``qformats.qu
 summed in SIMD lanes: position first, so that each lane adds in the reference's order. Off the grid, the error of a neighbour is a sum
 over its weights of terms that depend only on position and level: those few terms are computed once for a try, the neighbours add them up.
 
-``work`` (float32) and ``whole`` (int32) hold all state at constant offsets, where the compiler sees that nothing overlaps.
+``work`` (float32) holds all state of a sub-block at constant offsets; ``lane`` is the first try of a vector, 0 or 16.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import numpy as np
 
 from qformats.loops.compiled import compiled
 from qformats.loops.positive import positive
+from qformats.loops.vectors import LANES as VECTOR
+from qformats.loops.vectors import load, nearest, root, splat, store, where
 
-__all__ = ["LANES", "LEVEL", "WORKSPACE", "A", "W", "X", "choose8", "mean_square", "nearest_bits", "search", "spread", "weigh"]
+__all__ = ["LANES", "LEVEL", "WORKSPACE", "A", "W", "X", "choose8", "mean_square", "nearest_bits", "search", "weigh"]
 
 Array = np.ndarray[Any, Any]
-u8, u64, i32, f32 = np.uint8, np.uint64, np.int32, np.float32
+u8, u64, i32, i64, f32 = np.uint8, np.uint64, np.int32, np.int64, np.float32
 
-LANES = 32  # tries, at most
+LANES = 32  # tries, at most: two vectors
 X, W, A, _ID, _SCALE, _SUM_X, _SUM_2 = (i * LANES for i in range(7))
 _T, _PREFIX, LEVEL = 7 * LANES, 8 * LANES, 12 * LANES  # terms by position and level, sums of the first four, 2 * level + 1
-_SPREAD_X, _SPREAD_A = 13 * LANES, 21 * LANES  # weights and roots, repeated for every level, of up to 8 entries
-_Q = 29 * LANES  # 2 * level + 1 of position i, try t
-_TERMS, _BEST = _Q + 32 * LANES, _Q + 64 * LANES  # error terms by position and level, least errors; of every try
-_SUMS = _BEST + LANES  # of the first four terms
-WORKSPACE = _SUMS + 81 * LANES
-_PLACE = 8 * LANES  # in ``whole``, after the points
+_POINT, _PLACE = 13 * LANES, 21 * LANES  # of every try: the points of up to 8 entries, and which neighbour is the nearest
+_Q = 22 * LANES  # 2 * level + 1 of position i, try t
+_TERMS, _SUMS = 54 * LANES, 54 * LANES + 32 * VECTOR  # error terms by position and level, sums of the first four; of a vector of tries
+WORKSPACE = _SUMS + 81 * VECTOR
 _MAGIC, _ZERO, _HALF, _ONE, _HUGE = f32(12582912.0), f32(0), f32(0.5), f32(1), f32(3.4028235e38)
 _OFF = 1 << 14  # set in an entry that is a neighbour
 
@@ -93,12 +93,19 @@ def _take_signs(work: Array, at: int, even: bool) -> int:
 
 
 @compiled
+def _own_terms(work: Array, k: int, scale: Any, per: int, base: int) -> None:
+    """The error terms of group k, by position and level, under one scale."""
+    for i in range(per):
+        v, a = work[X + k * per + i], work[A + k * per + i]
+        for level in range(base):
+            diff = scale * work[LEVEL + level] - v
+            work[_T + i * base + level] = a * diff * diff
+
+
+@compiled
 def _choose4(work: Array, k: int, scale: Any, point: int, starts: Array, offsets: Array) -> Any:
     """The place in ``lists`` of the nearest neighbour of four weights: the first of the least errors."""
-    k &= 7  # so that indices are seen to stay in their planes
-    for m in range(LANES):
-        diff = scale * work[LEVEL + m] - work[_SPREAD_X + k * LANES + m]
-        work[_T + m] = work[_SPREAD_A + k * LANES + m] * diff * diff
+    _own_terms(work, k, scale, 4, 8)
     first: Any = u64(starts[point])
     last: Any = u64(starts[point + 1])
     best, place = _HUGE, first
@@ -112,12 +119,9 @@ def _choose4(work: Array, k: int, scale: Any, point: int, starts: Array, offsets
 
 
 @compiled
-def choose8(work: Array, k: int, scale: Any, point: int, starts: Array, offsets: Array) -> Any:
+def choose8(work: Array, k: int, scale: Any, point: Any, starts: Array, offsets: Array) -> Any:
     """As ``_choose4`` for eight weights of three levels; ``offsets`` name the sum of the first four terms, then the other terms."""
-    k &= 7  # so that indices are seen to stay in their planes
-    for m in range(LANES):
-        diff = scale * work[LEVEL + m] - work[_SPREAD_X + k * LANES + m]
-        work[_T + m] = work[_SPREAD_A + k * LANES + m] * diff * diff
+    _own_terms(work, k, scale, 8, 3)
     for a in range(3):
         for b in range(3):
             two = work[_T + a] + work[_T + 3 + b]
@@ -139,50 +143,31 @@ def choose8(work: Array, k: int, scale: Any, point: int, starts: Array, offsets:
 
 
 @compiled
-def _round_tries(work: Array, whole: Array, width: int, per: int, base: int) -> None:
+def _round_tries(work: Array, tries: int, width: int, per: int, base: int) -> None:
     """Levels of every weight under every try, and the points they make."""
-    width, per, top = 16 if width == 16 else 32, 4 if per == 4 else 8, i32(base - 1)
-    for k in range(width // per):
-        for t in range(LANES):
-            whole[k * LANES + t] = i32(0)
-        power = i32(1)
-        for e in range(per):
-            i = k * per + e
-            v = work[X + i]
-            for t in range(LANES):
-                level = nearest_bits(_HALF * (work[_ID + t] * v - _ONE))
-                level = level if level > i32(0) else i32(0)
-                level = level if level < top else top
-                work[_Q + i * LANES + t] = f32(i32(level + level + i32(1)))
-                whole[k * LANES + t] = i32(whole[k * LANES + t] + i32(level * power))
-            power = i32(power * i32(base))
+    half, zero, one, top = splat(_HALF), splat(_ZERO), splat(_ONE), splat(f32(base - 1))
+    for lane in range(0, tries, VECTOR):
+        inverse = load(work, _ID + lane)
+        for k in range(width // per):
+            point, power = zero, _ONE
+            for i in range(k * per, (k + 1) * per):
+                level = nearest(half * (inverse * splat(work[X + i]) - one))
+                level = where(level > zero, level, zero)
+                level = where(level < top, level, top)
+                store(work, _Q + i * LANES + lane, level + level + one)
+                point, power = point + level * splat(power), power * f32(base)
+            store(work, _POINT + k * LANES + lane, point)
 
 
 @compiled
-def _sum_tries(work: Array, width: int) -> None:
-    width = 16 if width == 16 else 32
-    for t in range(LANES):
-        work[_SUM_X + t] = _ZERO
-        work[_SUM_2 + t] = _ZERO
-    for i in range(width):
-        w, wx = work[W + i], work[W + i] * work[X + i]
-        for t in range(LANES):
-            q = work[_Q + i * LANES + t]
-            work[_SUM_X + t] += wx * q
-            work[_SUM_2 + t] += w * q * q
-
-
-@compiled
-def spread(work: Array, width: int, per: int, base: int) -> None:
-    """Each weight and its root of the error weight, once for every level; zeros where lanes are left over."""
-    width, per, base = 16 if width == 16 else 32, 4 if per == 4 else 8, 8 if base == 8 else 3
-    for k in range(width // per):
-        for m in range(LANES):
-            i = k * per + m // base
-            inside = m < per * base
-            i = i if inside else 0
-            work[_SPREAD_X + k * LANES + m] = work[X + i]
-            work[_SPREAD_A + k * LANES + m] = work[A + i] if inside else _ZERO
+def _sum_tries(work: Array, tries: int, width: int) -> None:
+    for lane in range(0, tries, VECTOR):
+        sum_x = sum_2 = splat(_ZERO)
+        for i in range(width):
+            w, wx, q = splat(work[W + i]), splat(work[W + i] * work[X + i]), load(work, _Q + i * LANES + lane)
+            sum_x, sum_2 = sum_x + wx * q, sum_2 + w * q * q
+        store(work, _SUM_X + lane, sum_x)
+        store(work, _SUM_2 + lane, sum_2)
 
 
 @compiled
@@ -210,12 +195,12 @@ def _best_try(work: Array, tries: int, scale: Any) -> tuple[int, Any]:
 
 
 @compiled
-def _fitted(work: Array, entries: Array, at: int, width: int, per: int, levels: Array, scale: Any) -> Any:
+def _fitted(work: Array, entries: Array, width: int, per: int, odd: Array, scale: Any) -> Any:
     """Least squares of the scale under the entries at hand; ``scale`` where all error weights are zero."""
     sum_x, sum_2 = _ZERO, _ZERO
     for k in range(width // per):
         for i in range(per):
-            w, q = work[W + k * per + i], f32(2 * i32(levels[entries[at + k], i]) + 1)
+            w, q = work[W + k * per + i], odd[entries[k], i]
             sum_x += w * work[X + k * per + i] * q
             sum_2 += w * q * q
     return sum_x / sum_2 if sum_2 > _ZERO else scale
@@ -238,21 +223,27 @@ def _start(work: Array, width: int, by_search: bool, epsilon: Any, highest: Any,
 
 
 @compiled
-def _prepare(work: Array, width: int, per: int, base: int, numerators: Array) -> None:
-    width, reach = 16 if width == 16 else 32, work[_SUM_X]
-    for t in range(LANES):
-        inverse = numerators[t] / reach
-        work[_ID + t] = inverse
-        work[_SCALE + t] = _ONE / inverse
-    for i in range(width):
-        work[A + i] = np.sqrt(work[W + i])
-    spread(work, width, per, base)
+def _prepare(work: Array, width: int, tries: int, numerators: Array) -> None:
+    """Inverse scales and scales of the tries, roots of the error weights."""
+    one, reach = splat(_ONE), splat(work[_SUM_X])
+    for lane in range(0, tries, VECTOR):
+        inverse = load(numerators, lane) / reach
+        store(work, _ID + lane, inverse)
+        store(work, _SCALE + lane, one / inverse)
+    for i in range(0, width, VECTOR):
+        store(work, A + i, root(load(work, W + i)))
 
 
 @compiled
-def _odd_levels(work: Array, per: int, base: int) -> None:
-    for m in range(LANES):
-        work[LEVEL + m] = f32(2 * (m % base) + 1) if m < per * base else _ZERO
+def _odd_levels(work: Array, levels: Array, base: int) -> Any:
+    """2 * level + 1 of every level into ``work``; of every entry (entries, v)."""
+    for level in range(base):
+        work[LEVEL + level] = f32(2 * level + 1)
+    odd = np.empty(levels.shape, f32)
+    for entry in range(levels.shape[0]):
+        for i in range(levels.shape[1]):
+            odd[entry, i] = f32(2 * i32(levels[entry, i]) + 1)
+    return odd
 
 
 @compiled
@@ -264,84 +255,76 @@ def _choose(work: Array, k: int, scale: Any, point: int, starts: Array, lists: A
 
 
 @compiled
-def _terms(work: Array, k: int, per: int, base: int) -> None:
-    """The error terms of group k, by position and level, under every try's scale; with three levels also sums of the first four."""
-    k &= 7  # so that indices are seen to stay in their planes
-    per, base = 4 if per == 4 else 8, 8 if base == 8 else 3
-    for m in range(per * base):
-        v, a, value = work[_SPREAD_X + k * LANES + m], work[_SPREAD_A + k * LANES + m], work[LEVEL + m]
-        for t in range(LANES):
-            diff = work[_SCALE + t] * value - v
-            work[_TERMS + m * LANES + t] = a * diff * diff
+def _terms(work: Array, k: int, lane: Any, per: int, base: int) -> None:
+    """The error terms of group k under the tries ``lane`` …; with three levels also sums of the first four."""
+    scale, to = load(work, _SCALE + lane), _TERMS
+    for i in range(k * per, (k + 1) * per):
+        v, a = splat(work[X + i]), splat(work[A + i])
+        for level in range(base):
+            diff = scale * splat(work[LEVEL + level]) - v
+            store(work, to, a * diff * diff)
+            to += VECTOR
     if base == 8:
         return
-    for m in range(81):
-        first, second = _TERMS + m // 27 * LANES, _TERMS + (3 + m // 9 % 3) * LANES
-        third, fourth = _TERMS + (6 + m // 3 % 3) * LANES, _TERMS + (9 + m % 3) * LANES
-        for t in range(LANES):
-            two = work[first + t] + work[second + t]
-            work[_SUMS + m * LANES + t] = two + work[third + t] + work[fourth + t]
+    to = _SUMS
+    for m in range(27):
+        first, second, third = _TERMS + m // 9 * VECTOR, _TERMS + (3 + m // 3 % 3) * VECTOR, _TERMS + (6 + m % 3) * VECTOR
+        three = load(work, first) + load(work, second) + load(work, third)
+        for level in range(3):
+            store(work, to, three + load(work, _TERMS + (9 + level) * VECTOR))
+            to += VECTOR
 
 
 @compiled
-def _compare4(work: Array, whole: Array, first: Any, last: Any, offsets: Array) -> None:
-    """The nearest of the neighbours ``first`` … of every try, as if all had the same point: its number less ``first``."""
-    for t in range(LANES):
-        work[_BEST + t] = _HUGE
-        whole[_PLACE + t] = i32(0)
+def _compare4(work: Array, lane: Any, first: Any, last: Any, offsets: Array) -> None:
+    """The nearest of the neighbours ``first`` … of the tries ``lane`` …, as if all had the same point: its number less ``first``."""
+    best, place, number, one = splat(_HUGE), splat(_ZERO), splat(_ZERO), splat(_ONE)
     for j in range(first, last):
-        a, b = _TERMS + offsets[j, 0] * LANES, _TERMS + offsets[j, 1] * LANES
-        c, d, place = _TERMS + offsets[j, 2] * LANES, _TERMS + offsets[j, 3] * LANES, i32(j - first)
-        for t in range(LANES):
-            error = work[a + t] + work[b + t] + work[c + t] + work[d + t]
-            best = work[_BEST + t]
-            whole[_PLACE + t] = place if error < best else whole[_PLACE + t]
-            work[_BEST + t] = error if error < best else best
+        error = load(work, _TERMS + i64(offsets[j, 0]) * VECTOR) + load(work, _TERMS + i64(offsets[j, 1]) * VECTOR)
+        error = error + load(work, _TERMS + i64(offsets[j, 2]) * VECTOR) + load(work, _TERMS + i64(offsets[j, 3]) * VECTOR)
+        better = error < best
+        best, place, number = where(better, error, best), where(better, number, place), number + one
+    store(work, _PLACE + lane, place)
 
 
 @compiled
-def _compare8(work: Array, whole: Array, first: Any, last: Any, offsets: Array) -> None:
+def _compare8(work: Array, lane: Any, first: Any, last: Any, offsets: Array) -> None:
     """As ``_compare4`` for eight weights."""
-    for t in range(LANES):
-        work[_BEST + t] = _HUGE
-        whole[_PLACE + t] = i32(0)
+    best, place, number, one = splat(_HUGE), splat(_ZERO), splat(_ZERO), splat(_ONE)
     for j in range(first, last):
-        a, b, c = _SUMS + offsets[j, 0] * LANES, _TERMS + offsets[j, 1] * LANES, _TERMS + offsets[j, 2] * LANES
-        d, e, place = _TERMS + offsets[j, 3] * LANES, _TERMS + offsets[j, 4] * LANES, i32(j - first)
-        for t in range(LANES):
-            error = work[a + t] + work[b + t] + work[c + t] + work[d + t] + work[e + t]
-            best = work[_BEST + t]
-            whole[_PLACE + t] = place if error < best else whole[_PLACE + t]
-            work[_BEST + t] = error if error < best else best
+        error = load(work, _SUMS + i64(offsets[j, 0]) * VECTOR) + load(work, _TERMS + i64(offsets[j, 1]) * VECTOR)
+        error = error + load(work, _TERMS + i64(offsets[j, 2]) * VECTOR) + load(work, _TERMS + i64(offsets[j, 3]) * VECTOR)
+        error = error + load(work, _TERMS + i64(offsets[j, 4]) * VECTOR)
+        better = error < best
+        best, place, number = where(better, error, best), where(better, number, place), number + one
+    store(work, _PLACE + lane, place)
 
 
 @compiled
-def _enter_tries(work: Array, whole: Array, tries: int, width: int, per: int, base: int, levels: Array, index: Array, starts: Array,
+def _enter_tries(work: Array, whole: Array, tries: int, width: int, per: int, base: int, odd: Array, index: Array, starts: Array,
                  lists: Array, offsets: Array) -> None:  # fmt: skip
     """Entries for the points of every try; a neighbour is marked and its levels take the place of the point's.
 
-    Tries of one point share its neighbours: they are compared once, in lanes.
+    Tries of one point in one vector share its neighbours: they are compared once.
     """
-    width, per = 16 if width == 16 else 32, 4 if per == 4 else 8
     for k in range(width // per):
-        made, before = False, i32(-1)
+        made = before = i32(-1)
         for t in range(tries):
-            point = whole[k * LANES + t]
+            point, lane = i32(work[_POINT + k * LANES + t]), i32(t & -VECTOR)
             entry = i32(index[point])
             if entry < 0:
                 first: Any = u64(starts[point])
-                if point != before:
-                    before = point
-                    if not made:
-                        _terms(work, k, per, base)
-                        made = True
+                if point != before or lane != made:
+                    if lane != made:
+                        _terms(work, k, lane, per, base)
+                    before, made = point, lane
                     if per == 4:
-                        _compare4(work, whole, first, u64(starts[point + 1]), offsets)
+                        _compare4(work, lane, first, u64(starts[point + 1]), offsets)
                     else:
-                        _compare8(work, whole, first, u64(starts[point + 1]), offsets)
-                entry = i32(lists[first + u64(whole[_PLACE + t])])
+                        _compare8(work, lane, first, u64(starts[point + 1]), offsets)
+                entry = i32(lists[first + u64(work[_PLACE + t])])
                 for i in range(per):
-                    work[_Q + (k * per + i) * LANES + t] = f32(2 * i32(levels[entry, i]) + 1)
+                    work[_Q + (k * per + i) * LANES + t] = odd[entry, i]
                 entry = i32(entry | i32(_OFF))
             whole[k * LANES + t] = entry
 
@@ -363,11 +346,11 @@ def search(x: Array, q: Array, codes: Array, signs: Array, scales: Array, levels
            offsets: Array, numerators: Array, tries: int, width: int, base: int, even: bool, redo: int, by_search: bool, epsilon: Any,
            mean: Any, plain: Any, more: Array) -> None:  # fmt: skip
     """``grid_search`` of super-blocks x (S, 256): codes int16 (S, 256 / v), signs uint8 (S, 32), scales float32 (S, 256 / width)."""
-    work, whole = np.empty(WORKSPACE, f32), np.empty(9 * LANES, i32)
+    work, whole = np.empty(WORKSPACE, f32), np.empty(8 * LANES, i32)
     single, code = np.empty(1, f32), np.empty((1, 32), i32)
     per = 4 if base == 8 else 8
     groups, bytes_of = width // per, width // 8
-    _odd_levels(work, per, base)
+    odd = _odd_levels(work, levels, base)
     for s in range(x.shape[0]):
         sigma = mean_square(x, s, mean)
         for b in range(256 // width):
@@ -381,10 +364,10 @@ def search(x: Array, q: Array, codes: Array, signs: Array, scales: Array, levels
                 own_signs[:] = 0
                 scales[s, b] = _ZERO
                 continue
-            _prepare(work, width, per, base, numerators)
-            _round_tries(work, whole, width, per, base)
-            _enter_tries(work, whole, tries, width, per, base, levels, index, starts, lists, offsets)
-            _sum_tries(work, width)
+            _prepare(work, width, tries, numerators)
+            _round_tries(work, tries, width, per, base)
+            _enter_tries(work, whole, tries, width, per, base, odd, index, starts, lists, offsets)
+            _sum_tries(work, tries, width)
             winner, scale = _best_try(work, tries, scale)
             off = redo == 2 or (redo == 1 and winner < 0)
             if winner >= 0:
@@ -393,7 +376,7 @@ def search(x: Array, q: Array, codes: Array, signs: Array, scales: Array, levels
                     off = off or own[k] >= _OFF
             if off and scale > _ZERO:
                 _enter_again(work, own, width, per, base, scale, redo > 0, index, starts, lists, offsets)
-                scale = _fitted(work, own, 0, width, per, levels, scale)
+                scale = _fitted(work, own, width, per, odd, scale)
             for k in range(groups):
                 own[k] &= _OFF - 1
             if scale < _ZERO:

@@ -20,7 +20,10 @@ from numba.core.typing.templates import ConcreteTemplate, infer_global, signatur
 from numba.extending import intrinsic, models, register_model
 from numba.np.arrayobj import make_array
 
-__all__ = ["LANES", "any_lane", "bytes_of", "half", "load", "magnitude", "nearest", "root", "splat", "store", "store_bytes", "where"]
+__all__ = [
+    "LANES", "any_lane", "bytes_of", "greatest", "half", "least", "load", "magnitude", "nearest", "root", "splat", "store",
+    "store_bytes", "where",
+]  # fmt: skip
 
 LANES = 16
 _FLOATS, _BITS, _BYTES = (ir.VectorType(scalar, LANES) for scalar in (ir.FloatType(), ir.IntType(32), ir.IntType(8)))
@@ -145,6 +148,35 @@ def any_lane(typing: Any, condition: Any) -> Any:
         return builder.icmp_unsigned("!=", builder.bitcast(args[0], ir.IntType(LANES)), ir.IntType(LANES)(0))
 
     return types.boolean(mask), build
+
+
+def _folded(sign: str) -> Callable[..., Any]:
+    """The one lane that is ``sign`` all others."""
+
+    def typed(typing: Any, value: Any) -> Any:
+        def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            v = args[0]
+            for step in (8, 4, 2, 1):
+                turned = ir.Constant(_BITS, [(i + step) % LANES for i in range(LANES)])
+                other = builder.shuffle_vector(v, ir.Constant(_FLOATS, ir.Undefined), turned)
+                v = builder.select(builder.fcmp_ordered(sign, other, v), other, v)
+            return builder.extract_element(v, ir.IntType(32)(0))
+
+        return types.float32(floats), build
+
+    return typed
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def least(typing: Any, value: Any) -> Any:
+    """The least of the lanes, none a NaN; of zeros either."""
+    return _folded("<")(typing, value)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def greatest(typing: Any, value: Any) -> Any:
+    """The greatest of the lanes, none a NaN; of zeros either."""
+    return _folded(">")(typing, value)
 
 
 def _called(name: str) -> Callable[..., Any]:

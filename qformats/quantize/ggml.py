@@ -17,11 +17,12 @@ here; d itself is then stored as zero. The torch functions are the definition, `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from qformats.quantize.affine import bounded, checked, finite, half
+from qformats.quantize.affine import bounded, checked, half
 from qformats.quantize.kquants import importance_of
 from qformats.quantize.ksearch import over
 from qformats.quantize.legacy_search import TOPS, searched
@@ -110,8 +111,8 @@ def _loops() -> Any:
         return None
 
 
-def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What ``QUANTIZERS`` define, in one pass."""
+def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Tensor, Tensor | None, list[float]]:
+    """What ``QUANTIZERS`` define, in one pass, and the largest magnitudes in d and m (NaN if any value is)."""
     import numpy as np
     import torch
 
@@ -119,10 +120,18 @@ def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Ten
     codes = np.empty(x.shape, np.int8 if storage.integers.signed else np.uint8)
     d = np.empty(len(x), np.float32)
     m = np.empty(len(x) if storage.offset else 0, np.float32)
-    loops.QUANTIZE[storage.type](x, codes, d, m)
+    tops = np.zeros(2, np.uint32)
+    loops.QUANTIZE[storage.type](x, codes, d, m, tops)
     shape = blocks.shape[:2]
     low = torch.from_numpy(m).reshape(shape) if storage.offset else None
-    return torch.from_numpy(codes).reshape(blocks.shape), torch.from_numpy(d).reshape(shape), low
+    return torch.from_numpy(codes).reshape(blocks.shape), torch.from_numpy(d).reshape(shape), low, tops.view(np.float32).tolist()
+
+
+def _halved(values: Tensor, top: float | None, what: str) -> Tensor:
+    """``half``; without its check where ``top``, the largest magnitude in ``values``, is known and harmless."""
+    import torch
+
+    return values.to(torch.float16) if top is not None and top < 65520 else half(values, what)
 
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
@@ -132,14 +141,18 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     from qformats.tensor import Param, QuantizedTensor, constant
 
     name, m = storage.type, None
+    tops: Sequence[float | None] = (None, None)
     n, k = int(weights.shape[0]), int(weights.shape[1])
     if importance is None:
         loops = _loops() if weights.device.type == "cpu" else None
         w = checked(weights) if loops is None else weights.to(torch.float32)
         blocks = w.reshape(n, k // BLOCK, BLOCK)
-        codes, d, m = QUANTIZERS[name](blocks) if loops is None else _compiled(loops, blocks, storage)
-        if not finite(d):  # as the loops make it for every block with a NaN or an infinity
-            checked(w)
+        if loops is None:
+            codes, d, m = QUANTIZERS[name](blocks)
+        else:
+            codes, d, m, tops = _compiled(loops, blocks, storage)
+            if not isfinite(tops[0]):  # as the loops make it for every block with a NaN or an infinity
+                checked(w)
     else:
         w = bounded(weights, 65504.0 * (TOPS[name] + 1), name.upper())
         q = importance_of(importance, k)
@@ -148,5 +161,5 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
         m = low if storage.offset else None
     block = Tile((1, BLOCK))
     zero = constant(storage.zero_point, (n, k)) if isinstance(storage.zero_point, int) else None
-    offset = None if m is None else Param(half(m, "minimum"), block)
-    return QuantizedTensor((n, k), codes.reshape(n, k), storage.grid, (Param(half(d, "scale"), block),), zero, offset)
+    offset = None if m is None else Param(_halved(m, tops[1], "minimum"), block)
+    return QuantizedTensor((n, k), codes.reshape(n, k), storage.grid, (Param(_halved(d, tops[0], "scale"), block),), zero, offset)

@@ -302,7 +302,7 @@ class IQuant:
         import torch
 
         bits = d.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
-        across = (None if plane is None else plane.reshape(*d.shape, -1) for plane in (codes, signs, s, shift))
+        across = (None if plane is None else plane.reshape(*d.shape, plane.shape[-1] // d.shape[-1]) for plane in (codes, signs, s, shift))
         f = _DOORS[self.name][1](*across, bits.unsqueeze(-1))
         pieces = (f[name] if width == 1 else _split(f[name], range(0, 8 * width, 8), 8) for name, _, width in self.fields)
         return torch.cat([piece.to(torch.uint8) for piece in pieces], -1).flatten(1)

@@ -38,11 +38,12 @@ def test_loops_equal_their_definition(name: str, spread: str) -> None:
     x = rng.normal(size=(500, 32))
     x = {"normal": x, "heavy": x**5, "grid": np.round(x * 4) / 4, "wide": x * 10.0 ** rng.integers(-44, 4, (500, 1))}[spread]
     w = torch.from_numpy(x.astype(np.float32)).reshape(10, 50, 32)
-    ours, theirs = ggml._compiled(loops, w, LEGACY[name].storage), ggml.QUANTIZERS[name.lower()](w)
-    for one, other in zip(ours, theirs, strict=True):
+    *ours, tops = ggml._compiled(loops, w, LEGACY[name].storage)
+    for one, other, top in zip(ours, ggml.QUANTIZERS[name.lower()](w), [None, *tops], strict=True):
         assert (one is None) == (other is None)
         if one is not None and other is not None:
             assert np.array_equal(bits(one), bits(other))
+            assert top is None or top == float(other.abs().max())
 
 
 def bits(values: torch.Tensor) -> Any:
