@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 from numba import njit
@@ -12,11 +14,26 @@ __all__ = ["compiled"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@cache
+def _stamp() -> tuple[tuple[str, int, int], ...]:
+    """What tells one state of this folder's sources from another."""
+    found = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        status = path.stat()
+        found.append((path.name, status.st_mtime_ns, status.st_size))
+    return tuple(found)
+
+
 def compiled(function: F) -> F:
-    """``njit``, cached on disk where a directory can be written and quietly uncached where not. No fastmath, no check of divisions."""
+    """``njit``, cached on disk where a directory can be written and quietly uncached where not. No fastmath, no check of divisions.
+
+    numba takes a cached loop for current as long as its own file is unchanged; here it must be all files of this folder, because a
+    loop is compiled together with what it calls in others.
+    """
     options = {"nogil": True, "error_model": "numpy"}
     try:
         made: F = njit(cache=True, **options)(function)
-    except RuntimeError:  # numba found no directory for its cache
+        made._cache._cache_file._source_stamp = _stamp()  # type: ignore[attr-defined]
+    except (RuntimeError, AttributeError, OSError):  # no directory for the cache, or a numba whose caches are made another way
         made = njit(**options)(function)
     return made
