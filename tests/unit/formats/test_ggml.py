@@ -173,7 +173,7 @@ def test_detect_wants_the_container_s_word() -> None:
 
 def test_candidates_without_a_type_are_ordered_by_size() -> None:
     found = ggml.storages(Target("gguf"), SCHEME)
-    assert {s.type for s in found} == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k"}
+    assert {s.type for s in found} == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"}
     assert [s.bits_per_weight for s in found] == sorted(s.bits_per_weight for s in found)
     assert {s.type: s.bits_per_weight for s in found}["q5_0"] == 5.5
 

@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Callable[[], bytes], str]] = {
     "counts of another number": (lambda: pair([1, 2, 3], [1, 1]), "imatrix-size"),
     "sums without counts": (lambda: lonely(b"w.in_sum2"), "imatrix-size"),
     "counts without sums": (lambda: lonely(b"w.counts"), "imatrix-size"),
-    "no elements": (lambda: pair([], []), "imatrix-size"),
+    "no elements": (lambda: pair([], []), "gguf-dimension-zero"),
     "half precision": (lambda: pair([1], [1], types=(F16, F32)), "imatrix-values"),
     "negative count": (lambda: pair([1], [-1]), "imatrix-counts"),
     "count that is no number": (lambda: pair([1], [float("nan")]), "imatrix-counts"),
