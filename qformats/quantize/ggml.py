@@ -16,12 +16,11 @@ here; d itself is then stored as zero. The torch functions are the definition, `
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from functools import cache
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from qformats.loops import find
 from qformats.quantize.affine import bounded, checked, half
 from qformats.quantize.kquants import importance_of
 from qformats.quantize.ksearch import over
@@ -102,13 +101,8 @@ WEIGHTED = frozenset(TOPS)
 NEEDY: frozenset[str] = frozenset()
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.quantize``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.quantize")
-    except ImportError:
-        return None
+    return find("quantize")
 
 
 def _compiled(loops: Any, blocks: Tensor, storage: Storage) -> tuple[Tensor, Tensor, Tensor | None, list[float]]:

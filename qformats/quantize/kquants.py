@@ -21,13 +21,12 @@ The torch functions are the definition (``defined``); ``qformats.loops.kquantize
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.errors import BadFile, UsageError
 from qformats.formats.ggml.kquants import KQUANTS, SUPER, KQuant
+from qformats.loops import find
 from qformats.quantize.affine import bounded, half
 from qformats.quantize.ksearch import (
     EPSILON,
@@ -239,13 +238,8 @@ def code(recipe: Recipe, x: Tensor, scale: Tensor, low: Tensor, found: Found) ->
     return torch.where(scale != 0, final, kept).to(torch.uint8)
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.kquantize``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.kquantize")
-    except ImportError:
-        return None
+    return find("kquantize")
 
 
 def importance_of(values: Tensor | None, columns: int) -> Tensor | None:

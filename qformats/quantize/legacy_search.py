@@ -8,10 +8,9 @@ codes are the search's own, under the scale before it is rounded to fp16; blocks
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from qformats.loops import find
 from qformats.quantize.ksearch import best_affine, best_centred, centred_tries, rebuilt, steps
 from qformats.quantize.weighing import error_weights
 
@@ -25,13 +24,8 @@ CHUNK = 1 << 18  # weights in one go: what lies between the steps stays in the c
 TOPS = {"q4_0": 8, "q5_0": 16, "q4_1": 15, "q5_1": 31}  # the zero point, or the highest code of types with a minimum
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.kquantize``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.kquantize")
-    except ImportError:
-        return None
+    return find("kquantize")
 
 
 def _tries(top: int, affine: bool) -> tuple[float, ...]:

@@ -20,12 +20,12 @@ written here, but not 255, which is NaN to all other readers: there the byte is 
 
 from __future__ import annotations
 
-import importlib
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.iquants import IQUANTS
 from qformats.formats.ggml.tables import TABLES
+from qformats.loops import find
 from qformats.quantize.affine import bounded, half
 from qformats.quantize.kquants import importance_of
 from qformats.quantize.ksearch import EPSILON, nearest, ordered_sum, over
@@ -49,13 +49,8 @@ LARGEST = {"iq4_nl": 65504.0 * 127, "iq4_xs": 65504.0 * 127 * 32, "mxfp4": 3.4e3
 MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # between e2m1's magnitudes
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.tables``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.tables")
-    except ImportError:
-        return None
+    return find("tables")
 
 
 # ---------------------------------------------------------------- IQ4_NL, IQ4_XS

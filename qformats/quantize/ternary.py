@@ -17,12 +17,11 @@ The torch functions are the definition, ``qformats.loops.lowbits`` does the same
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.ternary import TERNARY
+from qformats.loops import find
 from qformats.quantize.affine import checked, finite, half
 from qformats.quantize.ksearch import ordered_sum, over
 
@@ -65,13 +64,8 @@ WEIGHTED: frozenset[str] = frozenset()
 NEEDY: frozenset[str] = frozenset()
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.lowbits``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.lowbits")
-    except ImportError:
-        return None
+    return find("lowbits")
 
 
 def _rounded(name: str, blocks: Tensor, loops: Any) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,9 @@ Source: ``quantize_row_q4_0_impl`` (and 4_1, 5_0, 5_1), ``quantize_row_iq4_nl_im
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from qformats.loops import find
 from qformats.quantize.ksearch import ordered_sum, root
 
 if TYPE_CHECKING:
@@ -28,13 +27,8 @@ def weighed(x: Tensor, importance: Tensor, run: int, factor: float) -> Tensor:
     return (spread * root(mean.unsqueeze(1) + runs * runs)).reshape(x.shape)
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.tables``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.tables")
-    except ImportError:
-        return None
+    return find("tables")
 
 
 def error_weights(x: Tensor, importance: Tensor, run: int, factor: float = 1.0) -> Tensor:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qformats.loops import find
 from qformats.real import Real, round_once
 from qformats.rewrite.forms import Refused, inexact, integer_grid, plain, single_row
 from qformats.scheme import Integer, Tile
@@ -110,10 +110,7 @@ def block_range_definition(codes: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 def block_loops() -> Any:
     """``qformats.loops.blocks``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.blocks")
-    except ImportError:
-        return None
+    return find("blocks")
 
 
 def flip_and_shift(codes: Tensor, width: int, shift: Tensor, flip: Tensor | None, signed: bool, *, reuse: bool = False) -> Tensor:

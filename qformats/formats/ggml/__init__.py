@@ -11,10 +11,8 @@ rows are counted over E * N. A ``scale`` beside it (``factor``) is a factor of t
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +26,7 @@ from qformats.formats.ggml.legacy import LEGACY
 from qformats.formats.ggml.tables import TABLES
 from qformats.formats.ggml.ternary import SPELLINGS, TERNARY
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.loops import find
 from qformats.scheme import Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
 
 if TYPE_CHECKING:
@@ -251,13 +250,8 @@ def config_out(
     return {}
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.ggml``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.ggml")
-    except ImportError:
-        return None
+    return find("ggml")
 
 
 def _loop(table: str, kind: Kind) -> Any:
