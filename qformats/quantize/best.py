@@ -11,15 +11,18 @@ stands for, under the scale as it is stored. Of every block, in this order:
 
 The first of the least errors is taken, and what is taken is measured once more in float64 against the reference's codes, which stay
 unless their error is truly higher: no block gets worse. The arithmetic is float32, sums are added in halves (``halved_sum``), so a block's
-codes do not depend on the blocks beside it. Q2_0 may get code 3 (+2 d), which the reference never writes and every reader takes.
+codes do not depend on the blocks beside it. The torch functions are the definition, ``qformats.loops.best`` does two of them in one pass
+each. Q2_0 may get code 3 (+2 d), which the reference never writes and every reader takes.
 
 K-quants, IQ types with codebooks and IQ4_XS are not here: two levels of scales depend on one another; they keep the reference's search.
 """
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.ggml.legacy import LEGACY
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["RECIPES", "TYPES", "Book", "Recipe", "Uniform", "improved"]
 
-CHUNK = 1 << 16  # weights in one go: what lies between the steps stays in the cache
+LANES = 16  # blocks side by side in the loops, which take whole groups
+CHUNK = 1 << 18  # weights in one go
 ROUNDS = 3  # fits of the scale to the codes
 KINDS: dict[str, Any] = {name.lower(): kind for name, kind in {**LEGACY, **TABLES, **TERNARY}.items()}
 
@@ -53,6 +57,10 @@ class Uniform:
     def last(self) -> float:
         """The largest magnitude of a level."""
         return float(max(-self.lowest, self.highest))
+
+    def table(self) -> tuple[list[float], list[float]]:
+        """No middles, and both ends: what the loops take."""
+        return [], [float(self.lowest), float(self.highest)]
 
     def nearest(self, t: Tensor) -> Tensor:
         """The level nearest to each t, in the place of t."""
@@ -80,6 +88,11 @@ class Book:
     def last(self) -> float:
         """The largest magnitude of a level."""
         return max(abs(level) for level in self.levels)
+
+    def table(self) -> tuple[list[float], list[float]]:
+        """The middles between neighbouring levels, and the levels, in order."""
+        levels = sorted({level + 0.0 for level in self.levels})
+        return [(a + b) / 2 for a, b in pairwise(levels)], levels
 
     def _places(self, t: Tensor) -> Tensor:
         import torch
@@ -157,6 +170,22 @@ RECIPES = {
 TYPES = frozenset(RECIPES)
 
 
+@cache
+def _loops() -> Any:
+    """``qformats.loops.best``, or None where numba cannot be imported."""
+    try:
+        return importlib.import_module("qformats.loops.best")
+    except ImportError:
+        return None
+
+
+def _tiled(plane: Tensor | None) -> Any:
+    """float32 (n, B) as an array (B / LANES, n, LANES), an empty one of None."""
+    import numpy as np
+
+    return np.empty((0, 0, 0), np.float32) if plane is None else plane.unflatten(1, (-1, LANES)).transpose(0, 1).contiguous().numpy()
+
+
 def halved_sum(terms: Tensor) -> Tensor:
     """The sum over the first axis, of a power of two places: half of them added to the other half, until one is left."""
     while len(terms) > 1:
@@ -172,6 +201,12 @@ def _error(x: Tensor, w: Tensor | None, levels: Tensor, scale: Tensor, low: Tens
         value.add_(low)
     value.mul_(value)
     return halved_sum(value if w is None else value.mul_(w))
+
+
+def _moments(x: Tensor, w: Tensor | None, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums (B,) of w level x, w level^2 and w level."""
+    weighted = levels if w is None else levels * w
+    return halved_sum(weighted * x), halved_sum(weighted * levels), halved_sum(weighted)
 
 
 def _scaled(x: Tensor, scale: Tensor, low: Tensor | None) -> Tensor:
@@ -195,6 +230,11 @@ class _Search:
         self.recipe, self.x, self.w = recipe, x, w
         self.stored, self.low = scale, low  # ``stored``: fp16 scales as float32, or scale bytes
         self.error = _error(x, w, recipe.levels.decode(codes), self.real(scale), low)
+        self.loops = _loops() if x.device.type == "cpu" else None
+        if self.loops is not None:
+            self.tiles = [_tiled(plane) for plane in (x, w)]
+        if low is not None:
+            self.total = halved_sum(x * 0 + 1 if w is None else w), halved_sum(x if w is None else x * w)
 
     def real(self, stored: Tensor) -> Tensor:
         """float32 scales."""
@@ -209,7 +249,10 @@ class _Search:
             stored = torch.where(finite, stored, self.stored)
             low = None if low is None or self.low is None else torch.where(finite, low, self.low)
         scale = self.real(stored)
-        error = _error(self.x, self.w, self.levels(scale, low), scale, low)
+        if self.loops is None:
+            error = _error(self.x, self.w, self.levels(scale, low), scale, low)
+        else:
+            error = torch.from_numpy(self.loops.errors(*self._arrays(scale, low)))
         better = error < self.error
         self.stored, self.error = torch.where(better, stored, self.stored), torch.where(better, error, self.error)
         if low is not None and self.low is not None:
@@ -219,18 +262,27 @@ class _Search:
         """float32 (n, B): the nearest levels."""
         return self.recipe.levels.nearest(_scaled(self.x, scale, low))
 
+    def _arrays(self, scale: Tensor, low: Tensor | None) -> list[Any]:
+        """What the loops take."""
+        import numpy as np
+
+        tables = [np.array(table, np.float32) for table in self.recipe.levels.table()]
+        return [*self.tiles, scale.contiguous().numpy(), np.empty(0, np.float32) if low is None else low.numpy(), *tables]
+
     def fit(self, scale: Tensor, low: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """fp16 scale (and minimum) of least squares for the codes under ``scale`` and ``low``; no numbers where there is none."""
-        levels = self.levels(scale, low)
-        weighted = levels if self.w is None else levels * self.w
-        lx, l2 = halved_sum(weighted * self.x), halved_sum(weighted * levels)
+        import torch
+
+        if self.loops is None:
+            lx, l2, sl = _moments(self.x, self.w, self.levels(scale, low))
+        else:
+            lx, l2, sl = torch.from_numpy(self.loops.moments(*self._arrays(scale, low)))
         if low is None:
-            return _half(lx / l2), None
-        weight, sx = (levels * 0 + 1, self.x) if self.w is None else (self.w, self.x * self.w)
-        s1, sl, s2 = halved_sum(weight), halved_sum(weighted), halved_sum(sx)
+            return _half(lx / l2 + 0.0), None  # a sum of nothing has either sign
+        s1, s2 = self.total
         slope = (s1 * lx - sl * s2) / (s1 * l2 - sl * sl)
         base = (s2 - slope * sl) / s1
-        return _half(slope), _half(base)
+        return _half(slope + 0.0), _half(base + 0.0)
 
 
 @cache
@@ -268,7 +320,9 @@ def _better(recipe: Recipe, x: Tensor, w: Tensor | None, codes: Tensor, scale: T
     """Codes (n, B), scales and minima (B,) of blocks x (n, B), in the dtypes of the reference's, which are given."""
     import torch
 
-    fp16 = recipe.small is None
+    blocks, fp16 = len(scale), recipe.small is None
+    x, codes, scale = (torch.nn.functional.pad(plane, (0, -blocks % LANES)) for plane in (x, codes, scale))
+    w, low = (None if plane is None else torch.nn.functional.pad(plane, (0, -blocks % LANES)) for plane in (w, low))
     known = (scale.to(torch.float32) if fp16 else scale), None if low is None else low.to(torch.float32)
     search = _Search(recipe, x, w, codes, *known)
     _searched(recipe, search)
@@ -283,7 +337,7 @@ def _better(recipe: Recipe, x: Tensor, w: Tensor | None, codes: Tensor, scale: T
     planes = [torch.where(won, made, codes), torch.where(won, search.stored.to(scale.dtype), scale)]
     if low is not None and search.low is not None:
         planes.append(torch.where(won, search.low.to(low.dtype), low))
-    return tuple(planes)
+    return tuple(plane[..., :blocks] for plane in planes)
 
 
 def improved(weights: Tensor, start: QuantizedTensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:

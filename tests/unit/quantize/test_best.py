@@ -107,6 +107,22 @@ def test_floats_that_are_blocks_keep_their_codes(name: str) -> None:
     assert bool((errors(ours, x, None, storage) <= errors(theirs, x, None, storage)).all())
 
 
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])
+def test_loops_equal_their_definition(name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("qformats.loops.best")
+    storage, q = storage_of(name), importances() if weighted else None
+    x = torch.cat([rows(kind, name, 9) for kind in KINDS])
+    ours = rtn(x, storage, q, "best")
+    monkeypatch.setattr(best, "_loops", lambda: None)
+    theirs = rtn(x, storage, q, "best")
+    kind = blocks.BLOCK_TYPES[name.upper()]
+    for one, other in zip(kind.planes(ours), kind.planes(theirs), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
 @pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "IQ4_XS", "IQ3_S"])
 def test_other_types_keep_the_reference(name: str) -> None:
     storage, x = storage_of(name), rows("normal", count=4)
