@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converters.execute import Progress, execute
-from converters.options import PlanOptions
+from converters.options import REFERENCE, PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from converters.verify import VerifyResult
 from converters.verify import verify as _verify
@@ -37,6 +37,7 @@ def plan(
     pure: bool = False,
     max_error: float | None = None,
     target_size: int | None = None,
+    search: str = REFERENCE,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -58,6 +59,7 @@ def plan(
         pure=pure,
         max_error=max_error,
         target_size=target_size,
+        search=search,
     )
     return make_plan(source, options)
 
@@ -80,10 +82,12 @@ def convert(
     pure: bool = False,
     max_error: float | None = None,
     target_size: int | None = None,
+    search: str = REFERENCE,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
+    ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -103,6 +107,7 @@ def convert(
         pure=pure,
         max_error=max_error,
         target_size=target_size,
+        search=search,
     )
     with planned.checkpoint:
         refuse_losses(planned)

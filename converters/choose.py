@@ -12,7 +12,7 @@ from converters.claims import Ranges, cannot_overflow, float32_exact, float_sche
 from converters.gguf_record import block_storage
 from converters.jobs import Job
 from converters.mixing import NO_MIX, Mix
-from converters.options import FLOAT_WORDS, NEEDS_CONSENT, PlanOptions
+from converters.options import FLOAT_WORDS, NEEDS_CONSENT, REFERENCE, PlanOptions
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
@@ -33,6 +33,7 @@ __all__ = ["Chooser"]
 
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
+BETTER = "rounded with the least error found"
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
 
@@ -454,6 +455,8 @@ class Chooser:
     # ------------------------------------------------------------ new codes
 
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
+        from qformats.quantize import improves
+
         target = self._target(kind)
         module = registry.format_module(target.format)
         scheme = self._scheme(tensor) if self._is_code_source(tensor) else float_scheme(tensor.shape)
@@ -469,8 +472,10 @@ class Chooser:
             return self._float(tensor, dtype, "dequantized", why, lossless)
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self._gguf else storage.type
+        better = improves(storage, self.options.search)
+        how, search = (BETTER, self.options.search) if better else ("round to nearest", REFERENCE)
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
-                   ("round to nearest", *self._whole(tensor)), orders=self._orders(tensor))  # fmt: skip
+                   (how, *self._whole(tensor)), orders=self._orders(tensor), search=search)  # fmt: skip
 
     def _whole(self, tensor: TensorMap) -> tuple[str, ...]:
         """What a plan says of the one step that holds a whole tensor: rows that move anywhere, into planes that are written by columns."""

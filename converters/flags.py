@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
 
 REPORT_SUFFIXES = (".json", ".md", ".html")
+SEARCHES = ("reference", "best")  # qformats.quantize.SEARCHES, without its imports
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,7 +77,7 @@ def output_flags(function: F) -> F:
 
 
 def loss_flags(function: F) -> F:
-    """``--exact --allow-requantize --tensor-type --pre --imatrix --set-metadata`` and llama-quantize's own: what a plan may do."""
+    """``--exact --allow-requantize --tensor-type --search --pre --imatrix --set-metadata`` and llama-quantize's own: what a plan may do."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
@@ -86,6 +87,7 @@ def loss_flags(function: F) -> F:
         click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--max-error", type=float, metavar="X", help="Smallest types with an rms error of at most X (GGUF)."),
         click.option("--target-size", type=Size(), metavar="SIZE", help="Best types for a file of at most SIZE bytes: 4G, 700M (GGUF)."),
+        click.option("--search", type=click.Choice(SEARCHES), help="New codes as llama.cpp makes them (default), or with less error."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
@@ -118,11 +120,12 @@ class Wishes:
     pure: bool = False
     max_error: float | None = None
     target_size: int | None = None
+    search: str | None = None
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
         target = registry.parse_target(self.to)
-        from converters.options import PlanOptions
+        from converters.options import REFERENCE, PlanOptions
         from qformats.quantize.imatrix import read_imatrix
 
         matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
@@ -130,6 +133,7 @@ class Wishes:
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
             token_embedding_type=self.token_embedding_type, pure=self.pure, max_error=self.max_error, target_size=self.target_size,
+            search=self.search or REFERENCE,
         )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def with_importances(jobs: Sequence[Job], options: PlanOptions) -> tuple[list[Jo
 def _uses(job: Job) -> bool:
     from qformats.quantize import uses_importance
 
-    return job.action == "quantize" and job.kind == "requantized" and job.storage is not None and uses_importance(job.storage)
+    return job.action == "quantize" and job.kind == "requantized" and job.storage is not None and uses_importance(job.storage, job.search)
 
 
 def _with_importance(job: Job, matrix: ImportanceMatrix | None) -> Job:

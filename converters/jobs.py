@@ -27,6 +27,7 @@ class Job:
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
     module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
+    ``search``: how they are found.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -46,6 +47,7 @@ class Job:
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     hints: Mapping[str, Hint] = field(default_factory=dict)
     importance: np.ndarray[Any, Any] | None = None
+    search: str = "reference"
 
     @property
     def name(self) -> str:

@@ -15,11 +15,12 @@ from qformats.formats.protocol import Target
 if TYPE_CHECKING:
     from qformats.quantize.imatrix import ImportanceMatrix
 
-__all__ = ["FLOAT_WORDS", "LATER", "NEEDS_CONSENT", "PlanOptions", "recorded_words"]
+__all__ = ["FLOAT_WORDS", "LATER", "NEEDS_CONSENT", "REFERENCE", "PlanOptions", "recorded_words"]
 
 FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+REFERENCE = "reference"  # the search that options which name none mean
 NEEDS_CONSENT = "needs --allow-requantize or a named type"
-LATER = ("output_tensor_type", "token_embedding_type", "pure", "max_error", "target_size")  # options that older records lack
+LATER = ("output_tensor_type", "token_embedding_type", "pure", "max_error", "target_size", "search")  # options that older records lack
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class PlanOptions:
 
     ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF. ``output_tensor_type``, ``token_embedding_type`` and
     ``pure`` are llama-quantize's options of these names, for GGUF targets. ``max_error`` (of a tensor's rms) and ``target_size`` (bytes
-    of the file) choose every matrix's type.
+    of the file) choose every matrix's type. ``search``: how new codes of a GGUF are found (``qformats.quantize.SEARCHES``).
     """
 
     target: Target
@@ -44,10 +45,12 @@ class PlanOptions:
     pure: bool = False
     max_error: float | None = None
     target_size: int | None = None
+    search: str = REFERENCE
 
     def __post_init__(self) -> None:
         check_options(self)
         self._check_budget()
+        self._check_search()
         for pattern, _ in self.tensor_types:
             try:
                 re.compile(pattern)
@@ -69,6 +72,15 @@ class PlanOptions:
         if self.target_size is not None and self.target_size <= 0:
             raise UsageError("target-size", f"{self.target_size} is not a size in bytes", hint="such as 4G or 700M")
 
+    def _check_search(self) -> None:
+        """``--search best`` speaks of the types of a GGUF."""
+        from qformats.quantize import check_search
+
+        check_search(self.search)
+        if self.search != REFERENCE and registry.row(self.target.format).container != "gguf":
+            message = f"--search {self.search} searches GGUF types, not those of {self.target.format}"
+            raise UsageError("search-target", message, hint="leave it out, or name a target such as gguf:q4_0")
+
     def to_json(self) -> dict[str, Any]:
         """What a provenance record keeps; options that came later only where they are used."""
         later = {name: getattr(self, name) for name in LATER}
@@ -80,7 +92,7 @@ class PlanOptions:
             "pre_tokenizer": self.pre_tokenizer,
             **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
             **({"metadata": list(self.metadata)} if self.metadata else {}),
-            **{name: value for name, value in later.items() if value},
+            **{name: value for name, value in later.items() if value and value != REFERENCE},
         }
 
 
@@ -102,4 +114,5 @@ def recorded_words(options: Mapping[str, Any]) -> dict[str, Any]:
         "pure": bool(options.get("pure")),
         "max_error": None if options.get("max_error") is None else float(options["max_error"]),
         "target_size": None if options.get("target_size") is None else int(options["target_size"]),
+        "search": word("search") or REFERENCE,
     }

@@ -30,4 +30,4 @@ def new_codes(
     for first, last, expert in expert_runs(job, start, stop, rows):
         run = job.map.alter(weights[first - start : last - start].to(torch.float32))
         importance = None if job.importance is None else torch.from_numpy(job.importance[expert])
-        yield first, run, rtn(run, job.storage, importance)
+        yield first, run, rtn(run, job.storage, importance, job.search)
