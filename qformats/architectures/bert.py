@@ -14,12 +14,13 @@ from qformats.architectures.binding import Architecture
 from qformats.architectures.fields import Field, positive
 from qformats.architectures.mapping import Rule
 from qformats.architectures.metadata import json_file
-from qformats.errors import Unsupported
+from qformats.errors import BadFile, Unsupported
 
 __all__ = ["BERT", "pooling_type"]
 
 LAYER = "encoder.layer.{i}."
 POOLING_FILE = "1_Pooling/config.json"  # where sentence-transformers keeps it
+_LABELS = "classifier.output_labels"
 _POOLING = {"mean": 1, "cls": 2, "lasttoken": 3}  # llama.cpp's numbers; 0 is none
 
 
@@ -44,7 +45,21 @@ def _letters(full: Mapping[str, Any]) -> dict[str, int]:
     return {"Y": positive(full, "type_vocab_size")}
 
 
+def _own_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """The names of a classifier's classes, which llama.cpp keeps without one; not the two that transformers makes up."""
+    named = full.get("id2label")
+    if named is None:
+        return []
+    if not isinstance(named, Mapping) or not all(str(key).isdecimal() and isinstance(name, str) for key, name in named.items()):
+        raise BadFile("config-field", f"config field 'id2label' is {named!r}, expected names by number")
+    labels = [name for _, name in sorted((int(key), name) for key, name in named.items())]
+    return [(_LABELS, "[str]", labels)] if labels and (len(labels) != 2 or labels[0] != "LABEL_0") else []
+
+
 def _rebuild(config: dict[str, Any], values: Mapping[str, Any]) -> None:
+    if (labels := values.get(_LABELS)) is not None:
+        config["id2label"] = {str(number): name for number, name in enumerate(labels)}
+        config["label2id"] = {name: number for number, name in enumerate(labels)}
     for name in ("rope_parameters", "head_dim", "num_key_value_heads", "tie_word_embeddings"):
         config.pop(name, None)
 
@@ -92,5 +107,6 @@ BERT = Architecture(
     complete=_derive,
     letters=_letters,
     adjust=_rebuild,
+    own_keys=_own_keys,
     pooling=pooling_type,
 )  # fmt: skip

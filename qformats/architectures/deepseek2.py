@@ -25,7 +25,8 @@ EXPERT = LAYER + "mlp.experts.{e}."
 SHARED = LAYER + "mlp.shared_experts."
 _SOFTMAX, _SIGMOID = 1, 2
 _LOG_MUL = "rope.scaling.yarn_log_multiplier"
-_LITE = (26, 27)  # llama.cpp reads no q_lora_rank of models with so many blocks, and needs it of all others
+_LITE = (26, 27)  # llama.cpp reads no q_lora_rank of models with so many blocks, nor of the next with such a vocabulary; else it must be
+_LITE_BY_VOCABULARY = (48, 128256)
 _V2 = {
     "vocab_size": 102400, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
     "max_position_embeddings": 2048, "first_k_dense_replace": 0, "num_experts": 64, "n_shared_experts": 2, "routed_scaling_factor": 1.0,
@@ -68,9 +69,10 @@ def _letters(full: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _own_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
-    if full["has_q_lora"] == (full["num_hidden_layers"] in _LITE):
+    layers = full["num_hidden_layers"]
+    if full["has_q_lora"] == (layers in _LITE or (layers, full["vocab_size"]) == _LITE_BY_VOCABULARY):
         wanted = "without" if full["has_q_lora"] else "with"
-        raise Unsupported("config-value", f"llama.cpp's 'deepseek2' of {full['num_hidden_layers']} blocks is one {wanted} q_lora_rank")
+        raise Unsupported("config-value", f"llama.cpp's 'deepseek2' of {layers} blocks is one {wanted} q_lora_rank")
     keys: list[tuple[str, str, Any]] = [] if full.get("norm_topk_prob") else [("expert_weights_norm", "bool", None)]
     rope = full_rope(rope_parameters(full))
     if rope.get("rope_type") == "yarn" and rope.get("mscale_all_dim"):
@@ -142,10 +144,11 @@ DEEPSEEK2 = Architecture(
     after=(
         *NORM, Field("expert_count", "u32", "num_experts"), Field("expert_used_count", "u32", "num_experts_per_tok"),
         Field("expert_group_count", "u32", "n_group"), Field("expert_group_used_count", "u32", "topk_group"),
-        Field("expert_gating_func", "u32", "gating"), Field("leading_dense_block_count", "u32", "first_k_dense_replace"),
+        Field("expert_gating_func", "u32", "gating"),
+        Field("attention.key_length", "u32", "mla_key_length"), Field("attention.value_length", "u32", "kv_lora_rank"),
+        Field("leading_dense_block_count", "u32", "first_k_dense_replace"),
         Field("vocab_size", "u32", "vocab_size"), Field("attention.q_lora_rank", "u32", "q_lora_rank"),
-        Field("attention.kv_lora_rank", "u32", "kv_lora_rank"), Field("attention.key_length", "u32", "mla_key_length"),
-        Field("attention.value_length", "u32", "kv_lora_rank"), Field("attention.key_length_mla", "u32", "qk_head_dim"),
+        Field("attention.kv_lora_rank", "u32", "kv_lora_rank"), Field("attention.key_length_mla", "u32", "qk_head_dim"),
         Field("attention.value_length_mla", "u32", "v_head_dim"), Field("expert_feed_forward_length", "u32", "moe_intermediate_size"),
         Field("expert_shared_count", "u32", "n_shared_experts"), Field("expert_weights_scale", "f32", "routed_scaling_factor"),
         Field("expert_weights_norm", "bool", "norm_topk_prob"), Field("rope.dimension_count", "u32", "qk_rope_head_dim"),

@@ -159,6 +159,9 @@ def _add_field(keys: list[tuple[str, str, Any]], key: str, kind: str, value: Any
     if kind == "[i32]" and isinstance(value, list) and all(type(number) is int and abs(number) < 1 << 31 for number in value):
         keys.append((key, kind, value))
         return
+    if kind == "[bool]" and isinstance(value, list) and all(type(flag) is bool for flag in value):
+        keys.append((key, kind, value))
+        return
     right = isinstance(value, {"str": str, "bool": bool}.get(kind, (int, float))) and (kind == "bool") == isinstance(value, bool)
     if not right or (kind == "u32" and (not isinstance(value, int) or not 0 <= value < 1 << 32)):
         raise BadFile("config-field", f"the config value for {key!r} is {value!r}, which is no {kind}")

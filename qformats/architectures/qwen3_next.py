@@ -34,7 +34,7 @@ def _derive(full: dict[str, Any]) -> None:
     types = full.get("layer_types") or [_KINDS[(layer + 1) % interval == 0] for layer in range(layers)]
     if not isinstance(types, list) or len(types) != layers or not {*map(str, types)} <= {*_KINDS}:
         raise BadFile("config-field", f"config field 'layer_types' does not name linear or full attention for {layers} layers")
-    full["layer_types"] = types
+    full["layer_types"], full["recurrent_layers"] = types, [kind == _KINDS[0] for kind in types]
     full["net_layers"] = [layer for layer in range(layers) if types[layer] == _KINDS[0]]
     full["attention_layers"] = [layer for layer in range(layers) if types[layer] == _KINDS[1]]
     full["linear_inner_size"] = positive(full, "linear_value_head_dim") * positive(full, "linear_num_value_heads")
@@ -54,10 +54,11 @@ def _letters(full: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _own_keys(full: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Nothing; refuses what no key can say."""
     key, value = full["linear_key_head_dim"], full["linear_value_head_dim"]
     if key != value:
         raise Unsupported("config-value", f"linear heads of {key} and {value}; llama.cpp's 'qwen3next' only knows one size for both")
-    return [(_PATTERN_KEY, "[bool]", [kind == _KINDS[0] for kind in full["layer_types"]])]
+    return []
 
 
 def _rebuild(config: dict[str, Any], values: Mapping[str, Any]) -> None:
@@ -65,7 +66,8 @@ def _rebuild(config: dict[str, Any], values: Mapping[str, Any]) -> None:
     pattern = values.get(_PATTERN_KEY) or [(layer + 1) % interval != 0 for layer in range(layers)]
     config["layer_types"] = [_KINDS[not recurrent] for recurrent in pattern]
     config["linear_value_head_dim"] = config["linear_key_head_dim"]
-    config.pop("linear_inner_size", None)
+    for name in ("linear_inner_size", "recurrent_layers"):
+        config.pop(name, None)
 
 
 QWEN3_NEXT = Architecture(
@@ -104,8 +106,8 @@ QWEN3_NEXT = Architecture(
         Field("expert_shared_feed_forward_length", "u32", "shared_expert_intermediate_size"),
         Field("ssm.conv_kernel", "u32", "linear_conv_kernel_dim"), Field("ssm.state_size", "u32", "linear_key_head_dim"),
         Field("ssm.group_count", "u32", "linear_num_key_heads"), Field("ssm.time_step_rank", "u32", "linear_num_value_heads"),
-        Field("ssm.inner_size", "u32", "linear_inner_size"), Field("full_attention_interval", "u32", "full_attention_interval"),
-        Field("rope.dimension_count", "u32", "rotary_dim"),
+        Field("ssm.inner_size", "u32", "linear_inner_size"), Field(_PATTERN_KEY, "[bool]", "recurrent_layers"),
+        Field("full_attention_interval", "u32", "full_attention_interval"), Field("rope.dimension_count", "u32", "rotary_dim"),
     ),
     defaults={
         "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 48, "num_attention_heads": 16,

@@ -16,12 +16,14 @@ from qformats.containers.gguf import Metadata, Value
 from qformats.errors import BadFile, Unsupported
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures" / "architectures"
-SCATTERED = ("glm4", "phi", "phi3_long")  # llama.cpp writes some keys of these before or between those of another part
+SCATTERED = ("glm4", "phi", "phi3_long", "bert_labelled")  # llama.cpp writes some keys of these before or between those of another part
 NAMED = {"glm4": "glm4"}  # rules that have several names: a real vocabulary is known by its hash
 LOST = {  # what a GGUF does not say
     "mistral_spm": ("architectures", "model_type"), "mixtral": ("head_dim",), "falcon": ("max_position_embeddings",), "gpt2": ("n_inner",),
     "lfm2": ("intermediate_size", "block_auto_adjust_ff_dim"),  # the rounded size comes back as it is
+    "llama4_nested": ("architectures", "model_type"),  # a text model that was part of a larger one comes back on its own
 }  # fmt: skip
+UNSAID = {"bert.pooling_type"}  # kept by sentence-transformers in a folder beside the model, which is read and not written
 CASES = sorted(folder.name for folder in FIXTURES.iterdir() if folder.is_dir())
 
 
@@ -38,8 +40,13 @@ class Stored:
 
 def load(case: str) -> tuple[dict[str, Any], dict[str, bytes], dict[str, Any]]:
     folder = FIXTURES / case
-    files = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "expected.json"}
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "expected.json")
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return json.loads(files["config.json"]), files, json.loads((folder / "expected.json").read_text())
+
+
+def file_type(expected: dict[str, Any]) -> int:
+    return int(expected["metadata"].get("general.file_type", ("u32", 0))[1])
 
 
 def bound(case: str) -> tuple[Binding, dict[str, bytes], dict[str, Any]]:
@@ -77,7 +84,7 @@ def hf_parts(mapped: Mapped) -> dict[str, dict[str, tuple[int, ...]]]:
 @pytest.mark.parametrize("case", CASES)
 def test_metadata_is_what_llama_cpp_writes(case: str) -> None:
     binding, files, expected = bound(case)
-    made = binding.metadata(files, name="Tiny", file_type=0, quantization_version=2, pre=NAMED.get(case))
+    made = binding.metadata(files, name="Tiny", file_type=file_type(expected), quantization_version=2, pre=NAMED.get(case))
     wanted = expected_metadata(expected)
     if "general.file_type" not in wanted:  # llama.cpp forgets it for GPT-NeoX
         del made["general.file_type"]
@@ -97,7 +104,7 @@ def test_tensors_are_those_llama_cpp_writes(case: str) -> None:
     back = binding.to_hf(gguf_parts(tensors))
     again = binding.to_gguf(hf_parts(back))
     assert {tensor.name: tensor.shape for tensor in again.tensors} == {n: tuple(s) for n, (_, s) in expected["tensors"].items()}
-    f32 = {tensor.name for tensor in again.tensors if tensor.kind in ("norm", "bias", "router", "rope")}
+    f32 = {tensor.name for tensor in again.tensors if tensor.kind in ("norm", "bias", "router", "rope", "state")}
     assert all(len(tensor.shape) > 1 for tensor in again.tensors if tensor.name not in f32)
 
 
@@ -129,8 +136,10 @@ def test_metadata_survives_the_way_back(case: str) -> None:
     wanted, tensors = expected_metadata(expected), expected_tensors(expected)
     binding = find_gguf(wanted).bind_gguf(wanted, tensors)
     again = find(binding.config).bind(json.loads(binding.hf_files(wanted)["config.json"]))
-    made = again.metadata(binding.hf_files(wanted), name="Tiny", file_type=0, quantization_version=2, pre=NAMED.get(case))
+    made = again.metadata(binding.hf_files(wanted), name="Tiny", file_type=file_type(expected), quantization_version=2, pre=NAMED.get(case))
     for key, value in wanted.items():
+        if key in UNSAID:
+            continue
         if key.startswith(("tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.tokens", "tokenizer.ggml.add_")):
             continue  # how these come back is checked in test_arch_tokenizers
         if key.endswith(("key_length", "value_length")) and key not in made:
@@ -191,6 +200,41 @@ def test_transformers_loads_the_rebuilt_rope_of_listed_factors() -> None:
     assert np.allclose(frequencies.numpy(), plain / factors, rtol=1e-6)
 
 
+def test_deepseek_v3_gates_by_a_sigmoid_even_where_its_config_says_nothing() -> None:
+    """transformers 5 saves no scoring_func; llama.cpp's converter then writes no key and its loader takes a softmax."""
+    config, files, _ = load("deepseek_v3")
+    del config["scoring_func"]
+    assert find(config).bind(config).metadata(files)["deepseek2.expert_gating_func"] == Value("u32", 2)
+
+
+@pytest.mark.parametrize(("vocabulary", "rank", "fits"), [(128256, None, True), (128256, 24, False), (360, None, False)])
+def test_deepseek_without_a_latent_query_is_told_by_its_sizes(vocabulary: int, rank: int | None, fits: bool) -> None:
+    """llama.cpp, src/models/deepseek2.cpp: 26 and 27 blocks, and 48 with a vocabulary of 128256."""
+    config, _, _ = load("deepseek_v3")
+    config.update(num_hidden_layers=48, vocab_size=vocabulary, q_lora_rank=rank)
+    binding = find(config).bind(config)
+    if fits:
+        assert "deepseek2.attention.q_lora_rank" not in binding.metadata(None)
+        return
+    with pytest.raises(Unsupported) as caught:
+        binding.metadata(None)
+    assert caught.value.code == "config-value"
+
+
+@pytest.mark.parametrize("labels", [["a"], {"x": "a"}, {"0": 1}])
+def test_names_of_classes_that_are_none(labels: Any) -> None:
+    config, _, _ = load("bert")
+    with pytest.raises(BadFile) as caught:
+        find(config).bind({**config, "id2label": labels}).metadata(None)
+    assert caught.value.code == "config-field"
+
+
+def test_made_up_names_of_classes_are_not_written() -> None:
+    config, files, _ = load("bert")
+    made = find(config).bind({**config, "id2label": {"0": "LABEL_0", "1": "LABEL_1"}}).metadata(files)
+    assert "bert.classifier.output_labels" not in made
+
+
 def test_rope_factors_need_their_values() -> None:
     _, _, expected = load("llama_bpe")
     tensors = {**expected_tensors(expected), "rope_freqs.weight": (16,)}
@@ -249,7 +293,9 @@ def test_transformers_loads_config_and_weights_by_these_names(case: str, tmp_pat
     mapped = binding.to_hf(gguf_parts(tensors)).tensors
     save_file({t.name: torch.full(t.shape, 0.5) for t in mapped}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     maker = transformers.AutoModelForSeq2SeqLM if binding.config.get("is_encoder_decoder") else transformers.AutoModelForCausalLM
+    maker = transformers.AutoModel if binding.architecture.gguf == "bert" else maker
     model, info = maker.from_pretrained(tmp_path, output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    assert all(bool((value == 0.5).all()) for value in model.state_dict().values())
-    assert model.generation_config.eos_token_id is not None
+    unwanted = {key for key in info["missing_keys"] if key.startswith("pooler.")}  # llama.cpp has no place for BERT's pooler
+    assert set(info["missing_keys"]) == unwanted and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert all(bool((value == 0.5).all()) for name, value in model.state_dict().items() if name not in unwanted)
+    assert binding.architecture.gguf == "bert" or model.generation_config.eos_token_id is not None
