@@ -19,7 +19,6 @@ K-quants, IQ types with codebooks and IQ4_XS are not here: two levels of scales 
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.formats.ggml.legacy import LEGACY
 from qformats.formats.ggml.tables import TABLES
 from qformats.formats.ggml.ternary import TERNARY
+from qformats.loops import find
 from qformats.quantize.kquants import importance_of
 from qformats.quantize.ksearch import over
 
@@ -170,13 +170,8 @@ RECIPES = {
 TYPES = frozenset(RECIPES)
 
 
-@cache
 def _loops() -> Any:
-    """``qformats.loops.best``, or None where numba cannot be imported."""
-    try:
-        return importlib.import_module("qformats.loops.best")
-    except ImportError:
-        return None
+    return find("best")
 
 
 def _tiled(plane: Tensor | None) -> Any:
