@@ -76,7 +76,8 @@ def execute(
             files = {name: directory.file(name, layout.size) for name, layout in plan.output.layouts.items()}
             outcome = _write(plan, files, workers, progress)
             for name, data in plan.output.small.items():
-                directory.write_bytes(name, data)
+                folder, _, last = name.rpartition("/")
+                directory.write_bytes(last, data, folder=folder)
             directory.commit()
     else:
         with OutputFile(final, plan.output.nbytes, overwrite) as out:

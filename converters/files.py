@@ -111,7 +111,6 @@ def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[
 
 def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, bytes]:
     files = checkpoint.side_files() if checkpoint.gguf is None else checkpoint.binding.hf_files(checkpoint.gguf.metadata)
-    files = {name: data for name, data in files.items() if "/" not in name}  # only read
     if checkpoint.gguf is None and all(job.kind == "copied" for job in jobs):
         return files
     if restore is not None and _restores_all(jobs, restore):

@@ -64,7 +64,8 @@ def _save_directory(checkpoint: Checkpoint, final: Path, overwrite: bool) -> Non
             out = directory.file(Path(source.name).name, source.size)
             _copy(source, 0, source.size, out, 0)
         for name, data in small.items():
-            directory.write_bytes(name, data)
+            folder, _, last = name.rpartition("/")
+            directory.write_bytes(last, data, folder=folder)
         directory.commit()
 
 

@@ -16,7 +16,7 @@ from qformats.architectures.mapping import Rule
 from qformats.architectures.metadata import json_file
 from qformats.errors import BadFile, Unsupported
 
-__all__ = ["BERT", "pooling_type"]
+__all__ = ["BERT", "pooled_files", "pooling_type"]
 
 LAYER = "encoder.layer.{i}."
 POOLING_FILE = "1_Pooling/config.json"  # where sentence-transformers keeps it
@@ -35,6 +35,18 @@ def pooling_type(files: Mapping[str, bytes]) -> int | None:
     if not known:
         raise Unsupported("pooling", f"pooling by {modes} has no word in GGUF", path=POOLING_FILE, hint="mean, cls and lasttoken have")
     return min(known)
+
+
+def pooled_files(number: int, width: int) -> dict[str, Any]:
+    """The side files, as JSON data, by which sentence-transformers pools embeddings of ``width`` so; none where nothing is pooled."""
+    word = next((word for word, known in _POOLING.items() if known == number), None)
+    if word is None:
+        return {}
+    names = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "lasttoken": "pooling_mode_lasttoken"}
+    stages = (("", "Transformer"), ("1_Pooling", "Pooling"))
+    modules = [{"idx": i, "name": str(i), "path": p, "type": f"sentence_transformers.models.{t}"} for i, (p, t) in enumerate(stages)]
+    modes = {name: mode == word for mode, name in names.items()}
+    return {"modules.json": modules, POOLING_FILE: {"word_embedding_dimension": width, **modes}}
 
 
 def _derive(full: dict[str, Any]) -> None:
@@ -109,4 +121,5 @@ BERT = Architecture(
     adjust=_rebuild,
     own_keys=_own_keys,
     pooling=pooling_type,
+    pooled_files=pooled_files,
 )  # fmt: skip

@@ -44,7 +44,7 @@ class Architecture:
     by the GGUF's values. ``own_keys``: (key, type, value) that a config needs only where it departs from what llama.cpp assumes, value
     None to leave a key out; raises ``Unsupported('config-value')`` where no key can say it. ``letters``: sizes of the family's own.
     ``left_out``: beginnings of names that have no place in a GGUF, with the reason. ``pooling``: how side files say that an embedding
-    model pools, as llama.cpp's number.
+    model pools, as llama.cpp's number; ``pooled_files`` makes them again, as JSON data by name, of that number and the hidden size.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Architecture:
     letters: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
     left_out: Mapping[str, str] = field(default_factory=dict)
     pooling: Callable[[Mapping[str, bytes]], int | None] | None = None
+    pooled_files: Callable[[int, int], dict[str, Any]] | None = None
 
     def bind(self, config: Mapping[str, Any]) -> Binding:
         """Check an HF config and bind it; raises ``BadFile('config-field')`` or ``Unsupported('config-value')``."""

@@ -211,6 +211,9 @@ def build_hf_files(binding: Binding, metadata: Metadata) -> dict[str, bytes]:
     generation: dict[str, Any] = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad") if name in special}
     generation.update(_generation(metadata))
     made = {"config.json": config, "generation_config.json": {**generation, "_from_model_config": not _generation(metadata)}}
+    pooled = metadata.get(f"{binding.architecture.gguf}.pooling_type")
+    if binding.architecture.pooled_files is not None and pooled is not None:
+        made.update(binding.architecture.pooled_files(pooled.value, binding.dims["H"]))
     return {**{name: _dump(value) for name, value in made.items()}, **files}
 
 

@@ -279,19 +279,23 @@ class OutputDirectory:
         self._open = True
         self._fd = _create_locked(self.partial, self.final, _create_directory, _remove_tree)
 
-    def file(self, name: str, size: int | None = None) -> OutputFile:
-        """Start the file ``name``; the directory's ``commit`` finishes it if the caller has not."""
+    def file(self, name: str, size: int | None = None, *, folder: str = "") -> OutputFile:
+        """Start the file ``name``, in ``folder`` if given; the directory's ``commit`` finishes it if the caller has not."""
         plain_file_name(name, self.final)
         if not self._open:
             raise OutputError("write-failed", "the output is closed already", path=self.final)
-        if name in self._files:
+        place = self.partial
+        if folder:
+            place = self.partial / plain_file_name(folder, self.final)
+            place.mkdir(exist_ok=True)
+        if f"{folder}/{name}" in self._files:
             raise OutputError("exists", f"the file {name!r} is written twice", path=self.final)
-        self._files[name] = OutputFile(self.partial / name, size, overwrite=False)
-        return self._files[name]
+        self._files[f"{folder}/{name}"] = OutputFile(place / name, size, overwrite=False)
+        return self._files[f"{folder}/{name}"]
 
-    def write_bytes(self, name: str, data: bytes) -> None:
+    def write_bytes(self, name: str, data: bytes, *, folder: str = "") -> None:
         """Write a whole small file."""
-        with self.file(name, len(data)) as out:
+        with self.file(name, len(data), folder=folder) as out:
             out.pwrite(0, data)
             out.commit()
 

@@ -93,6 +93,8 @@ def test_hidden_states_and_pooled_embeddings(pooling: str, tmp_path: Path, works
     assert np.abs(pooled - wanted).max() <= 1e-3 * span
     back, _ = workshop.convert(file, "hf:f32")
     assert np.abs(hidden(back, ids) - theirs).max() <= 1e-6 * span
+    again, _ = workshop.convert(back, "gguf:f32")  # the pooling has come along, in sentence-transformers' files
+    assert open_gguf(again).metadata["bert.pooling_type"] == open_gguf(file).metadata["bert.pooling_type"]
 
 
 def test_wordpiece_ids_both_ways(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qformats.containers.atomic import OutputDirectory, OutputFile
-from qformats.errors import OutputError
+from qformats.errors import OutputError, Unsafe
 
 
 @pytest.fixture
@@ -262,3 +262,19 @@ def test_reserving_a_large_file_is_quick(tmp_path: Path) -> None:
     with OutputFile(tmp_path / "a", 64 << 20, overwrite=False):
         pass
     assert time.perf_counter() - begin < 5
+
+
+def test_a_small_file_may_lie_one_folder_down(tmp_path: Path) -> None:
+    with OutputDirectory(tmp_path / "out", None, False) as out:
+        out.write_bytes("config.json", b"{}")
+        out.write_bytes("config.json", b"[]", folder="1_Pooling")
+        for folder in ("..", "a/b", ".hidden", "/x"):
+            with pytest.raises(Unsafe):
+                out.write_bytes("x.json", b"", folder=folder)
+        out.commit()
+    assert (tmp_path / "out" / "config.json").read_bytes() == b"{}"
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_bytes() == b"[]"
+    with OutputDirectory(tmp_path / "out", None, True) as out:
+        out.write_bytes("config.json", b"{}")
+        out.commit()
+    assert not (tmp_path / "out" / "1_Pooling").exists()
