@@ -22,7 +22,7 @@ from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
 from qformats.reencode import KINDS, Fit, Hint, fit
 from qformats.rewrite import Refused
-from qformats.scheme import Scheme, Storage
+from qformats.scheme import Integer, Scheme, Storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -387,7 +387,7 @@ class Chooser:
         """
         probe = Job(tensor, "codes", "", "", "", {}, False, storage=storage, orders=self._orders(tensor))
         hint, slab = self.hints.get(tensor.target), Slab(self.checkpoint)
-        if "values" in storage.options:  # the schemes said it all
+        if self._in_its_own_form(tensor, storage):  # the schemes say it all
             return worst
         if hint is None and worst.kind == "exact" and self._fits_whatever_it_holds(tensor, storage):
             return worst
@@ -402,6 +402,11 @@ class Chooser:
             if KINDS.index(found.kind) > KINDS.index(worst.kind):
                 worst = found
         return worst
+
+    def _in_its_own_form(self, tensor: TensorMap, storage: Storage) -> bool:
+        """Whether codes of a table or a small float stand in the storage's very form already, scales included."""
+        form = registry.format_module(self.options.target.format)
+        return not isinstance(storage.grid, Integer) and bool(form.can_store(storage, self._scheme(tensor)))
 
     def _fits_whatever_it_holds(self, tensor: TensorMap, storage: Storage) -> bool:
         """Whether the schemes alone prove ``exact``: every code around every zero point the source can store fits, and no scale rounds."""
@@ -422,7 +427,7 @@ class Chooser:
     def _claim(self, tensor: TensorMap, storage: Storage, rounding: bool) -> Fit:
         """What the header alone promises: the worst codes and zero points that the scheme allows."""
         scheme = self._scheme(tensor)
-        if "values" in storage.options and registry.format_module(self.options.target.format).can_store(storage, scheme):
+        if self._in_its_own_form(tensor, storage):
             reason = "claimed from the header: the same codes under the same scales"
             return Fit("exact", reason, (), scheme.shape[-1], None, None, storage.grid, None, None, None)  # type: ignore[arg-type]
         ordered = scheme.group_index and bool(self.checkpoint.match.config.get("desc_act"))

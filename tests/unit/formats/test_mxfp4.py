@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters import convert
+from converters import convert, plan
 from qformats import registry
 from qformats.checkpoint import open_checkpoint
 from qformats.containers.raw import RawTensor
@@ -57,6 +57,10 @@ def test_to_gguf_and_back_is_byte_for_byte(tmp_path: Path) -> None:
     shutil.copytree(FIXTURE, source)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(FIXTURE.parent / "dense" / "llama-tied" / name, source)
+    header = plan(source, to="gguf", header_only=True)
+    with header.checkpoint:
+        claimed = [job for job in header.jobs if job.map.kind == "experts"]
+    assert len(claimed) == 3 and {(job.type, job.kind) for job in claimed} == {("MXFP4", "exact")}  # the header is enough
     report = convert(source, tmp_path / "a.gguf", to="gguf", workers=1)
     experts = [line for line in report.tensors if line.name.endswith("exps.weight")]
     assert len(experts) == 3 and {(line.type, line.kind) for line in experts} == {("MXFP4", "exact")}
