@@ -15,7 +15,7 @@ import numpy as np
 from qformats.loops.compiled import compiled
 from qformats.loops.vectors import LANES, any_lane, greatest, least, load, splat, store_bytes, where
 
-__all__ = ["QUANTIZE"]
+__all__ = ["QUANTIZE", "largest_bits"]
 
 Array = np.ndarray[Any, Any]
 u32, i32, f32 = np.uint32, np.int32, np.float32
@@ -25,7 +25,7 @@ _MAGNITUDE, _ZERO, _HALF, _NAN = u32(0x7FFFFFFF), f32(0), f32(0.5), f32(np.nan)
 
 
 @compiled
-def _largest(bits: Array, b: int, width: int) -> Any:
+def largest_bits(bits: Array, b: int, width: int) -> Any:
     """The largest magnitude of block ``b`` as a bit pattern."""
     top = u32(0)
     for j in range(width):
@@ -112,7 +112,7 @@ def eight(x: Array, bits: Array, codes: Array, d: Array, tops: Array, width: int
     """Q8_0; ``codes`` int8 (B, 32), ``bits`` is ``x`` seen as uint32."""
     top = u32(0)
     for b in range(x.shape[0]):
-        scale = u32(_largest(bits, b, width)).view(f32) / f32(127)
+        scale = u32(largest_bits(bits, b, width)).view(f32) / f32(127)
         d[b], top = scale, _larger(top, scale)
         inverse = f32(1) / scale if scale != f32(0) else f32(0)
         if _finite(inverse):

@@ -17,6 +17,7 @@ import numpy as np
 
 from qformats import grids
 from qformats.loops.compiled import compiled
+from qformats.loops.quantize import largest_bits
 
 __all__ = ["FLOATS", "codes", "search", "weigh"]
 
@@ -28,7 +29,6 @@ _X, _W = 0, 32 * LANES  # weight i of lane j at i * LANES + j, the weights of er
 _ISCALE, _EXTREME, _SIZE, _SCALE, _BEST, _SXL, _SL2 = (64 * LANES + i * LANES for i in range(7))
 _WORKSPACE = 71 * LANES
 _ZERO, _ONE, _TWO, _LOW, _HIGH, _EPSILON = f32(0), f32(1), f32(2), f32(-256), f32(255), f32(1e-15)
-_MAGNITUDE = u32(0x7FFFFFFF)
 
 _levels = grids.table_values("iq4_nl").numpy().astype(np.float32)
 _CODES = np.searchsorted((_levels[:-1] + _levels[1:]) / 2, np.arange(-256, 256) / 2, side="right").astype(np.uint8)
@@ -143,16 +143,6 @@ def codes(x: Array, scale: Array, out: Array) -> None:
 
 
 @compiled
-def _largest(bits: Array, b: int, width: int) -> Any:
-    """The largest magnitude of block ``b`` as a bit pattern."""
-    top = u32(0)
-    for j in range(width):
-        size = u32(bits[b, j] & _MAGNITUDE)
-        top = size if size > top else top
-    return top
-
-
-@compiled
 def _round(x: Array, b: int, out: Array, scale: Any, width: int) -> None:
     """``float_codes`` of one block."""
     m0, m1, m2, m3 = f32(0.25) * scale, f32(0.75) * scale, f32(1.25) * scale, f32(1.75) * scale
@@ -168,7 +158,7 @@ def _round(x: Array, b: int, out: Array, scale: Any, width: int) -> None:
 @compiled
 def _powers(x: Array, bits: Array, out: Array, scales: Array, width: int) -> None:
     for b in range(x.shape[0]):
-        largest = f32(u32(_largest(bits, b, width)).view(f32))
+        largest = f32(u32(largest_bits(bits, b, width)).view(f32))
         power = i32(-125)
         if largest > _ZERO:
             power = i32(np.floor(f32(np.log2(np.float64(largest)))))
@@ -186,7 +176,7 @@ def _powers(x: Array, bits: Array, out: Array, scales: Array, width: int) -> Non
 @compiled
 def _smalls(x: Array, bits: Array, out: Array, scales: Array, values: Array, width: int) -> None:
     for b in range(x.shape[0]):
-        sixth = u32(_largest(bits, b, width)).view(f32) / f32(6)
+        sixth = u32(largest_bits(bits, b, width)).view(f32) / f32(6)
         sixth = sixth if sixth < f32(448) else f32(448)
         if sixth < f32(2.0**-6):
             byte = min(i32(sixth * f32(512) + f32(0.5)), i32(7))
