@@ -9,12 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 
 from converters.execute import execute
 from converters.options import PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from qformats import registry
+from qformats.containers.gguf import TensorInfo, Value, layout_gguf
 
 FIXTURES = Path(__file__).parents[3] / "fixtures"
 MANIFEST: list[dict[str, Any]] = json.loads((FIXTURES / "manifest.json").read_text())
@@ -123,3 +125,15 @@ def digest(path: Path) -> str:
 
 def names_in(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
+
+
+def float_gguf(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> Path:
+    """A GGUF of an architecture that nobody knows, with these float32 and float16 tensors."""
+    infos = [TensorInfo(name, {"<f2": "F16", "<f4": "F32"}[values.dtype.str], values.shape) for name, values in arrays.items()]
+    layout = layout_gguf({"general.architecture": Value("str", "made-up")}, infos)
+    data = bytearray(layout.size)
+    data[: len(layout.header)] = layout.header
+    for name, values in arrays.items():
+        data[layout.offsets[name] : layout.offsets[name] + values.nbytes] = values.tobytes()
+    path.write_bytes(data)
+    return path

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import ready
+from checkpoints import float_gguf, ready
 from click.testing import CliRunner
 
 from converters import convert, plan, verify
 from converters.budget import Frontiers, Point
 from converters.cli import qconvert
 from qformats import registry
-from qformats.containers.gguf import TensorInfo, Value, layout_gguf, open_gguf
+from qformats.containers.gguf import open_gguf
 from qformats.errors import QFormatError, WouldLose
 from qformats.quantize.imatrix import Entry, ImportanceMatrix, write_imatrix
 
@@ -37,16 +37,8 @@ MATRICES = [name for name in WEIGHTS if "norm" not in name]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "floats.gguf"
     arrays = {name: values.astype("<f2" if values.ndim > 1 else "<f4") for name, values in WEIGHTS.items()}
-    infos = [TensorInfo(name, "F16" if values.ndim > 1 else "F32", values.shape) for name, values in arrays.items()]
-    layout = layout_gguf({"general.architecture": Value("str", "made-up")}, infos)
-    data = bytearray(layout.size)
-    data[: len(layout.header)] = layout.header
-    for name, values in arrays.items():
-        data[layout.offsets[name] : layout.offsets[name] + values.nbytes] = values.tobytes()
-    path.write_bytes(data)
-    return path
+    return float_gguf(tmp_path_factory.mktemp("model") / "floats.gguf", arrays)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import FIXTURES, options
+from checkpoints import FIXTURES, float_gguf, options
 from click.testing import CliRunner, Result
 
 from converters import convert, verify
@@ -18,7 +18,7 @@ from converters.importances import expert_runs, with_importances
 from converters.jobs import Job
 from converters.plan import make_plan
 from qformats.architectures.mapping import SourceRows, TensorMap
-from qformats.containers.gguf import TensorInfo, Value, layout_gguf, open_gguf
+from qformats.containers.gguf import Value, open_gguf
 from qformats.errors import Unsupported, UsageError
 from qformats.formats import ggml
 from qformats.formats.ggml.kquants import KQUANTS
@@ -52,15 +52,7 @@ def store(path: Path, entries: dict[str, Entry], datasets: tuple[str, ...] = ("c
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "floats.gguf"
-    infos = [TensorInfo(name, "F32", values.shape) for name, values in WEIGHTS.items()]
-    layout = layout_gguf({"general.architecture": Value("str", "made-up")}, infos)
-    data = bytearray(layout.size)
-    data[: len(layout.header)] = layout.header
-    for name, values in WEIGHTS.items():
-        data[layout.offsets[name] : layout.offsets[name] + values.nbytes] = values.tobytes()
-    path.write_bytes(data)
-    return path
+    return float_gguf(tmp_path_factory.mktemp("model") / "floats.gguf", WEIGHTS)
 
 
 @pytest.fixture(scope="module")

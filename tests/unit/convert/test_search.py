@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import float_gguf
 from click.testing import CliRunner, Result
 
 from converters import convert, plan, verify
 from converters.cli import qconvert
 from converters.options import PlanOptions, recorded_words
-from qformats.containers.gguf import TensorInfo, Value, layout_gguf, open_gguf
+from qformats.containers.gguf import open_gguf
 from qformats.errors import UsageError
 from qformats.formats import ggml
 from qformats.formats.protocol import Target
@@ -31,16 +32,7 @@ SUMS = np.exp(RNG.normal(0, 2, (1, K))).astype(np.float32)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "floats.gguf"
-    layout = layout_gguf(
-        {"general.architecture": Value("str", "made-up")}, [TensorInfo(name, "F32", values.shape) for name, values in WEIGHTS.items()]
-    )
-    data = bytearray(layout.size)
-    data[: len(layout.header)] = layout.header
-    for name, values in WEIGHTS.items():
-        data[layout.offsets[name] : layout.offsets[name] + values.nbytes] = values.tobytes()
-    path.write_bytes(data)
-    return path
+    return float_gguf(tmp_path_factory.mktemp("model") / "floats.gguf", WEIGHTS)
 
 
 @pytest.fixture(scope="module")
