@@ -79,7 +79,9 @@ def test_transformers_loads_the_files(case: str, tmp_path: Any) -> None:
     wanted = expected_metadata(expected)
     files = find_gguf(wanted).bind_gguf(wanted, expected_tensors(expected)).hf_files(wanted)
     for name, data in files.items():
-        (tmp_path / name).write_bytes(data)
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(data)
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     plain = engine(files["tokenizer.json"])
