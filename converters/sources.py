@@ -64,7 +64,7 @@ def row_step(job: Job, weights: int = 0) -> int:
     """How many rows one step of ``weights`` takes: whole periods of the row order, whole words of every packing."""
     columns = job.map.shape[-1] if len(job.map.shape) > 1 else 1
     weights = weights or _CHUNK_WEIGHTS
-    unit = 32
+    unit = 64  # whole words of every packing, whole tiles of the tiled ones
     for source in job.map.sources:
         if source.period == 0:
             return job.map.rows

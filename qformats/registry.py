@@ -37,10 +37,11 @@ class Row:
     writes: bool = True
 
 
-_INTS = ("int2", "int3", "int4", "int8")
+_INTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
-        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "asym", "format", "act-order")),
+        ("gptq", "auto-round", "intel/auto-round", "marlin", "bitblas", "qqq", "gptq_marlin_24"), _INTS,
+        ("group", "sym", "asym", "format", "act-order")),
     Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
         ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",

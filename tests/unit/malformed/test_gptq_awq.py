@@ -41,7 +41,12 @@ def gemv_parts() -> Parts:
     return {"qweight": plane("I32", N, K // 8), "qzeros": plane("I32", N, 4), "scales": plane("F16", N, 32)}
 
 
+def marlin_parts() -> Parts:
+    return {"B": plane("I32", 8, 2 * N), "s": plane("F16", 1, N)}
+
+
 GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
+MARLIN: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "is_marlin_format": True}
 GEMM: Config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GEMV: Config = GEMM | {"version": "gemv"}
 AUTOROUND: Config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
@@ -120,8 +125,8 @@ GPTQ_CASES: list[tuple[str, Callable[[Parts], None], Config, str]] = [
     ("two labels", KEEP, GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "config-disagrees"),
     ("AWQ planes", become(gemm_parts), GPTQ, "config-disagrees"),
     ("GEMV planes", become(gemv_parts), GPTQ, "config-disagrees"),
-    ("planar 3 bits", both(put("qweight", plane("I32", 9, N)), put("qzeros", plane("I32", G, 6))),
-     GPTQ | {"bits": 3, "checkpoint_format": "gptq_p"}, "gptq-planar"),
+    ("planar blocks cut off", both(without("bias"), put("qweight", plane("I32", 9, 72)), put("qzeros", plane("I32", G, 7)),
+     put("scales", plane("F16", G, 72))), GPTQ | {"bits": 3, "checkpoint_format": "gptq_p"}, "wrong-shape"),
     ("6 bits of an unknown writer", both(put("qweight", plane("I32", 18, N)), put("qzeros", plane("I32", G, 12))),
      GPTQ | {"bits": 6}, "gptq-width"),
     ("unknown label", KEEP, GPTQ | {"checkpoint_format": "gptq_v9"}, "gptq-version"),
@@ -129,6 +134,16 @@ GPTQ_CASES: list[tuple[str, Callable[[Parts], None], Config, str]] = [
     ("Marlin flag", KEEP, GPTQ | {"is_marlin_format": True}, "gptq-marlin"),
     ("BitBLAS", KEEP, GPTQ | {"format": "bitblas"}, "gptq-bitblas"),
     ("Marlin as the method", KEEP, GPTQ | {"quant_method": "marlin"}, "gptq-marlin"),
+    ("Marlin without scales", both(become(marlin_parts), without("s")), MARLIN, "missing-s"),
+    ("Marlin without words", both(become(marlin_parts), without("B")), MARLIN, "missing-B"),
+    ("Marlin of other outputs", both(become(marlin_parts), put("B", plane("I32", 8, N))), MARLIN, "wrong-shape"),
+    ("Marlin of half a tile", both(become(marlin_parts), put("B", plane("I32", 8, 64)), put("s", plane("F16", 1, 32))), MARLIN, "wrong-shape"),
+    ("Marlin with float words", both(become(marlin_parts), put("B", plane("F32", 8, 2 * N))), MARLIN, "wrong-dtype"),
+    ("Marlin of another group", become(marlin_parts), MARLIN | {"group_size": 64}, "group-size"),
+    ("Marlin of 8 bits", become(marlin_parts), MARLIN | {"bits": 8}, "config-disagrees"),
+    ("Marlin with zero points", both(become(marlin_parts), put("qzeros", plane("I32", 1, 8))), MARLIN, "unknown-part"),
+    ("Marlin bias of other outputs", both(become(marlin_parts), put("bias", plane("F16", 3))), MARLIN, "wrong-shape"),
+    ("2:4 sparse Marlin", KEEP, GPTQ | {"checkpoint_format": "marlin_24"}, "gptq-marlin_24"),
     ("QQQ", KEEP, GPTQ | {"quant_method": "qqq"}, "gptq-qqq"),
     ("another kind of part", put("lora_A", plane("F16", 4, K)), GPTQ, "unknown-part"),
     ("AutoRound unknown packing", KEEP, AUTOROUND | {"packing_format": "auto_round:secret"}, "autoround-packing"),
