@@ -34,12 +34,16 @@ __all__ = ["Match", "Module", "PartInfo", "Piece", "Target"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim."""
+    """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim.
+
+    ``options``: what the user says of the source where a file does not tell (``zero-points=v2``), by the names in its registry row.
+    """
 
     format: str
     config: Mapping[str, Any]
     dialect: str = ""
     warnings: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

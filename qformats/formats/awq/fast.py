@@ -7,7 +7,7 @@ Words: 4 rows x 64 columns are 64 words; word 16 r + 8 h + j holds row r, column
 
 Zero points: the tensor holds ``-(scale * z)`` rounded to the scales' dtype, so that the kernel's product is one multiply-add. Where every
 stored number is what some z in 0 … 15 gives, bit for bit, those integers are the zero points: the file is what the writer makes of them.
-Otherwise the numbers are offsets, ``W = scale * code + offset``. Of a zero scale no z can be told: such a group is an offset, too.
+Otherwise the numbers are offsets, ``W = scale * code + offset``. Beside a scale of 0 the zero point is 0: every z gives the same number.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ def _wide(stored: Array) -> Array:
 def _narrow(values: Array, like: Array) -> Array:
     """Float64 products of a stored number and a small integer rounded once to the dtype of ``like``."""
     if like.dtype != np.uint16:
-        return values.astype(like.dtype)
+        with np.errstate(over="ignore"):
+            return values.astype(like.dtype)
     bits = values.astype(np.float32).view(np.uint32)  # exact: 8 + 4 significant bits
     return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
@@ -93,9 +94,9 @@ def float_zeros(scales: Array, zeros: Array, sign: str) -> Array:
 def integer_zeros(scales: Array, stored: Array) -> tuple[Array, str] | None:
     """Zero points uint8 and the sign of their 0 such that ``float_zeros`` gives ``stored`` bit for bit; None if there are none."""
     step = _wide(scales)
-    if not np.isfinite(step).all() or not step.all():
+    if not np.isfinite(step).all():
         return None
-    quotient = np.rint(-_wide(stored) / step)
+    quotient = np.rint(np.divide(-_wide(stored), step, out=np.zeros(step.shape), where=step != 0))
     if not np.isfinite(quotient).all() or quotient.min(initial=0) < 0 or quotient.max(initial=0) > 15:
         return None
     zeros = quotient.astype(np.uint8)
