@@ -22,7 +22,8 @@ __all__ = ["ROWS", "Row", "detect", "format_module", "names", "parse_target", "r
 class Row:
     """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it.
 
-    ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor.
+    ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``source_options``: what a user
+    may say of a source that its files leave open.
     """
 
     name: str
@@ -35,15 +36,16 @@ class Row:
     mixes: tuple[str, ...] = ()
     reads: bool = True
     writes: bool = True
+    source_options: tuple[str, ...] = ()
 
 
 _INTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
         ("gptq", "auto-round", "intel/auto-round", "marlin", "bitblas", "qqq", "gptq_marlin_24"), _INTS,
-        ("group", "sym", "asym", "format", "act-order")),
-    Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
-        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
+        ("group", "sym", "asym", "format", "act-order"), source_options=("zero-points",)),
+    Row("awq", "qformats.formats.awq", "AWQ (AutoAWQ, GPTQModel, llm-awq, AutoRound)", "safetensors",
+        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point"), source_options=("zero-points",)),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",

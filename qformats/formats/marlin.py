@@ -21,15 +21,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qformats.errors import Unsupported, UsageError
+
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-__all__ = ["COLUMNS", "ROWS", "pack_tiles", "permute_scales", "restore_scales", "unpack_tiles"]
+__all__ = ["COLUMNS", "ROWS", "check_kernel", "pack_tiles", "permute_scales", "restore_scales", "unpack_tiles"]
 
 COLUMNS = 64  # output columns of one run of 128 words
 ROWS = 16  # input rows of one row of words
 _GROUPED = [i + 8 * j for i in range(8) for j in range(8)]
 _SINGLE = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
+
+
+def check_kernel(shape: tuple[int, ...], group: int | None) -> None:
+    """What the kernel takes (auto-gptq 0.7.1 ``QuantLinear.__init__``): ``UsageError('option')`` for other groups than 128 or a whole row,
+    ``Unsupported('marlin-shape')`` for other sizes."""
+    if group not in (None, 128):
+        raise UsageError("option", f"Marlin has no groups of {group}", hint="add group=128 or group=-1")
+    if shape[-1] % 128 or shape[-2] % 256:
+        text = f"Marlin takes inputs in multiples of 128 and outputs in multiples of 256, not {shape[-1]} and {shape[-2]}"
+        raise Unsupported("marlin-shape", text, hint="plain GPTQ or AWQ words hold them")
 
 
 def _order() -> Array:

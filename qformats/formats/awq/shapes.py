@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qformats.bits import words_for
-from qformats.errors import BadFile, Unsupported
+from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import autoround, marlin
 from qformats.formats.awq.settings import FAST, Settings, module_settings
 from qformats.formats.packed import FLOATS, check_dtype, made_by, wrong_shape
@@ -51,6 +51,10 @@ def _checked(module: Module) -> Geometry:
     parts, said = module.parts, module_settings(module.match.config, module.name)
     kind = "fast" if said.version in FAST or "scaled_zeros" in parts else said.version
     _check_parts(module, said, kind)
+    asked = module.match.options.get("zero-points")
+    if asked is not None and (kind != "fast" or asked not in ("float", "integer")):
+        text = f"zero-points={asked} says nothing of AWQ {kind if kind != 'fast' else said.version} weights"
+        raise UsageError("source-option", text, hint="GEMV_FAST and llm-awq know zero-points=float and zero-points=integer")
     g = {"gemv": _gemv_geometry, "fast": _fast_geometry, "marlin": _marlin_geometry}.get(kind, _gemm_geometry)(module, said)
     if "bias" in parts and parts["bias"].shape != (g.n,):
         raise wrong_shape(module, "bias", f"({g.n},)")

@@ -233,7 +233,7 @@ def storage_of(module: Module) -> Storage:
 
 def _storage(bits: int, group: int | None, zero: int | tuple[int, int], scale: str, options: dict[str, object]) -> Storage:
     order = str(options["order"])
-    rows = {"natural": 1, "marlin": marlin.COLUMNS}.get(order, 8)
+    rows = {"natural": 1, "marlin": 32}.get(order, 8)
     return Storage(
         f"int{bits}",
         Integer(bits),
@@ -269,8 +269,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     group = group_option(target, scheme)
     if version in ("gemv", *FAST) and group is not None and group < 32:
         raise UsageError("option", f"AWQ {version} has no groups of {group}", hint="use groups of 32, 64, 128 or more, or version=gemm")
-    if version == "marlin" and group not in (None, 128):
-        raise UsageError("option", f"Marlin has no groups of {group}", hint="add group=128 or group=-1")
+    if version == "marlin":
+        marlin.check_kernel(scheme.shape, group)
     sym = yes_no(target, "sym", not yes_no(target, "zero_point", True)) or version == "marlin"
     options: dict[str, object] = {
         "version": version,
@@ -282,8 +282,6 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
         "in_features": scheme.shape[-1],
     }
     found = _storage(4, group, 8 if sym else (0, 15), "float16", options)
-    if version == "marlin":  # as its kernel takes it
-        return [replace(found, k_multiple=128, n_multiple=256)]
     return [found, _offset_storage(group, "float16", options)] if version in FAST and not sym else [found]
 
 
@@ -293,8 +291,9 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
     if not verdict:
         return verdict
     n, k = scheme.shape
-    if n % storage.n_multiple:
-        return No(f"its {n} outputs are not a multiple of {storage.n_multiple}")
+    multiple = marlin.COLUMNS if storage.options.get("order") == "marlin" else storage.n_multiple
+    if n % multiple:
+        return No(f"its {n} outputs are not a multiple of {multiple}")
     group = min(storage.group or k, k)
     if k % group or k % storage.k_multiple:
         return No(

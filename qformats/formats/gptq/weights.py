@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qformats.bits import pack_columns, pack_planar_columns, unpack_columns, unpack_planar_columns, words_for
@@ -45,8 +44,9 @@ _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True, zero_policy: str | None = None) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
 
-    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read. ``zero_policy`` overrides how stored
-    zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read. ``zero_policy``, or the user's source
+    option ``zero-points``, overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see
+    ``zeros``).
     """
     import torch
 
@@ -119,6 +119,7 @@ def _zeros(module: Module, g: Geometry, forced: str | None) -> Zeros:
     """How the words of qzeros are meant."""
     from qformats.formats.gptq.zeros import Zeros, decide
 
+    forced = forced or module.match.options.get("zero-points")
     if g.packing == "marlin":
         return Zeros("v2", 8)
     key = f"zeros {forced}"
@@ -164,7 +165,8 @@ def module_warnings(module: Module, *, zero_policy: str | None = None) -> tuple[
     g = geometry(module)
     zeros = _zeros(module, g, zero_policy)
     said = list(zeros.warnings)
-    undecided = zeros.policy == "v1" and zero_policy is None and g.packing == "stream"
+    asked = zero_policy or module.match.options.get("zero-points")
+    undecided = zeros.policy == "v1" and asked is None and g.packing == "stream"
     if undecided and (decode(module.parts["qzeros"].array(), g.bits, g.n, "v1") == 1 << g.bits).any():
         said.append(f"zero-point fields of {(1 << g.bits) - 1} under v1 are read as {1 << g.bits}, as the common kernels do")
     kind, index = _stored_index(module, g)
@@ -205,7 +207,7 @@ def _storage(
     bits: int, group: int | None, zero: int | tuple[int, int], scales: tuple[str, ...], group_index: bool, options: dict[str, object]
 ) -> Storage:
     extra = (16 + bits) / group if group else 0.0
-    rows, columns = {"planar": (32, 32), "marlin": (64, 16)}.get(str(options.get("packing")), (1, 1))
+    rows, columns = {"planar": (32, 32), "marlin": (32, 16)}.get(str(options.get("packing")), (1, 1))
     return Storage(
         f"int{bits}", Integer(bits), group, bits + extra, scales, True, zero, k_multiple=columns, n_multiple=rows,
         group_index=group_index, options=options,
@@ -280,16 +282,15 @@ def _widths(target: Target) -> tuple[int, ...]:
 
 
 def _marlin_storage(target: Target, scheme: Scheme, group: int | None) -> Storage:
-    """Marlin as its kernel takes it (auto-gptq 0.7.1 ``qlinear_marlin.py QuantLinear.__init__``)."""
+    """Marlin as its kernel takes it."""
     if target.type not in (None, "int4") or yes_no(target, "asym"):
         raise UsageError("option", "Marlin weights are int4 and symmetric", hint="use gptq:int4,format=marlin")
-    if group not in (None, 128):
-        raise UsageError("option", f"Marlin has no groups of {group}", hint="add group=128 or group=-1")
+    marlin.check_kernel(scheme.shape, group)
     options: dict[str, object] = {
         "checkpoint_format": "marlin", "zeros": "v2", "g_idx": "absent", "g_idx_dtype": "I32", "word_bits": 32, "word_dtype": "I32",
         "dialect": "", "act_order": False, "in_features": scheme.shape[-1], "packing": "marlin",
     }  # fmt: skip
-    return replace(_storage(4, group, 8, ("float16",), False, options), k_multiple=128, n_multiple=256)
+    return _storage(4, group, 8, ("float16",), False, options)
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
@@ -386,6 +387,5 @@ def _whole_blocks(storage: Storage, shape: tuple[int, ...]) -> Yes | No:
     n, k = shape
     if k % storage.k_multiple:
         return No(f"its {k} inputs are not a multiple of {storage.k_multiple}")
-    if n % storage.n_multiple:
-        return No(f"its {n} outputs are not a multiple of {storage.n_multiple}")
-    return Yes()
+    multiple = marlin.COLUMNS if storage.options.get("packing") == "marlin" else storage.n_multiple
+    return No(f"its {n} outputs are not a multiple of {multiple}") if n % multiple else Yes()

@@ -69,6 +69,8 @@ def decide(
     if forced is not None:
         if forced not in POLICIES:
             raise UsageError("zero-policy", f"zero policy {forced!r} is not known", hint=f"use one of {', '.join(POLICIES)}")
+        if forced == "v1-word" and bits not in (2, 4, 8):
+            raise UsageError("zero-policy", f"zero policy v1-word is of 2, 4 and 8 bits, not {bits}", hint="use v1, v1-field or v2")
         return Zeros(forced, _true(field, forced, bits))
     if sym is False:
         return Zeros(by_label, _true(field, by_label, bits))

@@ -183,7 +183,7 @@ def test_floats_get_groups_of_128() -> None:
         "int5,format=v2",
         "int8,format=marlin",
         "int4,format=marlin,asym",
-        "int4,format=marlin,group=64",
+        "int4,format=marlin,group=16",
         "q4_0",
         "int4,sym,asym",
         "int4,format=v3",

@@ -146,7 +146,9 @@ def test_marlin_written(format: str, option: dict[str, str], group: int) -> None
     config = form.config_out(Target(format), {"m": storage}, [], None)
     assert "is_marlin_format" not in config and config.get("checkpoint_format", config.get("version")) == "marlin"
     check(form, storage, tensor, config)
-    assert not form.can_store(storage, replace(tensor.scheme, shape=(64, 256)))
+    assert not form.can_store(storage, replace(tensor.scheme, shape=(96, 256)))
+    with pytest.raises(Unsupported, match="marlin-shape"):
+        form.storages(Target(format, "int4", option | {"group": "-1"}), replace(tensor.scheme, shape=(64, 256)))
     with pytest.raises(Unsupported, match="zero-point-range"):
         form.write(storage, tensor_of(256, 256, group, zero=7), 0, (256, 256))
     with pytest.raises(Unsupported, match="row-range"):
