@@ -157,6 +157,7 @@ GPTQ_CASES: list[tuple[str, Callable[[Parts], None], Config, str]] = [
     ("QQQ", KEEP, GPTQ | {"quant_method": "qqq"}, "gptq-qqq"),
     ("another kind of part", put("lora_A", plane("F16", 4, K)), GPTQ, "unknown-part"),
     ("AutoRound unknown packing", KEEP, AUTOROUND | {"packing_format": "auto_round:secret"}, "autoround-packing"),
+    ("AutoRound for llm-compressor", KEEP, AUTOROUND | {"packing_format": "auto_round:llm_compressor"}, "autoround-packing"),
     ("AutoRound float grid", KEEP, AUTOROUND | {"data_type": "mx_fp"}, "autoround-data-type"),
     ("AutoRound activations", KEEP, AUTOROUND | {"act_bits": 8}, "activation-quantized"),
     ("AutoRound extra_config a list", KEEP, AUTOROUND | {"extra_config": ["m"]}, "config-value"),
