@@ -38,6 +38,7 @@ def plan(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    source_options: Iterable[tuple[str, str]] = (),
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -60,6 +61,7 @@ def plan(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        source_options=tuple(source_options),
     )
     return make_plan(source, options)
 
@@ -83,11 +85,13 @@ def convert(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    source_options: Iterable[tuple[str, str]] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
     ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
+    ``source_options``: ``("zero-points", "v2")`` and the like, how to read what the source does not tell.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -108,6 +112,7 @@ def convert(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        source_options=source_options,
     )
     with planned.checkpoint:
         refuse_losses(planned)

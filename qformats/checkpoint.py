@@ -18,7 +18,7 @@ from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
 from qformats.containers.source import FileSource
-from qformats.errors import BadFile, QFormatError, Unsupported
+from qformats.errors import BadFile, QFormatError, Unsupported, UsageError
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -58,6 +58,15 @@ class Checkpoint:
     file_names: tuple[str, ...]
     gguf: GGUFFile | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
+
+    def read_as(self, options: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint under the user's ``options`` (see ``Match``); ``UsageError('source-option')`` for one unknown."""
+        known = registry.row(self.match.format).source_options
+        for key in options:
+            if key not in known:
+                text, hint = f"{self.match.format} sources have no option {key!r}", f"options: {', '.join(known) or 'none'}"
+                raise UsageError("source-option", text, hint=hint)
+        return replace(self, match=replace(self.match, options=dict(options)))
 
     @property
     def format(self) -> str:
