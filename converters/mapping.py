@@ -16,7 +16,7 @@ __all__ = ["map_tensors"]
 def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
     """All tensors of the format ``target`` with their source rows."""
     packs, container = _packs_experts(target), registry.row(target).container
-    if checkpoint.container != container:
+    if (checkpoint.gguf is None) == (container == "gguf"):
         binding, shapes = checkpoint.binding, checkpoint.shapes()
         if container == "gguf":
             return binding.to_gguf(shapes)

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from qformats.containers.raw import RawTensor
+from qformats.containers.torch_zip import flatten
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import Match, Target
 
-__all__ = ["ROWS", "Row", "detect", "format_module", "names", "parse_target", "row"]
+__all__ = ["ROWS", "Row", "detect", "flattened", "format_module", "names", "parse_target", "pickle_files", "pickled_classes", "row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,30 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
         f"quantization method {method or config!r} is not known",
         hint=f"known methods: {', '.join(sorted({m for r in ROWS for m in r.methods}))}",
     )
+
+
+def _pickling_modules() -> list[ModuleType]:
+    return [format_module(candidate.name) for candidate in ROWS if candidate.container != "gguf"]
+
+
+def pickled_classes() -> frozenset[str]:
+    """Dotted names of the classes that some format reads out of pickles, as inert records."""
+    return frozenset(name for module in _pickling_modules() for name in getattr(module, "PICKLED_CLASSES", ()))
+
+
+def pickle_files() -> tuple[str, ...]:
+    """Names of pickled files that are some format's own, in table order."""
+    return tuple(name for module in _pickling_modules() for name in getattr(module, "PICKLE_FILES", ()))
+
+
+def flattened(value: Any, config: Mapping[str, Any], path: str) -> Mapping[str, RawTensor]:
+    """The tensors of a pickled value: as the first format that knows it says, else by joining its keys."""
+    for module in _pickling_modules():
+        found = module.flatten(value, config) if hasattr(module, "flatten") else None
+        if found is not None:
+            tensors: Mapping[str, RawTensor] = found
+            return tensors
+    return flatten(value, path)
 
 
 def parse_target(text: str) -> Target:
