@@ -67,6 +67,10 @@ class Chooser:
 
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
+        if tensor.kind == "extra":
+            raw = self.checkpoint.modules[tensor.target].parts[tensor.leaf]
+            part = {tensor.leaf: PartInfo(raw.dtype, raw.shape)}
+            return Job(tensor, "parts", "copied", "the same bytes", raw.dtype, part, True, format=self.checkpoint.format)
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):

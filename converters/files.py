@@ -21,6 +21,7 @@ from qformats.checkpoint import PROVENANCE_KEY, Checkpoint
 from qformats.containers.gguf import Metadata, Value
 from qformats.errors import BadFile, UsageError
 from qformats.formats.protocol import Target
+from qformats.scheme import Storage
 
 if TYPE_CHECKING:
     from converters.provenance import Restore
@@ -67,7 +68,29 @@ def build_output(
     if options.metadata:
         hint = "leave --set-metadata out, or name the target gguf"
         raise UsageError("metadata-target", f"{options.target.format} has no keys of a GGUF to set", hint=hint)
-    return safetensors_output(jobs, small, lambda names: {"format": "pt", PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
+    own = _own_metadata(checkpoint, options, jobs)
+    return safetensors_output(jobs, small, lambda names: {"format": "pt", **own, PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
+
+
+def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]) -> dict[str, str]:
+    """What the target format says of its tensors in the ``__metadata__`` of safetensors files."""
+    make = getattr(registry.format_module(options.target.format), "metadata_out", None)
+    if make is None:
+        return {}
+    storages = _storages(checkpoint, options.target.format, jobs)
+    modules = {j.map.target: (storages[j.map.target], j.map.shape) for j in jobs if j.map.leaf == "weight" and j.map.target in storages}
+    others = [job.name for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)]
+    made: dict[str, str] = make(modules, others)
+    return made
+
+
+def _storages(checkpoint: Checkpoint, name: str, jobs: Sequence[Job]) -> dict[str, Storage]:
+    """The storage of every module that is written as codes of the format ``name``, planes that are only copied among them."""
+    storages = {j.map.target: j.storage for j in jobs if j.storage is not None and j.map.leaf == "weight"}
+    for job in jobs:
+        if job.action == "parts" and job.format == name != "hf" and job.map.leaf == "weight" and job.map.kind != "extra":
+            storages[job.map.target] = registry.format_module(name).storage_of(checkpoint.modules[job.map.target])
+    return storages
 
 
 # ---------------------------------------------------------------- GGUF
@@ -126,8 +149,9 @@ def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job],
     _set_dtype(config, jobs)
     quantization = _quantization_config(checkpoint, options, jobs, restore)
     if quantization:
-        config["quantization_config"] = quantization
         module = registry.format_module(options.target.format)
+        if getattr(module, "CONFIG_INSIDE", True):
+            config["quantization_config"] = quantization
         if hasattr(module, "side_files"):
             files.update(module.side_files(quantization))
     files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -177,11 +201,7 @@ def _quantization_config(
     checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None
 ) -> dict[str, Any]:
     row = registry.row(options.target.format)
-    storages = {j.map.target: j.storage for j in jobs if j.storage is not None and j.map.leaf == "weight"}
-    form = registry.format_module(row.name)
-    for job in jobs:
-        if job.action == "parts" and job.format == row.name != "hf":
-            storages[job.map.target] = form.storage_of(checkpoint.modules[job.map.target])
+    storages = _storages(checkpoint, row.name, jobs)
     if row.name == "hf" or not storages:
         return {}
     linear = {j.map.target for j in jobs if j.map.leaf == "weight" and len(j.map.shape) == 2 and j.map.kind in _LINEAR}

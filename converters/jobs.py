@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.formats.ggml.kquants import KQUANTS
 from qformats.formats.protocol import PartInfo
 from qformats.grids import FLOAT_NAMES, TABLE_WIDTHS
-from qformats.scheme import Float, Grid, Integer, Storage, SubScale, Table
+from qformats.scheme import Factor, Float, Grid, Integer, Learned, Storage, SubScale, Table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,8 +65,7 @@ class Job:
 
     def part_name(self, leaf: str) -> str:
         """Full stored name of a part."""
-        glued = not self.map.target or leaf.startswith("_")
-        return f"{self.map.target}{leaf}" if glued else f"{self.map.target}.{leaf}"
+        return registry.join_name(self.format, self.map.target, leaf)
 
 
 def storage_to_json(storage: Storage) -> dict[str, Any]:
@@ -75,6 +75,12 @@ def storage_to_json(storage: Storage) -> dict[str, Any]:
         "highest": storage.highest,
         "scale_grid": None if storage.scale_grid is None else storage.scale_grid.name,
         "doubled": storage.doubled or None,
+        "rows": None if storage.rows == 1 else storage.rows or "all",
+        "flat": storage.flat or None,
+        "inverse": storage.inverse or None,
+        "zero_dtype": storage.zero_dtype,
+        "factor": None if storage.factor is None else [storage.factor.dtype, storage.factor.inverse, storage.factor.constant],
+        "whole": storage.whole or None,
     }
     return {
         "type": storage.type,
@@ -97,13 +103,17 @@ def storage_to_json(storage: Storage) -> dict[str, Any]:
 def _grid_to_json(grid: Grid) -> dict[str, Any]:
     if isinstance(grid, Float):
         return {"float": grid.name}
-    assert isinstance(grid, Table)  # no type is stored under a codebook of its own
+    if isinstance(grid, Learned):
+        return {"learned": [grid.entries, grid.v_out, grid.v_in, grid.books]}
+    assert isinstance(grid, Table)
     return {"table": grid.name, "v_in": grid.v_in}
 
 
 def _grid_from_json(data: Mapping[str, Any]) -> Grid:
     if "bits" in data:
         return Integer(data["bits"], data["signed"])
+    if "learned" in data:
+        return Learned(*data["learned"])
     return Float(data["float"]) if "float" in data else Table(data["table"], data["v_in"])
 
 
@@ -134,6 +144,8 @@ def storage_from_json(data: Mapping[str, Any]) -> Storage:
         (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], _sub_from_json(data["sub_scale"]),
         data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
         data.get("highest"), None if scale_grid is None else Float(scale_grid), data.get("doubled", False),
+        None if data.get("rows") == "all" else data.get("rows", 1), data.get("flat", False), data.get("inverse", False),
+        data.get("zero_dtype"), None if data.get("factor") is None else Factor(*data["factor"]), data.get("whole", False),
     )  # fmt: skip
     if not _is_storage(storage):
         raise ValueError("not a storage")
@@ -149,6 +161,8 @@ def _is_grid(grid: Grid) -> bool:
         return type(grid.bits) is int and 1 <= grid.bits <= 8 and type(grid.signed) is bool
     if isinstance(grid, Table):
         return TABLE_WIDTHS.get(grid.name) == grid.v_in if isinstance(grid.name, str) else False
+    if isinstance(grid, Learned):
+        return all(type(size) is int and 1 <= size <= 1 << 16 for size in (grid.entries, grid.v_out, grid.v_in, grid.books))
     return isinstance(grid, Float) and grid.name in FLOAT_NAMES
 
 
@@ -161,8 +175,10 @@ def _is_storage(s: Storage) -> bool:
     zero = s.zero_point if isinstance(s.zero_point, tuple) else (0 if s.zero_point is None else s.zero_point,) * 2
     planes = s.offset is None or s.offset in _FLOATS
     sub = () if s.sub_scale is None else (s.sub_scale,)
-    flags = all(type(flag) is bool for flag in (s.negative_scale, s.group_index, s.doubled, *(x.offset for x in sub)))
-    sizes = [s.k_multiple, s.n_multiple, *(() if s.group is None else (s.group,)), *(x.width for x in sub)]
+    planes = planes and (s.zero_dtype is None or s.zero_dtype in _FLOATS) and (s.factor is None or s.factor.dtype in _FLOATS)
+    switches = (s.negative_scale, s.group_index, s.doubled, s.flat, s.inverse, s.whole, *(x.offset for x in sub))
+    flags = all(type(flag) is bool for flag in switches)
+    sizes = [s.k_multiple, s.n_multiple, *(x for x in (s.group, s.rows) if x is not None), *(x.width for x in sub)]
     grids = [s.grid, *(x.grid for x in sub), *(() if s.scale_grid is None else (s.scale_grid,))]
     return (
         isinstance(s.type, str) and all(_is_grid(grid) for grid in grids) and flags and planes

@@ -14,7 +14,21 @@ __all__ = ["map_tensors"]
 
 
 def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
-    """All tensors of the format ``target`` with their source rows."""
+    """All tensors of the format ``target`` with their source rows; what is no weight stays in a format that has the same leaf."""
+    mapped = _map_weights(checkpoint, target)
+    stays: frozenset[str] = getattr(registry.format_module(target), "EXTRAS", frozenset())
+    kept, dropped = [], dict(mapped.dropped)
+    for (module, leaf), what in checkpoint.extras.items():
+        raw = checkpoint.modules[module].parts[leaf]
+        if checkpoint.format == target or leaf in stays:
+            source = SourceRows(module, leaf, 0, raw.rows)
+            kept.append(TensorMap(module, leaf, raw.shape, (source,), kind="extra"))
+        else:
+            dropped[raw.name] = f"{what}, which {target} has no place for"
+    return Mapped((*mapped.tensors, *kept), dropped)
+
+
+def _map_weights(checkpoint: Checkpoint, target: str) -> Mapped:
     packs, container = _packs_experts(target), registry.row(target).container
     if (checkpoint.gguf is None) == (container == "gguf"):
         binding, shapes = checkpoint.binding, checkpoint.shapes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
@@ -61,14 +62,19 @@ def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int,
 
 
 def row_step(job: Job, weights: int = 0) -> int:
-    """How many rows one step of ``weights`` takes: whole periods of the row order, whole words of every packing."""
+    """How many rows one step of ``weights`` takes: whole periods of the row order, whole words of every packing, whole groups of rows."""
     columns = job.map.shape[-1] if len(job.map.shape) > 1 else 1
     weights = weights or _CHUNK_WEIGHTS
     unit = 32
+    if job.storage is not None:
+        together = job.storage.row_unit(job.map.shape)
+        if together == 0 and job.action == "quantize":
+            return job.map.rows
+        unit = lcm(unit, together or 1)
     for source in job.map.sources:
         if source.period == 0:
             return job.map.rows
-        unit = max(unit, source.period) if max(unit, source.period) % min(unit, source.period) == 0 else unit * source.period
+        unit = lcm(unit, source.period)
     return max(unit, weights // max(1, columns) // unit * unit)
 
 

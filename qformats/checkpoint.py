@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,13 +79,8 @@ class Checkpoint:
         return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
 
     def _split_name(self, name: str) -> tuple[str, str]:
-        """A stored tensor's module and leaf; a format's leaf that begins with an underscore is glued to the module."""
-        suffixes = registry.format_module(self.match.format).SUFFIXES if self.gguf is None else ()
-        leaf = next((suffix for suffix in suffixes if suffix.startswith("_") and name.endswith(suffix)), None)
-        if leaf is not None:
-            return name.removesuffix(leaf), leaf
-        module, _, leaf = name.rpartition(".")
-        return module, leaf
+        """A stored tensor's module and leaf."""
+        return registry.split_name(self.match.format, name)
 
     def _is_quantized(self, parts: Mapping[str, RawTensor]) -> bool:
         if self.gguf is not None:
@@ -106,8 +101,25 @@ class Checkpoint:
         assert isinstance(found, Scheme)
         return found
 
+    @cached_property
+    def extras(self) -> dict[tuple[str, str], str]:
+        """Stored tensors that are no weights, by module and leaf, and what they are: the format's extras, or leaves unknown to it."""
+        if self.gguf is not None or self.match.format == "hf":
+            return {}
+        form = registry.format_module(self.match.format)
+        known: frozenset[str] = getattr(form, "EXTRAS", frozenset())
+        found: dict[tuple[str, str], str] = {}
+        for name, module in self.modules.items():
+            own = {"weight", "bias", *form.SUFFIXES}
+            for leaf in module.parts:
+                if leaf in known:
+                    found[name, leaf] = "belongs to the activations or the cache"
+                elif self._is_quantized(module.parts) and leaf not in own:
+                    found[name, leaf] = f"is not known to {self.match.format}"
+        return found
+
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Logical shape of every tensor by module and leaf; a quantized module's planes count as its ``weight``."""
+        """Logical shape of every tensor by module and leaf; a quantized module's planes count as its ``weight``, ``extras`` do not."""
         result: dict[str, dict[str, tuple[int, ...]]] = {}
         for name, module in self.modules.items():
             if self.gguf is None and self._is_quantized(module.parts):
@@ -115,7 +127,9 @@ class Checkpoint:
                 result[name] = {"weight": self.scheme(name).shape, **rest}
             else:
                 own = registry.format_module("gguf").SUFFIXES if self._is_quantized(module.parts) else ()
-                result[name] = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf not in own}
+                rest = {leaf: raw.shape for leaf, raw in module.parts.items() if leaf not in own and (name, leaf) not in self.extras}
+                if rest or not module.parts:
+                    result[name] = rest
         return result
 
     def read(self, module: str, start: int = 0, stop: int | None = None, leaf: str = "weight") -> QuantizedTensor | Tensor:
@@ -294,23 +308,16 @@ def _with_config(
 ) -> Checkpoint:
     config = _read_json(directory / "config.json")
     quantization, warnings = _quantization_config(directory, config)
-    match = registry.detect(quantization, raw)
+    match = replace(registry.detect(quantization, raw), metadata=metadata)
     return Checkpoint(where, "safetensors", match, raw, config, metadata, files, None, (*warnings, *match.warnings))
 
 
 def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
-    inner = config.get("quantization_config")
-    if inner is None and isinstance(config.get("text_config"), dict):
-        inner = config["text_config"].get("quantization_config")
+    holders = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
+    inner = next((h[key] for h in holders for key in ("quantization_config", "compression_config") if h.get(key) is not None), None)
     if inner is not None and not isinstance(inner, dict):
         raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
-    beside = _read_json(directory / "quantize_config.json") or _read_json(directory / "quant_config.json")
-    if not beside:
-        return inner or {}, ()
-    if inner and str(inner.get("quant_method", "gptq")) != "gptq":
-        return inner, ()
-    merged, warnings = registry.format_module("gptq").reconcile(inner, beside)
-    return merged, tuple(warnings)
+    return registry.config_beside(inner, lambda name: _read_json(directory / name))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

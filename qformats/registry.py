@@ -7,7 +7,7 @@ is generated from the rows.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -17,14 +17,29 @@ from qformats.containers.torch_zip import flatten
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import Match, Target
 
-__all__ = ["ROWS", "Row", "detect", "flattened", "format_module", "names", "parse_target", "pickle_files", "pickled_classes", "row"]
+__all__ = [
+    "ROWS",
+    "Row",
+    "config_beside",
+    "detect",
+    "flattened",
+    "format_module",
+    "join_name",
+    "names",
+    "parse_target",
+    "pickle_files",
+    "pickled_classes",
+    "row",
+    "split_name",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it.
 
-    ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor.
+    ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``configs``: JSON files
+    beside the weights that may hold its quantization config; its module then has ``config_beside``.
     """
 
     name: str
@@ -37,12 +52,14 @@ class Row:
     mixes: tuple[str, ...] = ()
     reads: bool = True
     writes: bool = True
+    configs: tuple[str, ...] = ()
 
 
 _INTS = ("int2", "int3", "int4", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
-        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "asym", "format", "act-order")),
+        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "asym", "format", "act-order"),
+        configs=("quantize_config.json", "quant_config.json")),
     Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
         ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
@@ -76,6 +93,35 @@ def format_module(name: str) -> ModuleType:
     return importlib.import_module(row(name).module)
 
 
+def split_name(name: str, stored: str) -> tuple[str, str]:
+    """The module and the leaf of a stored tensor of the format ``name``: its own suffixes first, else what follows the last dot.
+
+    A suffix may hold dots (``weight.absmax``); one that the format lists in ``GLUED`` follows the module's name without a dot. A format
+    with other ways has a ``split_name`` and a ``join_name`` of its own.
+    """
+    form = format_module(name)
+    if hasattr(form, "split_name"):
+        found: tuple[str, str] = form.split_name(stored)
+        return found
+    glued = getattr(form, "GLUED", ())
+    for suffix in form.SUFFIXES:
+        if suffix in glued:
+            if stored.endswith(suffix):
+                return stored.removesuffix(suffix), suffix
+        elif "." in suffix and stored.endswith("." + suffix):
+            return stored.removesuffix("." + suffix), suffix
+    module, _, leaf = stored.rpartition(".")
+    return module, leaf
+
+
+def join_name(name: str, module: str, leaf: str) -> str:
+    """The inverse of ``split_name``."""
+    form = format_module(name)
+    if hasattr(form, "join_name"):
+        return str(form.join_name(module, leaf))
+    return f"{module}{leaf}" if not module or leaf in getattr(form, "GLUED", ()) else f"{module}.{leaf}"
+
+
 def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
     """The format a quantization config (``{}`` for none) and tensor names speak of.
 
@@ -97,6 +143,22 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
         f"quantization method {method or config!r} is not known",
         hint=f"known methods: {', '.join(sorted({m for r in ROWS for m in r.methods}))}",
     )
+
+
+def config_beside(
+    inner: Mapping[str, Any] | None, read: Callable[[str], Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The quantization config out of config.json's own (None if it has none) and the files that rows name, with warnings.
+
+    ``read`` gives a file's object, ``{}`` where there is no such file. A config that names another method keeps its word.
+    """
+    method = "" if inner is None else str(inner.get("quant_method") or "").lower()
+    for candidate in ROWS:
+        found = {name: read(name) for name in candidate.configs}
+        if any(found.values()) and (not method or method in candidate.methods):
+            merged, warnings = format_module(candidate.name).config_beside(inner, {k: v for k, v in found.items() if v})
+            return merged, tuple(warnings)
+    return inner or {}, ()
 
 
 def _pickling_modules() -> list[ModuleType]:

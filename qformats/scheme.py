@@ -7,13 +7,14 @@ type can hold. Whether a scheme, after exact rewrites, fits a storage is decided
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from math import prod
+from math import gcd, prod
 
 from qformats.errors import Unsupported
 
 __all__ = [
     "Block",
     "Cyclic",
+    "Factor",
     "Flat",
     "Float",
     "Grid",
@@ -182,6 +183,15 @@ class SubScale:
 
 
 @dataclass(frozen=True, slots=True)
+class Factor:
+    """A second scale: one number of ``dtype`` for the whole tensor (``inverse``: it divides), or the number ``constant``, not stored."""
+
+    dtype: str
+    inverse: bool = False
+    constant: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Storage:
     """The tensors that one target type holds: ``w = scale * (value(code) - zero_point) + offset`` with one scale a K-group.
 
@@ -198,6 +208,11 @@ class Storage:
       ``scale_dtypes[0]`` are for each ``group`` columns.
     - ``group_index``: whether an act-order index can be stored beside it.
     - ``options``: the type's own switches, kept for its writer (format version, packing, labels).
+    - ``rows``: consecutive output rows under one scale, None = all of them (then ``group`` None is one number for the tensor).
+    - ``flat``: the groups run along the row-major vector, over the ends of rows.
+    - ``inverse``: the stored scale divides. ``zero_dtype``: dtype of a per-group zero point that may be any float.
+    - ``factor``: one more scale for the whole tensor, or a constant.
+    - ``whole``: new codes need the whole tensor at once (a scale's own codes, a factor found from all weights).
     """
 
     type: str
@@ -216,6 +231,12 @@ class Storage:
     highest: int | None = None
     scale_grid: Float | None = None
     doubled: bool = False
+    rows: int | None = 1
+    flat: bool = False
+    inverse: bool = False
+    zero_dtype: str | None = None
+    factor: Factor | None = None
+    whole: bool = False
 
     @property
     def integers(self) -> Integer:
@@ -231,3 +252,23 @@ class Storage:
 
     def with_group(self, group: int | None) -> Storage:
         return replace(self, group=group)
+
+    def scale_block(self, shape: tuple[int, ...]) -> Block:
+        """The block of one scale in a weight (N, K) or (K,) of ``shape``."""
+        k = shape[-1]
+        if self.flat:
+            return Flat(self.group or prod(shape))
+        group = min(self.group or k, k)
+        if len(shape) == 1:
+            return Tile((group,))
+        rows = shape[-2] if self.rows is None else self.rows
+        return Tile((*(1 for _ in shape[:-2]), rows, group))
+
+    def row_unit(self, shape: tuple[int, ...]) -> int:
+        """How many rows of a weight ``shape`` share no scale with the rows around them; 0 if only all together do."""
+        if self.rows is None or self.whole:
+            return 0
+        if self.flat:
+            group = self.group or prod(shape)
+            return group // gcd(group, shape[-1])
+        return self.rows

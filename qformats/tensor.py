@@ -19,7 +19,7 @@ from qformats.errors import BadFile, Unsupported
 from qformats.real import Real, product, round_once
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Learned, ParamSpec, Scheme, Table, Tile, whole
 
-__all__ = ["ActivationScheme", "Param", "QuantizedTensor", "constant"]
+__all__ = ["ORDERS", "ActivationScheme", "Order", "Param", "QuantizedTensor", "constant"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +68,31 @@ def _run_plane(param: Param, shape: tuple[int, ...]) -> tuple[Tensor, int] | Non
 
 def _spread_runs(plane: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
     return plane if plane.numel() == 1 else plane.repeat_interleave(width, -1) if width > 1 else plane
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How an owner rounds: every step in ``dtype`` (None: in that of the scales), the factors one after the other if ``by_factor``."""
+
+    dtype: torch.dtype | None
+    by_factor: bool = False
+
+
+# Sources: ggml-quants.c (float32 product, then float32 sum); GPTQModel 7.7 ``TorchLinear`` and AutoAWQ 0.2.9 ``dequantize_gemm`` (half);
+# bitsandbytes 0.50.2 ``dequantize_4bit`` and ``int8_vectorwise_dequant``; hqq 0.2.8 ``Quantizer.dequantize``; optimum-quanto 0.2.7
+# ``QBytesTensor`` and ``QBitsTensor``; compressed-tensors 0.20 ``lifecycle/forward_helpers``; torchao 0.18 ``dequantize`` of its tensors;
+# transformers 5.23 ``Fp8Dequantize``
+ORDERS = {
+    "ggml": Order(torch.float32),
+    "gptqmodel": Order(torch.float16),
+    "autoawq": Order(torch.float16),
+    "bitsandbytes": Order(torch.float32, by_factor=True),
+    "compressed-tensors": Order(None),
+    "hqq": Order(None),
+    "quanto": Order(None),
+    "torchao": Order(None),
+    "transformers": Order(torch.float32),
+}
 
 
 def constant(value: int | float, shape: tuple[int, ...], dtype: torch.dtype = torch.int16) -> Param:
@@ -230,18 +255,22 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32, *, like: str | None = None) -> Tensor:
         """The exact value rounded once to ``dtype``, shape ``shape``.
 
-        ``like="ggml"`` instead reproduces ggml's own order of rounding (float32 product, then float32 sum; ggml-quants.c), and
-        ``like="gptqmodel"``/``"autoawq"`` the half-precision product ``scale * (q - z)`` of GPTQModel 7.7 ``TorchLinear`` and
-        AutoAWQ 0.2.9 ``dequantize_gemm``. ``Unsupported('like')`` for other names.
+        ``like`` instead reproduces an owner's own order of rounding (``ORDERS``); ``Unsupported('like')`` for other names.
         """
         if like is None:
             plain = self._affine_in_float64()
             return round_once(self.real() if plain is None else Real(plain), dtype)
-        if like == "ggml":
-            return self.evaluate_in(torch.float32).to(dtype)
-        if like in ("gptqmodel", "autoawq"):
-            return self.evaluate_in(torch.float16).to(dtype)
-        raise Unsupported("like", f"no rounding order is known for {like!r}", hint="use ggml, gptqmodel or autoawq")
+        order = ORDERS.get(like)
+        if order is None:
+            raise Unsupported("like", f"no rounding order is known for {like!r}", hint=f"use one of {', '.join(sorted(ORDERS))}")
+        step = self._scale_dtype() if order.dtype is None else order.dtype
+        return self.evaluate_in(step, by_factor=order.by_factor).to(dtype)
+
+    def _scale_dtype(self) -> torch.dtype:
+        """The dtype in which the owner multiplies: the widest of the plain scales, float32 where one is stored as codes."""
+        plain = [s.values.dtype for s in self.scales if isinstance(s.values, Tensor) and s.values.dtype.is_floating_point]
+        nested = any(isinstance(s.values, QuantizedTensor) for s in self.scales)
+        return torch.float32 if nested or not plain else max(plain, key=lambda d: torch.finfo(d).bits)
 
     def _affine_in_float64(self) -> Tensor | None:
         """Every weight in float64 where that is known to be exact: codes, integer zero points and half-precision scales on runs of a row.
@@ -266,8 +295,16 @@ class QuantizedTensor:
         w = (w * scale.to(torch.float32)).to(torch.float64)  # 20 significant bits: exact in float32 too
         return w if self.offset is None else w + rest.pop(0).to(torch.float64)
 
-    def evaluate_in(self, dtype: torch.dtype) -> Tensor:
-        """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded."""
+    def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
+        """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.
+
+        With ``by_factor`` the factors are applied one after the other, each product rounded.
+        """
+        if by_factor:
+            w = round_once(self._centred(), dtype)
+            for factor in self.scales:
+                w = round_once(product(Real.of(w), ((self._spread(factor), factor.inverse),)), dtype)
+            return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
         one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)

@@ -17,6 +17,20 @@ A format is a module (or package) with these names; the registry holds one row f
   ``skipped`` lists linear modules left dense, ``original`` is the config of the same format from a provenance record, or None.
 - ``can_store(storage, scheme) -> Yes | No``: whether ``write`` takes such a tensor as it stands.
 
+What a format may have beside, where it needs it:
+
+- ``storage_of(module) -> Storage``: the storage that ``write`` would make these very parts of.
+- ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
+  ``join_name(module, leaf)`` where names have other ways. A suffix may hold dots (``weight.absmax``).
+- ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied byte by byte into a format that has the
+  same leaf among its own, else named as dropped.
+- ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
+- ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
+  alone, config.json has no ``quantization_config``.
+- ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
+  (Storage, shape of the weight), ``tensors`` lists the names of all others.
+- ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
+
 Checkpoints of ``torch.save`` (read only with ``allow_pickle``) reach a format as raw tensors by full name, like any other. A format whose
 pickles hold more than a plain state dict may add:
 
@@ -46,12 +60,16 @@ __all__ = ["Match", "Module", "PartInfo", "Piece", "Target"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim."""
+    """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim.
+
+    ``metadata``: the ``__metadata__`` of the safetensors files, for formats that say there what a tensor is.
+    """
 
     format: str
     config: Mapping[str, Any]
     dialect: str = ""
     warnings: tuple[str, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
   that cannot do without;
-- ``quantize(weights, storage, importance)``.
+- ``quantize(weights, storage, importance)``;
+- ``fits(storage)`` where it knows its storages by their form, not by name. ``weights`` are then whole groups of rows
+  (``Storage.row_unit``), or the whole tensor.
 """
 
 from __future__ import annotations
@@ -42,7 +44,12 @@ FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary)
 
 
 def _family(storage: Storage) -> Family | None:
-    return next((family for family in FAMILIES if storage.type in family.TYPES), None)
+    """The first family that rounds to ``storage``: by its type's name, or by the form of the storage where it has a ``fits`` of its own."""
+    for family in FAMILIES:
+        fits = getattr(family, "fits", None)
+        if storage.type in family.TYPES if fits is None else fits(storage):
+            return family
+    return None
 
 
 def can_quantize(storage: Storage) -> bool:

@@ -22,7 +22,7 @@ Refused by name: planar 3, 5, 6, 7 bits (``gptq_p``; its 2, 4, 8 bits equal the 
 
 from __future__ import annotations
 
-from qformats.formats.gptq.settings import config_out, detect, harmonize, module_settings, reconcile, side_files
+from qformats.formats.gptq.settings import config_beside, config_out, detect, harmonize, module_settings, reconcile, side_files
 from qformats.formats.gptq.shapes import SUFFIXES, scheme
 from qformats.formats.gptq.weights import ROW_MULTIPLE, can_store, layout, module_warnings, read, storage_of, storages, write
 
@@ -33,6 +33,7 @@ __all__ = [
     "ROW_MULTIPLE",
     "SUFFIXES",
     "can_store",
+    "config_beside",
     "config_out",
     "detect",
     "harmonize",

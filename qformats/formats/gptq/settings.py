@@ -19,7 +19,7 @@ from qformats.formats.packed import bool_field, dynamic_rules, int_field, says_g
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Storage
 
-__all__ = ["Settings", "config_out", "detect", "harmonize", "module_settings", "reconcile", "side_files"]
+__all__ = ["Settings", "config_beside", "config_out", "detect", "harmonize", "module_settings", "reconcile", "side_files"]
 
 LABELS = ("gptq", "gptq_v2", "gptq_p")
 _REFUSED = {
@@ -100,7 +100,18 @@ def module_settings(config: Mapping[str, Any], name: str) -> Settings:
     return Settings(bits, group, sym, _label(config), widths, skipped)
 
 
-def reconcile(config_json: Mapping[str, Any] | None, quantize_config: Mapping[str, Any] | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def config_beside(
+    config_json: Mapping[str, Any] | None, files: Mapping[str, Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """``reconcile`` with the first of ``files``; AutoRound's own config needs nothing beside it."""
+    if config_json and str(config_json.get("quant_method", "gptq")).lower() != "gptq":
+        return config_json, ()
+    return reconcile(config_json, next(iter(files.values())))
+
+
+def reconcile(
+    config_json: Mapping[str, Any] | None, quantize_config: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
     """One config out of ``config.json``'s ``quantization_config`` and ``quantize_config.json``, and warnings where they differ.
 
     ``quantize_config.json`` wins, because its ``dynamic`` keeps the order of its rules, and the first rule that matches counts
