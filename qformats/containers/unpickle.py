@@ -81,9 +81,7 @@ def unpickle(
 class _Machine:
     """The state of one run: position, stack, memo and the counts that bound them."""
 
-    def __init__(
-        self, data: bytes, globals_: Callable[[str], Global | None], persistent: Callable[[Any], Any] | None, name: str
-    ) -> None:
+    def __init__(self, data: bytes, globals_: Callable[[str], Global | None], persistent: Callable[[Any], Any] | None, name: str) -> None:
         self.data, self.at, self.name = data, 0, name
         self.globals, self.persistent = globals_, persistent
         self.stack: list[Any] = []
@@ -320,25 +318,28 @@ def plain_tree(value: Any, name: str) -> Any:
 
     Nodes are counted as often as they can be reached, so that a few nested references to one list cannot grow without bounds.
     """
-    budget, path = MAX_OBJECTS, set()
+    sizes: dict[int, tuple[int, int]] = {}  # of finished containers: nodes below and depth
+    path: set[int] = set()
     todo: list[tuple[Any, bool]] = [(value, False)]
     while todo:
-        node, leave = todo.pop()
-        if leave:
-            path.discard(id(node))
-            continue
+        node, finished = todo.pop()
         children = _children(node)
-        if children is None:
+        if children is None or (id(node) in sizes and not finished):
             continue
-        if id(node) in path:
-            raise Unsafe("pickle-cycle", "the pickle holds a value that contains itself", path=name)
-        budget -= 1 + len(children)
-        if budget < 0 or len(path) >= MAX_DEPTH:
-            message = f"the value is nested deeper than {MAX_DEPTH} or has more than {MAX_OBJECTS} parts"
+        if not finished:
+            if id(node) in path:
+                raise Unsafe("pickle-cycle", "the pickle holds a value that contains itself", path=name)
+            path.add(id(node))
+            todo.append((node, True))
+            todo.extend((child, False) for child in children)
+            continue
+        path.discard(id(node))
+        below = [sizes.get(id(child), (1, 0)) for child in children]
+        count, depth = 1 + sum(nodes for nodes, _ in below), 1 + max((deep for _, deep in below), default=0)
+        if count > MAX_OBJECTS or depth > MAX_DEPTH:
+            message = f"the pickle's value is nested deeper than {MAX_DEPTH} or has more than {MAX_OBJECTS} parts"
             raise Unsafe("pickle-limit", message, path=name)
-        path.add(id(node))
-        todo.append((node, True))
-        todo.extend((child, False) for child in children)
+        sizes[id(node)] = count, depth
     return value
 
 
