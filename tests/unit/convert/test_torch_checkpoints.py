@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from converters import convert, plan, verify
 from converters.cli import qconvert
 from converters.inspect import inspect_path
 from converters.lora import lora_to_gguf
+from qformats import registry
 from qformats.checkpoint import PROVENANCE_KEY, open_checkpoint
 from qformats.containers.gguf import open_gguf
+from qformats.containers.raw import RawTensor
+from qformats.containers.torch_zip import encode
+from qformats.containers.unpickle import Record
 from qformats.errors import OutputError, Unsafe
+from qformats.saving import save
 
 DIGESTS_KEY = "qformats.digests"
 
@@ -128,6 +134,41 @@ def test_without_consent_nothing_is_opened(tmp_path: Path) -> None:
         with pytest.raises(Unsafe) as caught:
             run()
         assert caught.value.code == "pickle" and "--allow-pickle" in str(caught.value)
+
+
+def test_shards_save_as_they_are(tmp_path: Path) -> None:
+    _, twin = resaved("dense/llama", tmp_path)
+    with open_checkpoint(twin, allow_pickle=True) as found:
+        save(found, tmp_path / "copy")
+    names = {path.name for path in twin.iterdir()}
+    assert {path.name for path in (tmp_path / "copy").iterdir()} == names
+    assert all((tmp_path / "copy" / name).read_bytes() == (twin / name).read_bytes() for name in names)
+
+
+def test_a_format_reads_its_own_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module with the three optional names gets the value of its own file, classes as records, and says what the tensors are."""
+    module = registry.format_module("mxfp4")
+    seen: list[Any] = []
+
+    def flat(value: Any, config: Any) -> dict[str, RawTensor] | None:
+        seen.append((value, config))
+        return {"own.weight": encode("own.weight", value["own"]["w"])} if "own" in value else None
+
+    monkeypatch.setattr(module, "PICKLED_CLASSES", frozenset({f"{__name__}.Kind"}), raising=False)
+    monkeypatch.setattr(module, "PICKLE_FILES", ("qmodel.pt",), raising=False)
+    monkeypatch.setattr(module, "flatten", flat, raising=False)
+    torch.save({"own": {"w": torch.ones(2, 2), "kind": Kind.B}}, tmp_path / "qmodel.pt")
+    torch.save({}, tmp_path / "another.pt")
+    with open_checkpoint(tmp_path, allow_pickle=True) as found:
+        assert list(found.raw) == ["own.weight"] and found.file_names == ("qmodel.pt",)
+    (value, config), kind = seen[0], seen[0][0]["own"]["kind"]
+    assert config == {} and isinstance(value["own"]["w"], RawTensor)
+    assert isinstance(kind, Record) and (kind.class_name, kind.args) == (f"{__name__}.Kind", ("b",))
+
+
+class Kind(Enum):
+    A = "a"
+    B = "b"
 
 
 def test_safetensors_are_preferred(tmp_path: Path) -> None:
