@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.adapters import LoraWord, open_adapters
 from converters.execute import Progress, execute
 from converters.options import REFERENCE, PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
@@ -38,6 +39,7 @@ def plan(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    lora: Iterable[LoraWord] = (),
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -60,6 +62,7 @@ def plan(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        lora=open_adapters(lora),
     )
     return make_plan(source, options)
 
@@ -83,11 +86,13 @@ def convert(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    lora: Iterable[LoraWord] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
     ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
+    ``lora``: PEFT adapters to merge in, each a directory, ``"DIR=0.5"`` or (directory, weight); the tensors they change get new codes.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -108,6 +113,7 @@ def convert(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        lora=lora,
     )
     with planned.checkpoint:
         refuse_losses(planned)
@@ -121,11 +127,12 @@ def verify(
     *,
     replay: bool = False,
     imatrix: str | Path | None = None,
+    lora: Iterable[LoraWord] = (),
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``.
 
-    ``imatrix``: the importance matrix it was made with, which a replay needs.
+    ``imatrix``: the importance matrix it was made with, which a replay needs; ``lora``: the adapters likewise.
     """
-    return _verify(source, destination, replay=replay, imatrix=imatrix, workers=workers, progress=progress)
+    return _verify(source, destination, replay=replay, imatrix=imatrix, lora=lora, workers=workers, progress=progress)
