@@ -42,6 +42,7 @@ _PLAIN: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (False, None), "use_bdlora": (False, None), "arrow_config": (None,), "alora_invocation_tokens": (None, []),
     "kasa_config": (None,), "velora_config": (None,), "monteclora_config": (None,), "megatron_config": (None,),
 }  # fmt: skip
+_SUSPECT = "fetch the adapter again, or save it again with PEFT"
 # how A and B began where that left the model's own weights alone; the other ways took something out of them (layer.py, *_init)
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -123,16 +124,20 @@ def _open(path: Path, weight: float) -> Adapter:
     if path.is_file() and path.suffix == ".gguf":
         hint = "convert it first: qconvert gguf-to-lora"
         raise Unsupported("lora-config", "is a file; adapters are merged from PEFT directories", path=path, hint=hint)
+    try:
+        return _read(path, weight)
+    except (BadFile, Unsupported) as error:
+        error.hint = error.hint or _SUSPECT
+        error.locate(path=path / WEIGHTS)
+        raise
+
+
+def _read(path: Path, weight: float) -> Adapter:
     config = read_json(path / CONFIG)
     _check_config(config, path)
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
         raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=path, hint="save it as safetensors")
-    tensors = open_safetensors(path / WEIGHTS).tensors
-    try:
-        pairs, saved = _sorted(tensors, config)
-    except (BadFile, Unsupported) as error:
-        error.locate(path=path / WEIGHTS)
-        raise
+    pairs, saved = _sorted(open_safetensors(path / WEIGHTS).tensors, config)
     return Adapter(path.resolve().name, weight, _sha256(path / WEIGHTS), _sha256(path / CONFIG), pairs, saved)
 
 

@@ -166,9 +166,13 @@ class _Spots:
             return None
         shape = self.shapes[name][leaf]
         place = None if self.places is None else self.places.find(module)
-        kind = place.rule.kind if place is not None else _kind_by_name(module)
         turned = None if place is None else place.rule.transposed
-        return _Spot(shape, (_Piece(name, leaf, 0, _flat(shape)[0]),), kind=kind, transposed=turned)
+        return _Spot(shape, (_Piece(name, leaf, 0, _flat(shape)[0]),), kind=self.kind(module), transposed=turned)
+
+    def kind(self, module: str) -> str:
+        """What a module is, by the architecture or by its name."""
+        place = None if self.places is None else self.places.find(module)
+        return _kind_by_name(module) if place is None else place.rule.kind
 
     def _in_gguf(self, module: str, leaf: str) -> _Spot | None:
         tensor = self._mapped.get(f"{_plain(module)}.{leaf}")
@@ -247,6 +251,8 @@ class _Builder:
         """Every module and shape before anything is built, so that one message tells of all that is missing."""
         wanted = [*((module, "weight") for module in adapter.pairs), *adapter.saved]
         found = {key: self.spots.find(*key) for key in wanted}
+        for (module, _), spot in found.items():
+            self._check_tied(module, self.spots.kind(module) if spot is None else spot.kind)
         missing = [f"{module}.{leaf}" for (module, leaf), spot in found.items() if spot is None]
         if missing:
             message = f"the model lacks {len(missing)} tensors that adapter {adapter.name!r} changes: {_some(missing)}"
@@ -254,7 +260,6 @@ class _Builder:
         wrong = []
         for (module, leaf), spot in found.items():
             assert spot is not None
-            self._check_tied(module, spot, adapter)
             pair = adapter.pairs.get(module) if leaf == "weight" else None
             if pair is not None and _orientation(pair, spot) is None:
                 wrong.append(f"{module}: A {pair.a.shape} and B {pair.b.shape}, the weight is {spot.shape}")
@@ -264,8 +269,8 @@ class _Builder:
             message = f"{len(wrong)} tensors of adapter {adapter.name!r} do not fit the model: {_some(wrong, '; ')}"
             raise BadFile("tensor-shape", message, hint="check that the adapter was trained on this model, its vocabulary not resized")
 
-    def _check_tied(self, module: str, spot: _Spot, adapter: Adapter) -> None:
-        if spot.kind in ("embedding", "output") and self.spots.tied:
+    def _check_tied(self, module: str, kind: str) -> None:
+        if kind in ("embedding", "output") and self.spots.tied:
             why = "this model uses one matrix as embedding and output, and the adapter changes only one of the two uses"
             hint = "untie them first: save the model with tie_word_embeddings false and an lm_head of its own"
             raise Unsupported("lora-tied", why, tensor=module, hint=hint)
