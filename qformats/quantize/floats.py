@@ -9,13 +9,13 @@ Scales are per row, per tensor or per tile of rows and columns (``Storage.scale_
   divides, and the scale is amax of the block / (max * factor), rounded to nearest even, never zero.
 
 Sources: ``Fp8Quantize`` in ``integrations/finegrained_fp8.py`` of transformers 5.23 (amax / 448, ``ue8m0`` rounded up),
-``calculate_qparams``, ``generate_gparam`` and ``generate_mx_scales`` in ``quantization/utils`` of compressed-tensors 0.20 (the others; the
-factor as a divisor), ``NVFP4QTensor`` of NVIDIA ModelOpt (the factor as a multiplier). Weights are then divided by the scale as it is
+``calculate_qparams``, ``generate_gparam`` and ``generate_mx_scales`` in ``quantization/utils`` of compressed-tensors 0.20 (the others;
+the factor as a divisor), ``NVFP4QTensor`` of NVIDIA ModelOpt (the factor as a multiplier). Weights are then divided by the scale as it is
 stored and rounded to nearest even on the grid, saturating; blocks of zeros get the scale 1. Error of a weight that does not saturate:
 half the grid's step at w / scale, times scale.
 
-With the search ``best`` other scales are tried for every block (``FACTORS`` of a plain one, neighbouring codes of the others), and the first
-of the least squared errors is taken, each weight's error weighed by the importance of its column. The reference is among them.
+With the search ``best`` other scales are tried for every block (``FACTORS`` of a plain one, neighbouring codes of the others), and the
+first of the least squared errors is taken, each weight's error weighed by the importance of its column. The reference is among them.
 """
 
 from __future__ import annotations
