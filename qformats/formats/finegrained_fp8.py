@@ -266,7 +266,7 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
 
 def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[int, ...]) -> list[Piece]:
     """Rows from ``start`` of the weight ``shape``; ``Unsupported('storage-form')`` for another form, ``row-range`` inside a block."""
-    smallfloats.verdict(storage, tensor)
+    smallfloats.verdict(storage, tensor, shape)
     leaf = _leaf(storage)
     codes = smallfloats.write_codes(storage, tensor)
     return [Piece("" if leaf == "_scale_inv" else "weight", codes, start),
@@ -310,7 +310,8 @@ def _describes(config: Mapping[str, Any], modules: Mapping[str, Storage], left: 
         tile = None if storage.rows is None or storage.group is None else (storage.rows, storage.group)
         if tile != block and not (storage.type == "fp4" and tile == MX_BLOCK):
             return False
-        if (storage.options.get("word") == "F8_E8M0") != (str(config.get("scale_fmt")) == "ue8m0") and config.get("scale_fmt") is not None:
+        powers = str(config.get("scale_fmt")) == "ue8m0"
+        if config.get("scale_fmt") is not None and powers != (storage.scale_grid is not None):
             return False
     listed = config.get("modules_to_not_convert") or config.get("ignored_layers")
     if not isinstance(listed, list):

@@ -8,7 +8,7 @@ A scale is a float of its own dtype, or a byte that is the bit pattern of a smal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -166,7 +166,7 @@ def counts(shape: tuple[int, ...], rows: int | None, group: int | None) -> tuple
 
 
 def tiles(raw: RawTensor, shape: tuple[int, ...], rows: int | None, group: int | None) -> Scale:
-    """``raw`` as the scales of tiles of ``rows`` x ``group`` of a weight ``shape``; ``BadFile('wrong-shape')`` for another count of them."""
+    """``raw`` as the scales of tiles of ``rows`` x ``group`` (None = all); ``BadFile('wrong-shape')`` for another count of them."""
     expected = counts(shape, rows, group)
     if [n for n in raw.shape if n != 1] != [n for n in expected if n != 1]:
         raise BadFile("wrong-shape", f"has shape {tuple(raw.shape)}, expected {expected} for a weight of shape {shape}", tensor=raw.name)
@@ -313,8 +313,10 @@ def _same_tiles(block: object, other: Tile, shape: tuple[int, ...]) -> bool:
     return all(min(a, n) == min(b, n) for a, b, n in zip(block.sizes, other.sizes, shape, strict=True))
 
 
-def verdict(storage: Storage, tensor: QuantizedTensor) -> None:
-    """``Unsupported('storage-form')`` for a tensor in another form."""
+def verdict(storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...]) -> None:
+    """``Unsupported('storage-form')`` for rows of a weight ``shape`` in another form."""
+    if len(shape) > 2 and storage.rows is None:
+        storage = replace(storage, rows=shape[-2])  # of each expert
     answer = can_store(storage, tensor.scheme)
     if isinstance(answer, No):
         raise Unsupported("storage-form", f"cannot be written as {storage.type}: {answer.reason}")
