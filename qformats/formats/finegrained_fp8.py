@@ -229,7 +229,10 @@ def _own_tiles(scheme: Scheme, word: str, named: bool) -> list[tuple[tuple[int, 
     single = len(sizes) > 1 and sizes[-2] >= scheme.shape[-2] > 1 and sizes[-1] >= scheme.shape[-1]
     if single:
         return [(BLOCK, own), (None, own)] if scheme.shape[-2] <= BLOCK[0] and scheme.shape[-1] <= BLOCK[1] else [(None, own)]
-    return [((sizes[-2] if len(sizes) > 1 else 1, sizes[-1]), own)]
+    rows = sizes[-2] if len(sizes) > 1 else 1
+    if sizes[-1] >= scheme.shape[-1] and rows == 1:
+        return [((1, BLOCK[1]), own)]  # a config has one block size for all widths: the row's scale is repeated
+    return [((rows, sizes[-1]), own)]
 
 
 def _storage(kind: str, block: tuple[int, int] | None, word: str) -> Storage:
