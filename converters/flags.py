@@ -17,7 +17,7 @@ from qformats.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from converters.options import PlanOptions
 
-__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
+__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
 
 REPORT_SUFFIXES = (".json", ".md", ".html")
 SEARCHES = ("reference", "best")  # qformats.quantize.SEARCHES, without its imports
@@ -37,6 +37,20 @@ class Size(click.ParamType[Any]):
         if found is None or int(found[1]) == 0:
             self.fail(f"{value!r} is no size, such as 2G or 500M", param, ctx)
         return int(found[1]) * _UNITS[found[2]]
+
+
+class SourceOption(click.ParamType[Any]):
+    """``KEY=VALUE``."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return str(value[0]), str(value[1])
+        key, _, said = str(value).partition("=")
+        if not key or not said:
+            self.fail(f"{value!r} is not KEY=VALUE, such as zero-points=v2", param, ctx)
+        return key.strip().lower(), said.strip().lower()
 
 
 class TensorType(click.ParamType[Any]):
@@ -76,6 +90,12 @@ def output_flags(function: F) -> F:
     )(function)  # fmt: skip
 
 
+def source_flags(function: F) -> F:
+    """``--allow-pickle``: how a source may be read."""
+    text = "Read .bin and .pt files too, as data: nothing in them is run."
+    return click.option("--allow-pickle", is_flag=True, help=text)(function)
+
+
 def loss_flags(function: F) -> F:
     """``--exact --allow-requantize --tensor-type --search --pre --imatrix --set-metadata`` and llama-quantize's own: what a plan may do."""
     return _stack(
@@ -90,6 +110,8 @@ def loss_flags(function: F) -> F:
         click.option("--search", type=click.Choice(SEARCHES), help="New codes as llama.cpp makes them (default), or with less error."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
+        click.option("--source-option", "source_options", type=SourceOption(), multiple=True,
+                     help="How to read what the source does not tell, such as zero-points=v2."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
     )(function)  # fmt: skip
 
@@ -121,6 +143,7 @@ class Wishes:
     max_error: float | None = None
     target_size: int | None = None
     search: str | None = None
+    source_options: tuple[tuple[str, str], ...] = ()
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
@@ -133,7 +156,7 @@ class Wishes:
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
             token_embedding_type=self.token_embedding_type, pure=self.pure, max_error=self.max_error, target_size=self.target_size,
-            search=self.search or REFERENCE,
+            search=self.search or REFERENCE, source_options=tuple(self.source_options),
         )  # fmt: skip
 
 
