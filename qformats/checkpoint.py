@@ -36,9 +36,10 @@ PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")
 SIDE_FILES = (
-    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json", "1_Pooling/config.json",
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
 _MAX_SIDE_NBYTES = 256_000_000
 
@@ -81,9 +82,12 @@ class Checkpoint:
     def modules(self) -> dict[str, Module]:
         """Modules by name in file order, each with its raw parts by leaf name."""
         grouped: dict[str, dict[str, RawTensor]] = {}
-        for name, raw in self.raw.items():
-            module, leaf = self._split_name(name)
-            grouped.setdefault(module, {})[leaf] = raw
+        split = {name: self._split_name(name) for name in self.raw}
+        if "" in getattr(registry.format_module(self.match.format), "GLUED", ()):  # a weight may bear its module's name
+            named = {module for module, _ in split.values()}
+            split.update({name: (name, "") for name in self.raw if name in named})
+        for name, (module, leaf) in split.items():
+            grouped.setdefault(module, {})[leaf] = self.raw[name]
         dense = Match("gguf" if self.gguf else "hf", self.match.config if self.gguf else {})
         return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
 
@@ -97,8 +101,10 @@ class Checkpoint:
             return weight is not None and weight.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES)
         if self.match.format == "hf":
             return False
-        suffixes = registry.format_module(self.match.format).SUFFIXES
-        return any(leaf in suffixes for leaf in parts)
+        form = registry.format_module(self.match.format)
+        if hasattr(form, "holds_codes"):
+            return bool(form.holds_codes(parts))
+        return any(leaf in form.SUFFIXES for leaf in parts)
 
     def is_quantized(self, module: str) -> bool:
         """Whether a module's weight is stored as codes."""

@@ -76,6 +76,12 @@ ROWS: tuple[Row, ...] = (
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
         mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
+    Row("fp8", "qformats.formats.finegrained_fp8", "FP8 with block scales (DeepSeek, Qwen, transformers), MXFP8", "safetensors",
+        ("fp8", "mxfp8"), ("fp8", "mxfp8", "fp4"), ("block", "scale")),
+    Row("fbgemm_fp8", "qformats.formats.fbgemm_fp8", "FBGEMM FP8 (Meta, transformers)", "safetensors", ("fbgemm_fp8",), ("fp8",)),
+    Row("modelopt", "qformats.formats.modelopt", "NVIDIA ModelOpt: FP8, NVFP4, MXFP8, INT4 AWQ", "safetensors",
+        ("modelopt", "modelopt_fp4"), ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4", "int8"), ("scale", "group"),
+        configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip

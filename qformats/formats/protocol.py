@@ -20,8 +20,10 @@ A format is a module (or package) with these names; the registry holds one row f
 What a format may have beside, where it needs it:
 
 - ``storage_of(module) -> Storage``: the storage that ``write`` would make these very parts of.
+- ``holds_codes(parts) -> bool``: whether these parts of a module are a weight in codes, where the presence of a suffix does not tell.
 - ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
-  ``join_name(module, leaf)`` where names have other ways. A suffix may hold dots (``weight.absmax``).
+  ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix
+  may hold dots (``weight.absmax``).
 - ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied byte by byte into a format that has the
   same leaf among its own, else named as dropped.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
