@@ -410,8 +410,9 @@ def _same_codes(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit:
     notes: list[str] = []
     rounded: list[str] = []
     if storage.scale_grid is not None:
-        plain = isinstance(held, QuantizedTensor) and held.grid == storage.scale_grid and not held.scales and held.zero_point is None
-        if not plain or t.scales[0].block != Tile((*lead, group)) or t.scales[0].inverse:
+        depth = 1 if isinstance(storage.scale_grid, Table) else 0  # scales of the scale's own codes
+        alike = isinstance(held, QuantizedTensor) and held.grid == storage.scale_grid and not held.zero_point and len(held.scales) == depth
+        if not alike or t.scales[0].block != Tile((*lead, group)) or t.scales[0].inverse:
             raise Refused(f"its scale is not {storage.scale_grid.name} codes for each {group} columns")
         return Fit("exact", "codes and scales are kept", (), k, None, None, storage.grid, t.scales[0], None, None)
     if storage.sub_scale is not None:
