@@ -65,6 +65,12 @@ class Chooser:
     def _gguf(self) -> bool:
         return registry.row(self.options.target.format).container == "gguf"
 
+    @property
+    def _usual(self) -> str:
+        """The type for new codes where none is named: ``int4`` where the format has it, else its first."""
+        types = registry.row(self.options.target.format).types
+        return _SAFE_TYPE if self._gguf else types[0] if types and "int4" not in types else "int4"
+
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
         if tensor.kind == "extra":
@@ -142,7 +148,7 @@ class Chooser:
         if named is not None and named not in FLOAT_WORDS:
             return self._quantize(tensor, named, f"new codes from floats, {self._whose_choice()}")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
-            job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
+            job = self._quantize(tensor, self.options.target.type or self._usual, "new codes from floats")
             ask = not self.options.allow_requantize and job.kind == "requantized"
             return replace(job, notes=(NEEDS_CONSENT,)) if ask else job
         again = self._blocks_again(tensor) if named is None else None
@@ -285,8 +291,8 @@ class Chooser:
             return replace(best, notes=self._savings(tensor, best, storages))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
         if (named is not None and not self.mix.asks) or self.options.allow_requantize:
-            return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
-        job = self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
+            return self._quantize(tensor, named or self._usual, reason)
+        job = self._quantize(tensor, named or self._usual, reason)
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
 
     def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
