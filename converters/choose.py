@@ -68,6 +68,12 @@ class Chooser:
     def _gguf(self) -> bool:
         return registry.row(self.options.target.format).container == "gguf"
 
+    @property
+    def _usual(self) -> str:
+        """The type for new codes where none is named: ``int4`` where the format has it, else its first."""
+        types = registry.row(self.options.target.format).types
+        return _SAFE_TYPE if self._gguf else types[0] if types and "int4" not in types else "int4"
+
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
         if tensor.kind == "extra":

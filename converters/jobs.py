@@ -118,6 +118,10 @@ def _grid_from_json(data: Mapping[str, Any]) -> Grid:
     return Float(data["float"]) if "float" in data else Table(data["table"], data["v_in"])
 
 
+def _scale_grid(name: str) -> Float | Table:
+    return Table(name) if name in TABLE_WIDTHS else Float(name)
+
+
 def _sub_to_json(sub: SubScale) -> list[int] | dict[str, Any]:
     """[width, highest sub-scale, highest sub-offset] where there are sub-offsets, a dictionary for the others."""
     if sub.offset and sub == SubScale(sub.width, Integer(sub.grid.bits), 0, True):
@@ -144,7 +148,7 @@ def storage_from_json(data: Mapping[str, Any]) -> Storage:
         data["negative_scale"],
         (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], _sub_from_json(data["sub_scale"]),
         data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
-        data.get("highest"), None if scale_grid is None else Float(scale_grid), data.get("doubled", False),
+        data.get("highest"), None if scale_grid is None else _scale_grid(scale_grid), data.get("doubled", False),
         None if data.get("rows") == "all" else data.get("rows", 1), data.get("flat", False), data.get("inverse", False),
         data.get("zero_dtype"), None if data.get("factor") is None else Factor(*data["factor"]), data.get("whole", False),
     )  # fmt: skip

@@ -83,10 +83,12 @@ ROWS: tuple[Row, ...] = (
         ("modelopt", "modelopt_fp4"), ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4", "int8"), ("scale", "group"),
         configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
+    Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
+        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf"}
+_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes"}
 
 
 def names() -> list[str]:

@@ -200,7 +200,8 @@ class Storage:
     - ``group``: columns under one scale, None = the whole row, always consecutive.
     - ``k_multiple``/``n_multiple``: required divisors of in_features/out_features.
     - ``scale_dtypes``: dtypes the scale may be stored in (first = the default). ``negative_scale``: whether its sign is free.
-      ``scale_grid``: the small float whose codes the scale is stored as, instead of a dtype.
+      ``scale_grid``: the small float whose codes the scale is stored as, instead of a dtype; a table's codes have a scale of their own
+      and an offset beside, both in ``scale_dtypes[0]``.
     - ``zero_point``: an int (that constant, always), a pair (lowest, highest) of per-group integers, or None (no zero point).
       ``doubled``: codes q stand for 2 q - 1, a zero point of one half under a constant second scale of 2.
     - ``offset``: dtype of a per-group additive offset, or None.
@@ -229,7 +230,7 @@ class Storage:
     group_index: bool = False
     options: dict[str, object] = field(default_factory=dict, hash=False)
     highest: int | None = None
-    scale_grid: Float | None = None
+    scale_grid: Float | Table | None = None
     doubled: bool = False
     rows: int | None = 1
     flat: bool = False
