@@ -28,7 +28,7 @@ class Job:
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
     module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
-    ``search``: how they are found.
+    ``search``: how they are found. ``merged``: the adapters that have a part in it.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -49,6 +49,7 @@ class Job:
     hints: Mapping[str, Hint] = field(default_factory=dict)
     importance: np.ndarray[Any, Any] | None = None
     search: str = "reference"
+    merged: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:

@@ -110,6 +110,11 @@ class Checkpoint:
         """Whether a module's weight is stored as codes."""
         return self._is_quantized(self.modules[module].parts)
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether any weight is stored as codes."""
+        return any(self.is_quantized(module) for module in self.modules)
+
     def scheme(self, module: str) -> Scheme:
         """The scheme of a quantized module, from headers only."""
         found = registry.format_module(self.modules[module].match.format).scheme(self.modules[module])
