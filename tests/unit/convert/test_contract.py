@@ -154,7 +154,11 @@ def form_of(storage: Storage, bits_from: int, n: int, k: int, seed: int) -> Quan
         zero = Param(torch.randint(zlow, zhigh + 1, scale.shape, generator=generator).to(torch.int16), tile)
     if storage.offset is not None:
         offset = Param((torch.rand(scale.shape, generator=generator) - 0.5).to(PARAM_DTYPES[storage.offset]), tile)
-    return QuantizedTensor((n, k), codes, Integer(storage.grid.bits, storage.grid.signed), (Param(scale, tile),), zero, offset)
+    scales = (Param(scale, tile),)
+    if storage.factor is not None:
+        factor = 0.5 if storage.factor.constant is None else storage.factor.constant
+        scales += (constant(factor, (n, k), PARAM_DTYPES[storage.factor.dtype]),)
+    return QuantizedTensor((n, k), codes, Integer(storage.grid.bits, storage.grid.signed), scales, zero, offset)
 
 
 def own_storages(row: registry.Row) -> list[Storage]:
