@@ -185,14 +185,14 @@ def pickle_files() -> tuple[str, ...]:
     return tuple(name for module in _pickling_modules() for name in getattr(module, "PICKLE_FILES", ()))
 
 
-def flattened(value: Any, config: Mapping[str, Any], path: str) -> Mapping[str, RawTensor]:
-    """The tensors of a pickled value: as the first format that knows it says, else by joining its keys."""
+def flattened(value: Any, config: Mapping[str, Any], path: str) -> tuple[Mapping[str, RawTensor], Mapping[str, str]]:
+    """The tensors of a pickled value and their metadata: as the first format that knows it says, else by joining its keys."""
     for module in _pickling_modules():
         found = module.flatten(value, config) if hasattr(module, "flatten") else None
         if found is not None:
-            tensors: Mapping[str, RawTensor] = found
-            return tensors
-    return flatten(value, path)
+            tensors, metadata = found if isinstance(found, tuple) else (found, {})
+            return tensors, metadata
+    return flatten(value, path), {}
 
 
 def parse_target(text: str) -> Target:

@@ -41,7 +41,8 @@ pickles hold more than a plain state dict may add:
   dtypes, ``Record``; ``config`` is the quantization config or ``{}``), None if the value is not its kind. Facts that are no tensors become
   tiny tensors with ``encode(name, value)`` of ``qformats.containers.torch_zip``, so that ``scheme`` and ``read`` find them among
   ``module.parts`` (their leaves belong in ``SUFFIXES``). Without it, nested dicts are joined by dots and every plain value is encoded so:
-  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out.
+  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out. A pair of such
+  a mapping and a ``dict[str, str]`` gives ``Match.metadata`` too, for formats that have it in safetensors.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ the activations. int4's formula with a float zero point is that of ``int4_row_qu
 from __future__ import annotations
 
 from qformats.formats.torchao.names import EXTRAS, SUFFIXES, join_name, split_name
+from qformats.formats.torchao.pickled import PICKLED_CLASSES, flatten
 from qformats.formats.torchao.settings import config_out, detect, metadata_out, module_warnings
 from qformats.formats.torchao.shapes import scheme
 from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, layout, storage_of, storages
@@ -34,11 +35,13 @@ NAME = "torchao"
 __all__ = [
     "EXTRAS",
     "NAME",
+    "PICKLED_CLASSES",
     "ROW_MULTIPLE",
     "SUFFIXES",
     "can_store",
     "config_out",
     "detect",
+    "flatten",
     "join_name",
     "layout",
     "metadata_out",

@@ -72,6 +72,8 @@ def module_warnings(module: Module) -> tuple[str, ...]:
     warnings = []
     if said is not None:
         warnings.append("its activations are quantized at run time; other formats get the weights alone")
+    elif '"_activations"' in entry.text:
+        warnings.append("its activations were quantized at run time; its weights alone are carried")
     if "act_pre_scale" in entry.parts:
         warnings.append("its activations are scaled column by column; other formats get that factor in the weights")
     return tuple(warnings)
@@ -109,7 +111,7 @@ def _block_size(storage: Storage, shape: tuple[int, ...]) -> list[int]:
 def _entry(storage: Storage, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
     """The metadata of a new tensor."""
     kind, block = str(storage.options["kind"]), _block_size(storage, shape)
-    auto = {"_type": "KernelPreference", "_data": "AUTO"}
+    auto, emulated = ({"_type": "KernelPreference", "_data": word} for word in ("AUTO", "EMULATED"))
     data: dict[str, Any]
     parts = ["qdata", "scale"]
     if kind == "Int8Tensor":
@@ -126,7 +128,9 @@ def _entry(storage: Storage, shape: tuple[int, ...], dtype: str) -> dict[str, An
         word = _ELEMENTS[storage.grid.name]
         element: Any = word if word.startswith("fp6") else _dtype(word)
         data = {"elem_dtype": element, "block_size": storage.group, "orig_dtype": _dtype(_brain(dtype)),
-                "kernel_preference": {"_type": "KernelPreference", "_data": "EMULATED"}, "act_quant_kwargs": None,
+                "kernel_preference": emulated, "act_quant_kwargs": {"_type": "QuantizeTensorToMXKwargs", "_data": {
+                    "elem_dtype": _dtype("float8_e4m3fn"), "block_size": storage.group, "is_swizzled_scales": False,
+                    "scaling_mode": {"_type": "ScaleCalculationMode", "_data": "RCEIL"}, "kernel_preference": emulated}},
                 "is_swizzled_scales": False}  # fmt: skip
     elif kind == "NVFP4Tensor":
         data = {"is_swizzled_scales": False, "use_triton_kernel": False, "act_quant_kwargs": None, "block_size": storage.group,
@@ -152,8 +156,10 @@ def config_out(
     each name where modules differ. Linears left dense are ``modules_to_not_convert``.
     """
     kept = all("entry" in storage.options for storage in modules.values())
-    if original is not None and kept and original.get("quant_method") == _NAME and isinstance(original.get("quant_type"), Mapping):
+    if original is not None and kept and _is_current(original):
         return dict(original)
+    if not modules:
+        return dict(original) if original is not None else {"quant_method": _NAME}
     texts = {name: json.dumps(_config(storage), sort_keys=True) for name, storage in modules.items()}
     common = Counter(texts.values()).most_common(1)[0][0]
     quant_type = json.loads(common)
@@ -170,6 +176,13 @@ def config_out(
         "include_input_output_embeddings": ends,
         "untie_embedding_weights": False,
     }
+
+
+def _is_current(config: Mapping[str, Any]) -> bool:
+    """Whether torchao 0.18 takes it: strings and the first versions of these classes are gone."""
+    if config.get("quant_method") != _NAME or not isinstance(config.get("quant_type"), Mapping):
+        return False
+    return not any(entry.get("_version", 1) == 1 and str(entry.get("_type")).startswith(("Int", "Float8")) for entry in _configs(config))
 
 
 def _granularity(storage: Storage, per_row: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +231,7 @@ def _config(storage: Storage) -> dict[str, Any]:
 
 
 def _mx_config(storage: Storage) -> dict[str, Any]:
-    """There is no config class for MX weights alone; the tensors say that their activations stay floats."""
+    """torchao has no product of MX weights with float activations: the tensors say that these become float8."""
     assert isinstance(storage.grid, Float)
     word = _ELEMENTS[storage.grid.name]
     element = word if word.startswith("fp6") else _dtype(word)

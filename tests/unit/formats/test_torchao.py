@@ -23,7 +23,7 @@ from qformats.scheme import Float, Integer, ParamSpec, Scheme, Storage, Tile
 
 torch.set_num_threads(1)
 FIXTURES = Path(__file__).parents[3] / "fixtures" / "torchao"
-NAMES = sorted(path.name for path in FIXTURES.iterdir() if (path / "oracle.safetensors").exists())
+NAMES = sorted(path.name for path in FIXTURES.iterdir() if (path / "model.safetensors").exists())
 
 
 def opened(name: str) -> Checkpoint:
@@ -406,3 +406,68 @@ def test_torchao_reads_every_config_we_write() -> None:
         original = dict(checkpoint.match.config)
         assert torchao.config_out(target, storages, [], original) == original
         config_from_dict(torchao.config_out(target, storages, ["lm_head"], None)["quant_type"]["default"])
+
+
+# ---------------------------------------------------------------- pickles
+
+
+def pickled() -> Checkpoint:
+    return open_checkpoint(FIXTURES / "pickled" / "pytorch_model.bin", allow_pickle=True)
+
+
+def test_what_torchao_no_longer_reads_is_read() -> None:
+    with pytest.raises(QFormatError):
+        open_checkpoint(FIXTURES / "pickled" / "pytorch_model.bin")
+    oracle = load_file(FIXTURES / "pickled" / "oracle.safetensors")
+    with pickled() as checkpoint:
+        found = quantized(checkpoint)
+        assert {f"{name}.weight" for name in found} == set(oracle) and checkpoint.format == "torchao"
+        for key, expected in oracle.items():
+            module = found[key.removesuffix(".weight")]
+            assert torch.equal(torchao.read(module).dequantize(expected.dtype, like="torchao"), expected), key
+            assert torch.equal(torchao.read(module, 3, 9).dequantize(expected.dtype, like="torchao"), expected[3:9]), key
+        assert "int8.bias" in checkpoint.raw and "dense.weight" in checkpoint.raw
+        kinds = {name: json.loads(str(checkpoint.match.metadata[f"{name}.weight"]))["_type"] for name in found}
+    assert kinds["int8"] == kinds["int8_dynamic"] == "Int8Tensor" and kinds["tiles"] == "Int4TilePackedTo4dTensor"
+    assert kinds["int4_dynamic"] == "IntxUnpackedToInt8Tensor" and kinds["fp8"] == kinds["fp8_new"] == "Float8Tensor"
+
+
+def test_rescued_weights_are_what_torchao_reads_today(tmp_path: Path) -> None:
+    """The parts and metadata of an old pickle as safetensors, loaded by torchao's own parser."""
+    support = pytest.importorskip("torchao.prototype.safetensors.safetensors_support")
+    oracle = load_file(FIXTURES / "pickled" / "oracle.safetensors")
+    with pickled() as checkpoint:
+        storages = {name: (torchao.storage_of(m), torchao.scheme(m).shape) for name, m in quantized(checkpoint).items()}
+        metadata = torchao.metadata_out(storages, {"int8.bias": "BF16", "dense.weight": "BF16"})
+        words = {"I8": torch.int8, "I32": torch.int32, "F32": torch.float32, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
+        tensors = {
+            name: torch.frombuffer(bytearray(raw.read()), dtype=words[raw.dtype]).reshape(raw.shape) for name, raw in checkpoint.raw.items()
+        }
+        kept = {name: storage for name, (storage, _) in storages.items()}
+        config = torchao.config_out(Target("torchao", None, {}), kept, [], dict(checkpoint.match.config))
+    assert isinstance(config["quant_type"], dict)
+    loaded, rest = support.unflatten_tensor_state_dict(tensors, metadata)
+    assert not rest
+    for key, expected in oracle.items():
+        if key != "tiles.weight":  # torchao dequantizes tiles on a GPU only
+            assert torch.equal(loaded[key].dequantize(), expected), key
+
+
+def test_pickled_classes_that_are_not_known_are_refused() -> None:
+    from qformats.containers.unpickle import Record
+
+    name = "torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor"
+    plain = Record("torchao.dtypes.uintx.plain_layout.PlainAQTTensorImpl", (), {})
+    size = (None, (4, 4))
+    for state, code in (
+        (None, "torchao-pickle"),
+        ({}, "torchao-pickle"),
+        ({"tensor_impl": plain}, "torchao-pickle"),
+        ({"tensor_impl": plain, "block_size": (1, 0)}, "torchao-pickle"),
+        ({"tensor_impl": plain, "block_size": (1, 4)}, "torchao-type"),
+        ({"tensor_impl": Record("x.UintxAQTTensorImpl", (), {}), "block_size": (1, 4)}, "torchao-type"),
+    ):
+        with pytest.raises(QFormatError) as caught:
+            torchao.flatten({"m.weight": Record(name, size, state)}, {})
+        assert caught.value.code == code
+    assert torchao.flatten({"m.weight": 1}, {}) is None and torchao.flatten([], {}) is None
