@@ -80,7 +80,7 @@ def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[J
         return {}
     storages = _storages(checkpoint, options.target.format, jobs)
     modules = {j.map.target: (storages[j.map.target], j.map.shape) for j in jobs if j.map.leaf == "weight" and j.map.target in storages}
-    others = [job.name for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)]
+    others = {job.name: job.dtype or "" for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)}
     made: dict[str, str] = make(modules, others)
     return made
 

@@ -292,10 +292,10 @@ def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
 def _with_values(where: Path, directory: Path, found: TorchSet) -> Checkpoint:
     config = _read_json(directory / "config.json")
     quantization, warnings = _quantization_config(directory, config)
-    raw = registry.flattened(found.value, quantization, str(where))
-    match = registry.detect(quantization, raw)
+    raw, metadata = registry.flattened(found.value, quantization, str(where))
+    match = replace(registry.detect(quantization, raw), metadata=metadata)
     said = (*warnings, *match.warnings)
-    return Checkpoint(where, "torch", match, raw, config, {}, found.files, None, said, found.sources)
+    return Checkpoint(where, "torch", match, raw, config, metadata, found.files, None, said, found.sources)
 
 
 def _open_gguf(where: Path) -> Checkpoint:

@@ -85,6 +85,9 @@ ROWS: tuple[Row, ...] = (
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
     Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
         ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype")),
+    Row("torchao", "qformats.formats.torchao", "torchao tensors (int, float8, NVFP4, MX)", "safetensors", ("torchao",),
+        (*(f"int{bits}" for bits in range(1, 9)), "fp8", "fp8_e5m2", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"),
+        ("group", "channel", "tensor", "block", "sym", "asym")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
@@ -192,14 +195,14 @@ def pickle_files() -> tuple[str, ...]:
     return tuple(name for module in _pickling_modules() for name in getattr(module, "PICKLE_FILES", ()))
 
 
-def flattened(value: Any, config: Mapping[str, Any], path: str) -> Mapping[str, RawTensor]:
-    """The tensors of a pickled value: as the first format that knows it says, else by joining its keys."""
+def flattened(value: Any, config: Mapping[str, Any], path: str) -> tuple[Mapping[str, RawTensor], Mapping[str, str]]:
+    """The tensors of a pickled value and their metadata: as the first format that knows it says, else by joining its keys."""
     for module in _pickling_modules():
         found = module.flatten(value, config) if hasattr(module, "flatten") else None
         if found is not None:
-            tensors: Mapping[str, RawTensor] = found
-            return tensors
-    return flatten(value, path)
+            tensors, metadata = found if isinstance(found, tuple) else (found, {})
+            return tensors, metadata
+    return flatten(value, path), {}
 
 
 def parse_target(text: str) -> Target:

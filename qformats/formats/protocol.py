@@ -30,7 +30,7 @@ What a format may have beside, where it needs it:
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
   alone, config.json has no ``quantization_config``.
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
-  (Storage, shape of the weight), ``tensors`` lists the names of all others.
+  (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
 
 Checkpoints of ``torch.save`` (read only with ``allow_pickle``) reach a format as raw tensors by full name, like any other. A format whose
@@ -43,7 +43,8 @@ pickles hold more than a plain state dict may add:
   dtypes, ``Record``; ``config`` is the quantization config or ``{}``), None if the value is not its kind. Facts that are no tensors become
   tiny tensors with ``encode(name, value)`` of ``qformats.containers.torch_zip``, so that ``scheme`` and ``read`` find them among
   ``module.parts`` (their leaves belong in ``SUFFIXES``). Without it, nested dicts are joined by dots and every plain value is encoded so:
-  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out.
+  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out. A pair of such
+  a mapping and a ``dict[str, str]`` gives ``Match.metadata`` too, for formats that have it in safetensors.
 """
 
 from __future__ import annotations
