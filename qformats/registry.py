@@ -52,6 +52,11 @@ ROWS: tuple[Row, ...] = (
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
         mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
+    Row("hqq", "qformats.formats.hqq", "HQQ (hqq, transformers)", "safetensors",
+        ("hqq",), ("int4", "int3", "int2", "int8", "int1", "int1.58", "int5", "int6"), ("group", "axis", "dtype")),
+    Row("quanto", "qformats.formats.quanto", "Quanto (optimum-quanto)", "safetensors",
+        ("quanto",), ("qint8", "qint4", "qint2", "qfloat8_e4m3fn", "qfloat8_e5m2", "qfloat8_e4m3fnuz"), ("dtype", "zeropoint"),
+        configs=("quanto_qmap.json", "quantization_map.json")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
