@@ -38,6 +38,7 @@ def plan(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    allow_pickle: bool = False,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -61,7 +62,7 @@ def plan(
         target_size=target_size,
         search=search,
     )
-    return make_plan(source, options)
+    return make_plan(source, options, allow_pickle=allow_pickle)
 
 
 def convert(
@@ -83,10 +84,12 @@ def convert(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
+    ``allow_pickle``: read a source of ``torch.save`` too, as data; nothing in it is run.
     ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
@@ -108,6 +111,7 @@ def convert(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        allow_pickle=allow_pickle,
     )
     with planned.checkpoint:
         refuse_losses(planned)
@@ -123,9 +127,10 @@ def verify(
     imatrix: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    allow_pickle: bool = False,
 ) -> VerifyResult:
     """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``.
 
     ``imatrix``: the importance matrix it was made with, which a replay needs.
     """
-    return _verify(source, destination, replay=replay, imatrix=imatrix, workers=workers, progress=progress)
+    return _verify(source, destination, replay=replay, imatrix=imatrix, workers=workers, progress=progress, allow_pickle=allow_pickle)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, writing_flags
+from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
 from qformats import registry
@@ -37,8 +37,9 @@ _TO = "FORMAT[:TYPE][,key=value…]"
 @click.option("--to", required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--header", is_flag=True, help="Read headers only; kinds are then claims.")
 @loss_flags
+@source_flags
 @output_flags
-def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Say what converting SRC would do to every tensor, and why. Writes nothing."""
     from converters.plan import make_plan, refuse_losses
     from converters.report import Report
@@ -46,7 +47,7 @@ def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
     output = output_of(as_json, quiet)
     options = Wishes(**wishes).plan_options()
     with output.working("planning"):
-        planned = make_plan(src, options)
+        planned = make_plan(src, options, allow_pickle=allow_pickle)
     with planned.checkpoint:
         refusal = None
         try:
@@ -70,6 +71,7 @@ def plan(src: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
 @click.option("--to", metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Carry out what `qconvert plan --json` printed, or stop.")
 @loss_flags
+@source_flags
 @writing_flags
 @output_flags
 def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flags: Any) -> None:
@@ -95,6 +97,7 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
 @click.argument("dst", type=_PATH)
 @click.option("--to", required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
 @loss_flags
+@source_flags
 @writing_flags
 @output_flags
 def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
@@ -110,6 +113,7 @@ def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.argument("dst", type=_PATH)
 @click.option("--to", default="hf:bf16", show_default=True, metavar="FORMAT:TYPE", help="Float target: hf:bf16, hf:f32, gguf:f16 …")
 @loss_flags
+@source_flags
 @writing_flags
 @output_flags
 def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
@@ -125,14 +129,15 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
 @click.option("--imatrix", type=_PATH, metavar="FILE", help="The importance matrix that DST was made with, for a replay.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
+@source_flags
 @output_flags
-def verify(src: Path, dst: Path, replay: bool, imatrix: Path | None, workers: int | None, as_json: bool, quiet: bool) -> None:
+def verify(src: Path, dst: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record."""
     from converters.verify import verify as compare
 
     output = output_of(as_json, quiet)
     with output.progress("verify") as progress:
-        found = compare(src, dst, replay=replay, imatrix=imatrix, workers=workers, progress=progress)
+        found = compare(src, dst, progress=progress, **wishes)
     data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
     output.result(data, lambda: _verify_lines(dst, found))
     if not found.ok:
@@ -151,6 +156,7 @@ def pair(source: str, target: str) -> click.Command:
     @click.option("--type", "kind", metavar="TYPE", help=f"{_words(into)} (default: the smallest that keeps every code).")
     @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, hidden=not into.options, help=f"{', '.join(into.options)}.")
     @loss_flags
+    @source_flags
     @writing_flags
     @output_flags
     def command(src: Path, dst: Path, kind: str | None, options: tuple[str, ...], **flags: Any) -> None:
@@ -174,6 +180,7 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     """Plan, refuse, execute, report. ``flags`` holds the wishes, the writing flags and the output flags."""
     output = output_of(flags.pop("as_json"), flags.pop("quiet"))
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
+    allow_pickle = flags.pop("allow_pickle")
     check_report(report, src, dst)
     wishes = Wishes(**flags)
     if wishes.imatrix is not None:
@@ -183,7 +190,7 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     registry.parse_target(wishes.to)
     from qformats.checkpoint import open_checkpoint
 
-    with open_checkpoint(src) as checkpoint:
+    with open_checkpoint(src, allow_pickle) as checkpoint:
         if source is not None:
             _check_source(checkpoint, source, registry.parse_target(wishes.to).format)
         planned = _planned(checkpoint, wishes, digest, output)

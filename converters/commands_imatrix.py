@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.flags import output_flags, output_of
+from converters.flags import output_flags, output_of, source_flags
 from converters.output import Output, count
 from qformats.errors import BadFile, OutputError
 
@@ -31,8 +31,11 @@ _PATH = click.Path(path_type=Path)
 @click.option("--context", type=click.IntRange(1, 1 << 20), default=512, show_default=True, metavar="N", help="Tokens of a chunk.")
 @click.option("--process-output", is_flag=True, help="Measure the inputs of the output matrix too.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT.gguf if it exists.")
+@source_flags
 @output_flags
-def imatrix(model: Path, text: Path, path: Path, overwrite: bool, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def imatrix(
+    model: Path, text: Path, path: Path, overwrite: bool, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: Any
+) -> None:
     """Run MODEL over a text and write how much each column of its weights meets, for `quantize --imatrix`.
 
     MODEL is any checkpoint that can be read; one that is no directory of floats is converted to one, in a temporary place. Needs
@@ -47,7 +50,7 @@ def imatrix(model: Path, text: Path, path: Path, overwrite: bool, as_json: bool,
     check_not_same([model, text], path)
     if path.exists() and not overwrite:
         raise OutputError("exists", "already exists", path=path, hint="choose another name or add --overwrite")
-    with _floats(model, output) as directory, output.steps("imatrix", "chunks") as progress:
+    with _floats(model, output, allow_pickle) as directory, output.steps("imatrix", "chunks") as progress:
         found = measure(directory, words, dataset=text.name, progress=progress, **wishes)
     write_imatrix(found, path, overwrite=overwrite)
     output.result(_data(found, path), lambda: _lines(found, path))
@@ -65,19 +68,19 @@ def _read_text(path: Path) -> str:
 
 
 @contextmanager
-def _floats(model: Path, output: Output) -> Iterator[Path]:
+def _floats(model: Path, output: Output, allow_pickle: bool) -> Iterator[Path]:
     """The model as a directory that transformers loads: itself, or a float32 copy that lives as long as the context."""
     from converters.api import convert
     from qformats.checkpoint import open_checkpoint
 
-    with open_checkpoint(model) as checkpoint:
-        plain = checkpoint.format == "hf" and checkpoint.path.is_dir()
+    with open_checkpoint(model, allow_pickle) as checkpoint:
+        plain = checkpoint.format == "hf" and checkpoint.container == "safetensors" and checkpoint.path.is_dir()
     if plain:
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="qconvert-imatrix-") as folder:
         with output.working("converting to floats"):
-            convert(model, Path(folder) / "floats", to="hf:f32")
+            convert(model, Path(folder) / "floats", to="hf:f32", allow_pickle=allow_pickle)
         yield Path(folder) / "floats"
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from converters.flags import output_flags, output_of
+from converters.flags import output_flags, output_of, source_flags
 from converters.output import Output, count, size
 
 if TYPE_CHECKING:
@@ -32,12 +32,13 @@ _OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace DST if it e
 @_BASE
 @click.option("--type", "dtype", type=click.Choice(["f32", "f16", "bf16"]), help="Float type (default: as stored).")
 @_OVERWRITE
+@source_flags
 @output_flags
-def lora_to_gguf(src: Path, dst: Path, base: Path, dtype: str | None, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def lora_to_gguf(src: Path, dst: Path, base: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Convert SRC, a directory with a PEFT LoRA adapter, into DST, a GGUF adapter for llama.cpp."""
     from converters.lora import lora_to_gguf as convert
 
-    _say(convert(src, base, dst, dtype=dtype, overwrite=overwrite), dst, output_of(as_json, quiet))
+    _say(convert(src, base, dst, **wishes), dst, output_of(as_json, quiet))
 
 
 @click.command(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from converters.flags import output_flags, output_of
+from converters.flags import output_flags, output_of, source_flags
 from converters.output import table
 from qformats import registry
 
@@ -18,12 +18,13 @@ __all__ = ["formats", "inspect"]
 @click.command(short_help="Show formats, types and sizes of a checkpoint.", epilog="Example: qconvert inspect llama.gguf --tensors")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
+@source_flags
 @output_flags
-def inspect(path: Path, tensors: bool, as_json: bool, quiet: bool) -> None:
+def inspect(path: Path, tensors: bool, allow_pickle: bool, as_json: bool, quiet: bool) -> None:
     """Show formats, types, sizes and bits per weight of PATH (a file, a shard or a directory)."""
     from converters.inspect import inspect_path
 
-    found = inspect_path(path)
+    found = inspect_path(path, allow_pickle)
     output_of(as_json, quiet).result(found.to_json(tensors=tensors), lambda: found.to_text(tensors=tensors))
 
 

@@ -17,7 +17,7 @@ from qformats.errors import OutputError, UsageError
 if TYPE_CHECKING:
     from converters.options import PlanOptions
 
-__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "writing_flags"]
+__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
 
 REPORT_SUFFIXES = (".json", ".md", ".html")
 SEARCHES = ("reference", "best")  # qformats.quantize.SEARCHES, without its imports
@@ -74,6 +74,12 @@ def output_flags(function: F) -> F:
         click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
         click.option("--traceback", is_flag=True, expose_value=False, hidden=True, help="Show where an internal error came from."),
     )(function)  # fmt: skip
+
+
+def source_flags(function: F) -> F:
+    """``--allow-pickle``: how a source may be read."""
+    text = "Read .bin and .pt files too, as data: nothing in them is run."
+    return click.option("--allow-pickle", is_flag=True, help=text)(function)
 
 
 def loss_flags(function: F) -> F:

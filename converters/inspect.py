@@ -120,9 +120,9 @@ class Inspection:
             yield f"warning: {warning}"
 
 
-def inspect_path(path: str | Path) -> Inspection:
+def inspect_path(path: str | Path, allow_pickle: bool = False) -> Inspection:
     """Open ``path`` and describe it; ``BadFile`` if its headers are broken, ``Unsupported`` if it is nothing we know."""
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(path, allow_pickle) as checkpoint:
         return inspect_checkpoint(checkpoint)
 
 

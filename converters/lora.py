@@ -30,7 +30,8 @@ from qformats.checkpoint import open_checkpoint
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
 from qformats.containers.gguf import GGUFFile, Metadata, TensorInfo, Value, layout_gguf, open_gguf
 from qformats.containers.raw import RawTensor
-from qformats.containers.safetensors import layout_safetensors, open_safetensors, parse_json
+from qformats.containers.safetensors import SafetensorsFile, layout_safetensors, open_safetensors, parse_json
+from qformats.containers.torch_zip import flatten, open_torch_zip
 from qformats.errors import BadFile, Unsafe, Unsupported
 from qformats.formats.dense import FLOAT_DTYPES, read_float, write_float
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["LoraResult", "gguf_to_lora", "lora_to_gguf"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors
 PREFIX = "base_model.model."
 RECORD = "qformats.adapter"
 FLOATS = ("F32", "F16", "BF16")
@@ -117,19 +119,24 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def lora_to_gguf(
-    adapter: str | Path, base: str | Path, destination: str | Path, *, dtype: str | None = None, overwrite: bool = False
+    adapter: str | Path,
+    base: str | Path,
+    destination: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
 ) -> LoraResult:
     """Write the PEFT adapter in directory ``adapter`` as a GGUF for the model ``base``; floats keep their dtype unless one is named.
+    ``allow_pickle``: read an ``adapter_model.bin`` too, as data.
 
     Raises ``Unsupported('lora-config')`` for kinds of adapter that a GGUF cannot hold, ``Unsupported('lora-tensor')`` for tensors
     that are no low-rank pair, ``BadFile('lora-pair')`` and ``BadFile('tensor-shape')`` where they do not fit the base model.
     """
     adapter, destination = Path(adapter), Path(destination)
     config, places = _peft_config(adapter), Places(_base(Path(base)))
-    if not (adapter / WEIGHTS).is_file() and (adapter / "adapter_model.bin").is_file():
-        raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=adapter, hint="save it as safetensors")
-    weights = open_safetensors(adapter / WEIGHTS)
-    check_not_same(adapter / WEIGHTS, destination)
+    weights = _adapter_weights(adapter, allow_pickle)
+    check_not_same(weights.name, destination)
     alpha, pairs, notes = _scaled(config, _pairs(weights.tensors, places))
     targets = _by_target(pairs)
     infos = [info for name, group in targets.items() for info in _infos(name, group, places, dtype)]
@@ -160,6 +167,18 @@ def _peft_config(adapter: Path) -> dict[str, Any]:
     if not isinstance(config.get("lora_alpha"), int | float) or not config["lora_alpha"]:
         raise BadFile("lora-config", f"lora_alpha is {config.get('lora_alpha')!r}, expected a number other than 0", path=adapter / CONFIG)
     return config
+
+
+def _adapter_weights(adapter: Path, allow_pickle: bool) -> SafetensorsFile:
+    """The tensors of an adapter directory; those of an ``adapter_model.bin`` only where that is allowed."""
+    path = adapter / PICKLED
+    if (adapter / WEIGHTS).is_file() or not path.is_file():
+        return open_safetensors(adapter / WEIGHTS)
+    if not allow_pickle:
+        hint = "save it as safetensors, or add --allow-pickle: it is then read without running anything"
+        raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=adapter, hint=hint)
+    found = open_torch_zip(path)
+    return SafetensorsFile(str(path), {}, flatten(found.value, str(path)), found.source.size)
 
 
 def _pairs(tensors: Mapping[str, RawTensor], places: Places) -> list[_Pair]:

@@ -34,7 +34,7 @@ def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
 
 def _map_weights(checkpoint: Checkpoint, target: str) -> Mapped:
     packs, container = _packs_experts(target), registry.row(target).container
-    if checkpoint.container != container:
+    if (checkpoint.gguf is None) == (container == "gguf"):
         binding, shapes = checkpoint.binding, checkpoint.shapes()
         if container == "gguf":
             return binding.to_gguf(shapes)

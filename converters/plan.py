@@ -86,9 +86,9 @@ class Plan:
         }
 
 
-def make_plan(source: str | Path | Checkpoint, options: PlanOptions) -> Plan:
+def make_plan(source: str | Path | Checkpoint, options: PlanOptions, *, allow_pickle: bool = False) -> Plan:
     """Plan a conversion; ``WouldLose`` is not raised here (see ``refuse_losses``), broken sources are."""
-    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, allow_pickle)
     try:
         return _plan(checkpoint, options)
     except QFormatError as error:

@@ -72,6 +72,7 @@ def verify(
     imatrix: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
+    allow_pickle: bool = False,
 ) -> VerifyResult:
     """Compare ``destination`` with what its record says was made of ``source``; every flipped bit is found.
 
@@ -80,7 +81,7 @@ def verify(
     ``UsageError`` (``imatrix-missing``, ``imatrix-other``).
     """
     where, count = Path(destination), worker_count(workers)
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(source, allow_pickle) as checkpoint:
         try:
             found = open_checkpoint(where)
             record = found.provenance

@@ -1,6 +1,7 @@
 """A checkpoint: what a path holds, as configuration, side files and lazily read modules. Opening it imports no torch.
 
-``open(path)`` takes a directory with safetensors, a single .safetensors file or a .gguf file (one shard opens all).
+``open(path)`` takes a directory with safetensors, a single .safetensors file or a .gguf file (one shard opens all). With
+``allow_pickle`` also a directory or a file of ``torch.save``, of which nothing is run (``qformats.containers.unpickle``).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from qformats.containers.gguf import GGUFFile, open_gguf
 from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
-from qformats.containers.source import FileSource
-from qformats.errors import BadFile, QFormatError, Unsupported
+from qformats.containers.source import ByteSource, FileSource
+from qformats.containers.torch_directory import SUFFIXES, TorchSet, is_torch_name, open_torch_directory, open_torch_file
+from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -45,8 +47,9 @@ _MAX_SIDE_NBYTES = 256_000_000
 class Checkpoint:
     """An opened checkpoint.
 
-    ``format``: ``match.format``. ``container``: ``"safetensors"`` or ``"gguf"``. ``raw``: every stored tensor by full name.
+    ``format``: ``match.format``. ``container``: ``"safetensors"``, ``"torch"`` or ``"gguf"``. ``raw``: every stored tensor by full name.
     ``config``: config.json (``{}`` for GGUF or a bare file). ``metadata``: of the GGUF, or the safetensors ``__metadata__``.
+    ``opened``: the files, where the tensors do not name each of them.
     """
 
     path: Path
@@ -58,6 +61,7 @@ class Checkpoint:
     file_names: tuple[str, ...]
     gguf: GGUFFile | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
+    opened: tuple[ByteSource, ...] = ()
 
     @property
     def format(self) -> str:
@@ -196,6 +200,8 @@ class Checkpoint:
 
     def sources(self) -> list[Any]:
         """The distinct byte sources behind the tensors."""
+        if self.opened:
+            return list(self.opened)
         seen = {id(raw.source): raw.source for raw in self.raw.values()}
         return list(seen.values())
 
@@ -238,30 +244,48 @@ class Tensors(Mapping[str, Any]):
         return self._checkpoint.read(module, leaf=leaf)
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open what ``path`` is; ``BadFile`` or ``Unsupported`` if it is nothing we read."""
+def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
+    """Open what ``path`` is; ``BadFile`` or ``Unsupported`` if it is nothing we read.
+
+    Files of ``torch.save`` are ``Unsafe('pickle')`` unless ``allow_pickle``; then they are read as data, and what asks for more than
+    data is refused (the errors of ``qformats.containers.torch_zip``).
+    """
     where = Path(path)
     try:
         if where.is_dir():
-            return _open_directory(where)
+            return _open_directory(where, allow_pickle)
         if not where.exists():
             raise BadFile("not-found", "no such file or directory", path=path, hint="check the path")
         with FileSource(where) as source:
             magic = source.pread(0, min(4, source.size))
         if magic in (b"GGUF", b"ggml", b"ggmf", b"ggjt", b"fmgg", b"tjgg") or where.suffix == ".gguf":
             return _open_gguf(where)
-        if where.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
-            raise _pickle(where)
+        if where.suffix in SUFFIXES:
+            return _open_torch(where, allow_pickle)
         return _open_file(where)
     except QFormatError as error:
         error.locate(path=where)
         raise
 
 
-def _pickle(where: Path) -> QFormatError:
-    from qformats.errors import Unsafe
+def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
+    """A file or a directory of ``torch.save``."""
+    if not allow_pickle:
+        hint = "convert it to safetensors first, or add --allow-pickle (allow_pickle=True): it is then read without running anything"
+        raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=where, hint=hint)
+    allow = registry.pickled_classes()
+    if where.is_dir():
+        return _with_values(where, where, open_torch_directory(where, registry.pickle_files(), allow))
+    return _with_values(where, where.parent, open_torch_file(where, allow))
 
-    return Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=where, hint="convert it to safetensors first")
+
+def _with_values(where: Path, directory: Path, found: TorchSet) -> Checkpoint:
+    config = _read_json(directory / "config.json")
+    quantization, warnings = _quantization_config(directory, config)
+    raw = registry.flattened(found.value, quantization, str(where))
+    match = registry.detect(quantization, raw)
+    said = (*warnings, *match.warnings)
+    return Checkpoint(where, "torch", match, raw, config, {}, found.files, None, said, found.sources)
 
 
 def _open_gguf(where: Path) -> Checkpoint:
@@ -275,7 +299,7 @@ def _open_file(where: Path) -> Checkpoint:
     return _with_config(where, where.parent, file.tensors, file.metadata, (where.name,))
 
 
-def _open_directory(where: Path) -> Checkpoint:
+def _open_directory(where: Path, allow_pickle: bool) -> Checkpoint:
     gguf_files = sorted(where.glob("*.gguf"))
     has_safetensors = any(where.glob("*.safetensors"))
     if gguf_files and not has_safetensors:
@@ -283,8 +307,8 @@ def _open_directory(where: Path) -> Checkpoint:
         if len(first) != 1:
             raise BadFile("several-gguf", f"holds {len(gguf_files)} GGUF files", path=where, hint="name one of them")
         return _open_gguf(first[0])
-    if not has_safetensors and any(where.glob("*.bin")):
-        raise _pickle(where)
+    if not has_safetensors and any(is_torch_name(entry.name) for entry in where.iterdir()):
+        return _open_torch(where, allow_pickle)
     found = open_directory(where)
     return _with_config(where, where, found.tensors, found.metadata, tuple(found.files))
 

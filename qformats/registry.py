@@ -12,10 +12,26 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
+from qformats.containers.raw import RawTensor
+from qformats.containers.torch_zip import flatten
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import Match, Target
 
-__all__ = ["ROWS", "Row", "config_beside", "detect", "format_module", "join_name", "names", "parse_target", "row", "split_name"]
+__all__ = [
+    "ROWS",
+    "Row",
+    "config_beside",
+    "detect",
+    "flattened",
+    "format_module",
+    "join_name",
+    "names",
+    "parse_target",
+    "pickle_files",
+    "pickled_classes",
+    "row",
+    "split_name",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +171,30 @@ def config_beside(
             merged, warnings = format_module(candidate.name).config_beside(inner, {k: v for k, v in found.items() if v})
             return merged, tuple(warnings)
     return inner or {}, ()
+
+
+def _pickling_modules() -> list[ModuleType]:
+    return [format_module(candidate.name) for candidate in ROWS if candidate.container != "gguf"]
+
+
+def pickled_classes() -> frozenset[str]:
+    """Dotted names of the classes that some format reads out of pickles, as inert records."""
+    return frozenset(name for module in _pickling_modules() for name in getattr(module, "PICKLED_CLASSES", ()))
+
+
+def pickle_files() -> tuple[str, ...]:
+    """Names of pickled files that are some format's own, in table order."""
+    return tuple(name for module in _pickling_modules() for name in getattr(module, "PICKLE_FILES", ()))
+
+
+def flattened(value: Any, config: Mapping[str, Any], path: str) -> Mapping[str, RawTensor]:
+    """The tensors of a pickled value: as the first format that knows it says, else by joining its keys."""
+    for module in _pickling_modules():
+        found = module.flatten(value, config) if hasattr(module, "flatten") else None
+        if found is not None:
+            tensors: Mapping[str, RawTensor] = found
+            return tensors
+    return flatten(value, path)
 
 
 def parse_target(text: str) -> Target:

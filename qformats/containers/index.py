@@ -18,7 +18,7 @@ from qformats.containers.safetensors import SafetensorsFile, open_safetensors, p
 from qformats.containers.source import FileSource
 from qformats.errors import BadFile, UsageError
 
-__all__ = ["INDEX_NAME", "SafetensorsSet", "index_json", "open_directory", "shard_names", "shard_plan"]
+__all__ = ["INDEX_NAME", "SafetensorsSet", "file_names", "index_json", "open_directory", "read_index", "shard_names", "shard_plan"]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -50,17 +50,12 @@ def open_directory(path: str | Path) -> SafetensorsSet:
     transformers keeps it.
     """
     directory = Path(path)
-    if not directory.is_dir():
-        raise BadFile("not-a-directory", "is not a directory", path=directory, hint="check the path")
-    try:
-        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise BadFile("unreadable", f"cannot be listed: {error.strerror}", path=directory) from None
+    names = file_names(directory)
     if SINGLE_NAME in names:
         return _join(directory, [SINGLE_NAME], {})
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if INDEX_NAME in indexes or len(indexes) == 1:
-        weight_map = _read_index(directory / (INDEX_NAME if INDEX_NAME in indexes else indexes[0]))
+        weight_map = read_index(directory / (INDEX_NAME if INDEX_NAME in indexes else indexes[0]))
         return _join(directory, sorted(set(weight_map.values())), weight_map)
     if indexes:
         raise BadFile("index-ambiguous", f"holds several indexes: {', '.join(indexes)}", path=directory, hint="keep one")
@@ -72,7 +67,17 @@ def open_directory(path: str | Path) -> SafetensorsSet:
     return _join(directory, files, {})
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def file_names(directory: Path) -> list[str]:
+    """The names in a directory but those that begin with a dot, sorted; ``BadFile`` (``not-a-directory``, ``unreadable``)."""
+    if not directory.is_dir():
+        raise BadFile("not-a-directory", "is not a directory", path=directory, hint="check the path")
+    try:
+        return sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise BadFile("unreadable", f"cannot be listed: {error.strerror}", path=directory) from None
+
+
+def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     """Read ``weight_map`` and check every shard name before any of them becomes a path."""
     with FileSource(path) as source:
         if source.size > MAX_INDEX_NBYTES:
@@ -85,8 +90,8 @@ def _read_index(path: Path) -> dict[str, str]:
         raise BadFile("index", "has an empty weight_map", path=path)
     for shard in sorted(set(weight_map.values())):
         plain_file_name(shard, path)
-        if not shard.endswith(".safetensors"):
-            raise BadFile("index", f"names {shard!r}, which is no .safetensors file", path=path)
+        if not shard.endswith(suffix):
+            raise BadFile("index", f"names {shard!r}, which is no {suffix} file", path=path)
     return weight_map
 
 

@@ -31,6 +31,18 @@ What a format may have beside, where it needs it:
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
   (Storage, shape of the weight), ``tensors`` lists the names of all others.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
+
+Checkpoints of ``torch.save`` (read only with ``allow_pickle``) reach a format as raw tensors by full name, like any other. A format whose
+pickles hold more than a plain state dict may add:
+
+- ``PICKLED_CLASSES``: dotted names of classes (enums and functions too) that its pickles name. They are never imported: each becomes a
+  ``Record(class_name, args, state)`` of ``qformats.containers.unpickle``; all other classes are ``Unsafe('pickle-global')``.
+- ``PICKLE_FILES``: names of files that are its own (``("qmodel.pt",)``), looked for where there is no ``pytorch_model.bin``.
+- ``flatten(value, config) -> Mapping[str, RawTensor] | None``: the tensors of such a value (plain Python, ``RawTensor``, ``Symbol`` for
+  dtypes, ``Record``; ``config`` is the quantization config or ``{}``), None if the value is not its kind. Facts that are no tensors become
+  tiny tensors with ``encode(name, value)`` of ``qformats.containers.torch_zip``, so that ``scheme`` and ``read`` find them among
+  ``module.parts`` (their leaves belong in ``SUFFIXES``). Without it, nested dicts are joined by dots and every plain value is encoded so:
+  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out.
 """
 
 from __future__ import annotations
