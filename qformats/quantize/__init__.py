@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
-from qformats.quantize import affine, best, ggml, iquants, kquants, tables, ternary
+from qformats.quantize import affine, best, ggml, hqq, iquants, kquants, quanto, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +40,7 @@ class Family(Protocol):
 
 
 SEARCHES = ("reference", "best")  # the bytes of llama.cpp; at most their error, and less where ``improves``
-FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary)
+FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary, hqq, quanto)
 
 
 def _family(storage: Storage) -> Family | None:

@@ -19,6 +19,7 @@ An older pickled checkpoint may hold quantized scales and zeros (``stats``).
 
 from __future__ import annotations
 
+from qformats.formats.hqq.pickled import PICKLE_FILES, flatten
 from qformats.formats.hqq.settings import SUFFIXES, config_out, detect, module_warnings
 from qformats.formats.hqq.weights import can_store, layout, read, scheme, storage_of, storages, write
 
@@ -26,10 +27,12 @@ NAME = "hqq"
 
 __all__ = [
     "NAME",
+    "PICKLE_FILES",
     "SUFFIXES",
     "can_store",
     "config_out",
     "detect",
+    "flatten",
     "layout",
     "module_warnings",
     "read",

@@ -370,7 +370,8 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     if slabs is None:
         pieces.append(Piece(DATA, codes, start))
     else:
-        pieces += [Piece(PACKED, slabs.pack(codes)), Piece(SHIFT, _shift_column(storage, tensor, slabs.columns if storage.group == 1 else slabs.rows))]
+        groups = slabs.columns if storage.group == 1 else slabs.rows
+        pieces += [Piece(PACKED, slabs.pack(codes)), Piece(SHIFT, _shift_column(storage, tensor, groups))]
         if storage.group == 1:
             pieces = [Piece(p.leaf, p.array.reshape(1, -1)) for p in pieces]
     if start:
