@@ -1,8 +1,8 @@
 """Quanto's own rounding: the largest magnitude of a row for 8 bits, the range of a group for 4 and 2.
 
-Source: ``AbsmaxOptimizer``, ``MaxOptimizer``, ``library/quantize.py`` of optimum-quanto 0.2.7. Every step is rounded to the dtype of the weights, so
-for weights in the storage's own dtype codes, scales and shifts are the owner's bit for bit; others are computed in float32 and the
-rounded scale and shift are those used.
+Source: ``AbsmaxOptimizer``, ``MaxOptimizer``, ``library/quantize.py`` of optimum-quanto 0.2.7. Every step is rounded to the dtype of the
+weights, so for weights in the storage's own dtype codes, scales and shifts are the owner's bit for bit; others are computed in float32
+and the rounded scale and shift are those used.
 
 - 8 bits: s = max|w| / qmax, q = w / s to the nearest code, clamped; floats are rounded to nearest even.
 - 4 and 2 bits: s = (max - min) / (2^b - 1), shift = -min, q = round((w + shift) / s), clamped. With integer shifts the shift becomes

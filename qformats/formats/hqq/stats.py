@@ -53,8 +53,11 @@ def nested_spec(module: Module, leaf: str, found: Layer) -> Scheme | None:
         return None
     g, shape = _nested(module, leaf, found), _counts(found.geometry)
     block = whole(shape) if g.count == 1 else Tile((1,) * len(shape))
-    spec = ParamSpec(FLOATS[found.compute], block)
-    return Scheme(shape, Integer(g.bits), (spec,), spec)
+    specs = []
+    for name in ("scale", "zero"):
+        only = float(_floats(module.parts[f"meta_{leaf}.{name}"], found.compute)[0]) if g.count == 1 else None
+        specs.append(ParamSpec(FLOATS[found.compute], block, constant=only))
+    return Scheme(shape, Integer(g.bits), (specs[0],), specs[1])
 
 
 def _counts(g: Geometry) -> tuple[int, ...]:
