@@ -116,7 +116,7 @@ def storage_of(module: Module) -> Storage:
     found = layer(module)
     state = {leaf: list(value) if leaf == "shape" else value for leaf, value in found.state.items()}
     if "encoded_state_dict" not in state or state.get("quant_scale") or state.get("quant_zero"):
-        usual = _new_state(state["nbits"], found.geometry.shape, None, state["axis"], TORCH_WORDS[found.compute])
+        usual = _new_state(found.state["nbits"], found.geometry.shape, None, found.state["axis"], TORCH_WORDS[found.compute])
         state = {**usual, **state, "quant_scale": False, "quant_zero": False}
     return _storage(found.geometry, state, TORCH_WORDS[found.compute], "zero_scale" in module.parts)
 

@@ -229,9 +229,8 @@ def parts_of(form: Any, storage: Storage, tensor: QuantizedTensor) -> dict[str, 
     from qformats.containers.source import MemorySource
 
     data, layout = assembled(form, storage, tensor), form.layout(storage, tensor.shape)
-    return {
-        leaf: RawTensor(leaf, info.dtype, info.shape, MemorySource(data[leaf], leaf), 0, len(data[leaf])) for leaf, info in layout.items()
-    }
+    sources = {leaf: MemorySource(data[leaf], leaf) for leaf in layout}
+    return {leaf: RawTensor(leaf, info.dtype, info.shape, sources[leaf], 0, len(data[leaf])) for leaf, info in layout.items()}
 
 
 def test_importances_lower_the_error_where_they_are_large() -> None:
@@ -267,7 +266,8 @@ def test_new_quanto_codes_are_read_as_written(kind: str, shape: tuple[int, int])
 
 def test_targets_refuse_what_they_do_not_know() -> None:
     scheme = Scheme((32, 64), Float("bf16"))
-    for name, kind, choices in (("hqq", "int4", {"axis": "2"}), ("hqq", "int4", {"dtype": "int8"}), ("hqq", "int7", {}),
-                                ("quanto", "qint3", {}), ("quanto", "qint4", {"dtype": "float8"}), ("quanto", "qint4", {"zeropoint": "x"})):  # fmt: skip
+    wrong = [("hqq", "int4", {"axis": "2"}), ("hqq", "int4", {"dtype": "int8"}), ("hqq", "int7", {}), ("quanto", "qint3", {})]
+    wrong += [("quanto", "qint4", {"dtype": "float8"}), ("quanto", "qint4", {"zeropoint": "x"})]
+    for name, kind, choices in wrong:
         with pytest.raises(QFormatError):
             registry.format_module(name).storages(Target(name, kind, choices), scheme)
