@@ -38,6 +38,7 @@ def plan(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    source_options: Iterable[tuple[str, str]] = (),
     allow_pickle: bool = False,
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
@@ -61,6 +62,7 @@ def plan(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        source_options=tuple(source_options),
     )
     return make_plan(source, options, allow_pickle=allow_pickle)
 
@@ -84,6 +86,7 @@ def convert(
     max_error: float | None = None,
     target_size: int | None = None,
     search: str = REFERENCE,
+    source_options: Iterable[tuple[str, str]] = (),
     allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -91,6 +94,7 @@ def convert(
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
     ``allow_pickle``: read a source of ``torch.save`` too, as data; nothing in it is run.
     ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
+    ``source_options``: ``("zero-points", "v2")`` and the like, how to read what the source does not tell.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -111,6 +115,7 @@ def convert(
         max_error=max_error,
         target_size=target_size,
         search=search,
+        source_options=source_options,
         allow_pickle=allow_pickle,
     )
     with planned.checkpoint:

@@ -312,7 +312,8 @@ class Chooser:
         source, target = tensor.sources[0], self.options.target
         module = self.checkpoint.modules[source.module]
         whole = len(tensor.sources) == 1 and source.is_plain and not self._orders(tensor) and tensor.leaf == "weight"
-        if not whole or target.format != self.checkpoint.format or target.options or tensor.target in self.storages_of:
+        as_it_is = not (target.options or self.checkpoint.match.options)  # read otherwise than labelled, bytes would be mislabelled again
+        if not whole or target.format != self.checkpoint.format or not as_it_is or tensor.target in self.storages_of:
             return None
         own = {"weight", *registry.format_module(target.format).SUFFIXES}
         kept = {leaf: raw for leaf, raw in module.parts.items() if leaf in own}

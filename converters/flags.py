@@ -39,6 +39,20 @@ class Size(click.ParamType[Any]):
         return int(found[1]) * _UNITS[found[2]]
 
 
+class SourceOption(click.ParamType[Any]):
+    """``KEY=VALUE``."""
+
+    name = "KEY=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
+        if isinstance(value, tuple):
+            return str(value[0]), str(value[1])
+        key, _, said = str(value).partition("=")
+        if not key or not said:
+            self.fail(f"{value!r} is not KEY=VALUE, such as zero-points=v2", param, ctx)
+        return key.strip().lower(), said.strip().lower()
+
+
 class TensorType(click.ParamType[Any]):
     """``REGEX=TYPE``."""
 
@@ -96,6 +110,8 @@ def loss_flags(function: F) -> F:
         click.option("--search", type=click.Choice(SEARCHES), help="New codes as llama.cpp makes them (default), or with less error."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
+        click.option("--source-option", "source_options", type=SourceOption(), multiple=True,
+                     help="How to read what the source does not tell, such as zero-points=v2."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
     )(function)  # fmt: skip
 
@@ -127,6 +143,7 @@ class Wishes:
     max_error: float | None = None
     target_size: int | None = None
     search: str | None = None
+    source_options: tuple[tuple[str, str], ...] = ()
 
     def plan_options(self) -> PlanOptions:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
@@ -139,7 +156,7 @@ class Wishes:
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
             token_embedding_type=self.token_embedding_type, pure=self.pure, max_error=self.max_error, target_size=self.target_size,
-            search=self.search or REFERENCE,
+            search=self.search or REFERENCE, source_options=tuple(self.source_options),
         )  # fmt: skip
 
 

@@ -20,7 +20,8 @@ __all__ = ["FLOAT_WORDS", "LATER", "NEEDS_CONSENT", "REFERENCE", "PlanOptions", 
 FLOAT_WORDS = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 REFERENCE = "reference"  # the search that options which name none mean
 NEEDS_CONSENT = "needs --allow-requantize or a named type"
-LATER = ("output_tensor_type", "token_embedding_type", "pure", "max_error", "target_size", "search")  # options that older records lack
+# options that older records lack
+LATER = ("output_tensor_type", "token_embedding_type", "pure", "max_error", "target_size", "search", "source_options")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class PlanOptions:
     ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF. ``output_tensor_type``, ``token_embedding_type`` and
     ``pure`` are llama-quantize's options of these names, for GGUF targets. ``max_error`` (of a tensor's rms) and ``target_size`` (bytes
     of the file) choose every matrix's type. ``search``: how new codes of a GGUF are found (``qformats.quantize.SEARCHES``).
+    ``source_options``: (key, value) pairs, how to read what the source does not tell (the registry's ``source_options``).
     """
 
     target: Target
@@ -46,6 +48,7 @@ class PlanOptions:
     max_error: float | None = None
     target_size: int | None = None
     search: str = REFERENCE
+    source_options: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -83,7 +86,7 @@ class PlanOptions:
 
     def to_json(self) -> dict[str, Any]:
         """What a provenance record keeps; options that came later only where they are used."""
-        later = {name: getattr(self, name) for name in LATER}
+        later = {name: getattr(self, name) for name in LATER} | {"source_options": [list(pair) for pair in self.source_options]}
         return {
             "to": str(self.target),
             "exact": self.exact,
@@ -115,4 +118,5 @@ def recorded_words(options: Mapping[str, Any]) -> dict[str, Any]:
         "max_error": None if options.get("max_error") is None else float(options["max_error"]),
         "target_size": None if options.get("target_size") is None else int(options["target_size"]),
         "search": word("search") or REFERENCE,
+        "source_options": tuple((str(a), str(b)) for a, b in options.get("source_options") or ()),
     }

@@ -90,6 +90,7 @@ def make_plan(source: str | Path | Checkpoint, options: PlanOptions, *, allow_pi
     """Plan a conversion; ``WouldLose`` is not raised here (see ``refuse_losses``), broken sources are."""
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, allow_pickle)
     try:
+        checkpoint = checkpoint.read_as(dict(options.source_options)) if options.source_options else checkpoint
         return _plan(checkpoint, options)
     except QFormatError as error:
         if not isinstance(error, UsageError):

@@ -66,7 +66,7 @@ def row_step(job: Job, weights: int = 0) -> int:
     """How many rows one step of ``weights`` takes: whole periods of the row order, whole words of every packing, whole groups of rows."""
     columns = job.map.shape[-1] if len(job.map.shape) > 1 else 1
     weights = weights or _CHUNK_WEIGHTS
-    unit = 32
+    unit = 64  # whole words of every packing, whole tiles of the tiled ones
     if job.storage is not None:
         together = job.storage.row_unit(job.map.shape)
         if job.storage.together or (together == 0 and job.action == "quantize"):

@@ -5,6 +5,10 @@ straddle two words. For b = 2, 4, 8 that is "32 / b values a word, the first in 
 layout (auto-gptq 0.7.1 ``qlinear_cuda_old.py``), for 5, 6, 7 AutoRound's ``pack_bitstream`` (auto-round 0.16.1).
 Eight values are always exactly b bytes. Example, b = 4: codes 1 2 3 4 5 6 7 8 -> bytes 21 43 65 87 -> int32 word 0x87654321.
 
+The planar packing (gptqmodel 7.7.0 ``utils/planar_packing.py``) cuts each block of 32 codes into bit planes, ``PLANES``, the low one first:
+a plane of width w is a stream of its own, w words a block. One plane (2, 4, 8 bits) is the stream. Example, b = 3: of 32 codes of 5 (101b)
+the words are 0x55555555 0x55555555 (low two bits: 01) 0xffffffff (the third).
+
 ``pack_stream`` and ``unpack_stream`` (torch, last axis) are the definition. The ``*_columns`` and ``*_interleaved`` functions work on numpy
 arrays, transpose on the way, and run compiled loops (``qformats.loops.words``) where numba can be imported, else the definition.
 """
@@ -26,14 +30,19 @@ if TYPE_CHECKING:
 __all__ = [
     "AWQ_ORDER",
     "AWQ_REVERSE",
+    "PLANES",
     "inverse_order",
     "pack_columns",
     "pack_interleaved",
+    "pack_planar_columns",
+    "pack_planar_rows",
     "pack_rows",
     "pack_stream",
     "reorder",
     "unpack_columns",
     "unpack_interleaved",
+    "unpack_planar_columns",
+    "unpack_planar_rows",
     "unpack_rows",
     "unpack_stream",
     "words_for",
@@ -42,6 +51,9 @@ __all__ = [
 # autoawq 0.2.9 ``modules/linear/gemm.py``: field i of a word holds column AWQ_ORDER[i]; column c is read from field AWQ_REVERSE[c].
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 AWQ_REVERSE = (0, 4, 1, 5, 2, 6, 3, 7)
+
+# gptqmodel 7.7.0 ``utils/planar_packing.py``: widths of the bit planes, low to high
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
 def inverse_order(order: tuple[int, ...]) -> tuple[int, ...]:
@@ -221,3 +233,57 @@ def pack_interleaved(codes: Array, bits: int = 4) -> Array:
     out = np.empty((codes.shape[1], codes.shape[0] // 8), np.uint32)
     loops.pack_interleaved(np.ascontiguousarray(codes), out)
     return out.view(np.int32)
+
+
+def unpack_planar_columns(words: Array, bits: int, count: int) -> Array:
+    """Planar words (W, n) packed along the first axis, W = count * bits / 32 -> uint8 codes (n, count), count a multiple of 32."""
+    import numpy as np
+
+    blocks = words.reshape(-1, bits, words.shape[1])  # (count / 32, bits, n)
+    out: Array | None = None
+    at = 0
+    for width in PLANES[bits]:
+        plane = unpack_columns(np.ascontiguousarray(blocks[:, at : at + width]).reshape(-1, words.shape[1]), width, count)
+        out = plane if out is None else np.bitwise_or(out, np.left_shift(plane, at, out=plane), out=out)
+        at += width
+    assert out is not None
+    return out
+
+
+def pack_planar_columns(codes: Array, bits: int) -> Array:
+    """uint8 codes (n, count), count a multiple of 32 -> planar words (count * bits / 32, n)."""
+    import numpy as np
+
+    out = np.empty((codes.shape[1] // 32, bits, codes.shape[0]), np.int32)
+    at = 0
+    for width in PLANES[bits]:
+        plane = (codes >> at) & ((1 << width) - 1)
+        out[:, at : at + width] = pack_columns(plane, width).reshape(-1, width, codes.shape[0])
+        at += width
+    return out.reshape(-1, codes.shape[0])
+
+
+def unpack_planar_rows(words: Array, bits: int, count: int) -> Array:
+    """Planar words (n, W) packed along the last axis, W = count * bits / 32 -> uint8 codes (n, count), count a multiple of 32."""
+    import numpy as np
+
+    blocks = words.reshape(words.shape[0], -1, bits)
+    out = np.zeros((words.shape[0], count), np.uint8)
+    at = 0
+    for width in PLANES[bits]:
+        out |= unpack_rows(np.ascontiguousarray(blocks[:, :, at : at + width]).reshape(len(words), -1), width, count) << at
+        at += width
+    return out
+
+
+def pack_planar_rows(codes: Array, bits: int) -> Array:
+    """uint8 codes (n, count), count a multiple of 32 -> planar words (n, count * bits / 32)."""
+    import numpy as np
+
+    out = np.empty((codes.shape[0], codes.shape[1] // 32, bits), np.int32)
+    at = 0
+    for width in PLANES[bits]:
+        plane = np.ascontiguousarray((codes >> at) & ((1 << width) - 1))
+        out[:, :, at : at + width] = pack_rows(plane, width).reshape(codes.shape[0], -1, width)
+        at += width
+    return out.reshape(codes.shape[0], -1)

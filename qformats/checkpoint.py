@@ -20,7 +20,7 @@ from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
 from qformats.containers.source import ByteSource, FileSource
 from qformats.containers.torch_directory import SUFFIXES, TorchSet, is_torch_name, open_torch_directory, open_torch_file
-from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported
+from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported, UsageError
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -62,6 +62,15 @@ class Checkpoint:
     gguf: GGUFFile | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
     opened: tuple[ByteSource, ...] = ()
+
+    def read_as(self, options: Mapping[str, str]) -> Checkpoint:
+        """The same checkpoint under the user's ``options`` (see ``Match``); ``UsageError('source-option')`` for one unknown."""
+        known = registry.row(self.match.format).source_options
+        for key in options:
+            if key not in known:
+                text, hint = f"{self.match.format} sources have no option {key!r}", f"options: {', '.join(known) or 'none'}"
+                raise UsageError("source-option", text, hint=hint)
+        return replace(self, match=replace(self.match, options=dict(options)))
 
     @property
     def format(self) -> str:

@@ -40,7 +40,7 @@ class Row:
 
     ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``configs``: JSON files
     beside the weights that may hold its quantization config; its module then has ``config_beside``. ``default``: the type for new
-    codes where a target names none.
+    codes where a target names none. ``source_options``: what a user may say of a source that its files leave open.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Row:
     mixes: tuple[str, ...] = ()
     reads: bool = True
     writes: bool = True
+    source_options: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     default: str = ""
 
@@ -62,13 +63,14 @@ class Row:
         return self.default or ("int4" if "int4" in self.types else next(iter(self.types), ""))
 
 
-_INTS = ("int2", "int3", "int4", "int8")
+_INTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
-        ("gptq", "auto-round", "intel/auto-round"), _INTS, ("group", "sym", "asym", "format", "act-order"),
-        configs=("quantize_config.json", "quant_config.json")),
-    Row("awq", "qformats.formats.awq", "AWQ GEMM and GEMV (AutoAWQ, GPTQModel, AutoRound)", "safetensors",
-        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point")),
+        ("gptq", "auto-round", "intel/auto-round", "marlin", "bitblas", "qqq", "gptq_marlin_24"), _INTS,
+        ("group", "sym", "asym", "format", "act-order"), configs=("quantize_config.json", "quant_config.json"),
+        source_options=("zero-points",)),
+    Row("awq", "qformats.formats.awq", "AWQ (AutoAWQ, GPTQModel, llm-awq, AutoRound)", "safetensors",
+        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point"), source_options=("zero-points",)),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
 from qformats.containers.gguf import TensorInfo, layout_gguf
 from qformats.containers.index import INDEX_SUFFIX
+from qformats.containers.torch_directory import INDEX_SUFFIX as PICKLED_INDEX_SUFFIX
 from qformats.errors import Unsupported
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def _copy(source: ByteSource, offset: int, nbytes: int, out: OutputFile, to: int
 
 def _save_directory(checkpoint: Checkpoint, final: Path, overwrite: bool) -> None:
     small = checkpoint.side_files()
-    small.update({file.name: file.read_bytes() for file in sorted(checkpoint.path.glob(f"*{INDEX_SUFFIX}"))})
+    suffix = PICKLED_INDEX_SUFFIX if checkpoint.container == "torch" else INDEX_SUFFIX
+    small.update({file.name: file.read_bytes() for file in sorted(checkpoint.path.glob(f"*{suffix}"))})
     sources = checkpoint.sources()
     with OutputDirectory(final, sum(s.size for s in sources) + sum(map(len, small.values())), overwrite) as directory:
         for source in sources:

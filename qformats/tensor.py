@@ -267,7 +267,7 @@ class QuantizedTensor:
         return self.evaluate_in(step, by_factor=order.by_factor).to(dtype)
 
     def _scale_dtype(self) -> torch.dtype:
-        """The dtype in which the owner multiplies: the widest of the plain scales, float32 where one is stored as codes and rounded to no dtype."""
+        """The dtype in which the owner multiplies: the widest of the scales, float32 where one is codes and rounded to no dtype."""
         plain = [s.values.dtype for s in self.scales if isinstance(s.values, Tensor) and s.values.dtype.is_floating_point]
         plain += [s.rounded_to for s in self.scales if s.rounded_to is not None]
         nested = any(isinstance(s.values, QuantizedTensor) and s.rounded_to is None for s in self.scales)

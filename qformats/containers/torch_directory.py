@@ -16,7 +16,7 @@ from qformats.containers.source import ByteSource
 from qformats.containers.torch_zip import TorchFile, open_torch_zip
 from qformats.errors import BadFile
 
-__all__ = ["SUFFIXES", "TorchSet", "is_torch_name", "open_torch_directory", "open_torch_file"]
+__all__ = ["INDEX_SUFFIX", "SUFFIXES", "TorchSet", "is_torch_name", "open_torch_directory", "open_torch_file"]
 
 SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 SINGLE_NAME = "pytorch_model.bin"

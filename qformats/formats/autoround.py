@@ -10,6 +10,9 @@ auto-round 0.16.1 writes ``quant_method: "auto-round"`` with ``packing_format`` 
 | ``auto_round`` | GPTQ | stored z | absent |
 | ``auto_round:gptqmodel`` | GPTQ | stored z | present |
 | ``auto_round:auto_awq`` (``auto_round:awq``) | AWQ GEMM | stored z | absent |
+
+``auto_round:llm_compressor`` (and ``…_nvfp4_e5m3``), ``auto_round:fp8_static`` and ``auto_round:fake`` are refused by name: their tensors
+are compressed-tensors', 8-bit floats, and plain floats.
 """
 
 from __future__ import annotations
@@ -31,6 +34,13 @@ _PACKINGS = {
     "auto_round:auto_awq": "awq", "auto_round:awq": "awq", "auto_round:awq:gemm": "awq", "auto_awq": "awq",
 }  # fmt: skip
 
+_REFUSED = {
+    "auto_round:llm_compressor": "compressed-tensors planes",
+    "auto_round:llm_compressor_nvfp4_e5m3": "compressed-tensors planes of NVFP4 with wide scales",
+    "auto_round:fp8_static": "8-bit floats with static activation scales",
+    "auto_round:fake": "floats that were rounded, not packed",
+}
+
 
 def is_autoround(config: Mapping[str, Any]) -> bool:
     """Whether a quantization config is AutoRound's own (not its plain GPTQ or AWQ export)."""
@@ -39,13 +49,15 @@ def is_autoround(config: Mapping[str, Any]) -> bool:
 
 def packing(config: Mapping[str, Any]) -> str:
     """``"gptq"`` (v1 zeros), ``"gptq_v2"`` or ``"awq"``; ``Unsupported`` for float, activation-quantized and unknown packings."""
+    named = str(config.get("packing_format") or config.get("backend") or "").lower()
+    if named in _REFUSED:
+        raise Unsupported("autoround-packing", f"AutoRound packing {named!r} holds {_REFUSED[named]}", hint="integer weights can be read")
     data_type = str(config.get("data_type", "int"))
     if not data_type.startswith("int"):
         raise Unsupported("autoround-data-type", f"AutoRound data type {data_type!r} is not an integer grid")
     act_bits = config.get("act_bits")
     if isinstance(act_bits, int) and act_bits < 16:
         raise Unsupported("activation-quantized", f"AutoRound model with {act_bits}-bit activations", hint="weight-only models can be read")
-    named = str(config.get("packing_format") or config.get("backend") or "").lower()
     if named in _PACKINGS:
         return _PACKINGS[named]
     if named in ("auto_round:exllamav2", "auto_round:tritonv2", "auto_round:marlin") and config.get("sym") is True:

@@ -183,13 +183,17 @@ def affine_verdict(storage: Storage, scheme: Scheme) -> Yes | No:
         return No(f"it has {len(scheme.shape)} dimensions, not 2")
     if scheme.grid != storage.grid:
         return No(f"its codes are {scheme.grid}, not {storage.grid}")
-    if scheme.offset is not None or scheme.signs or len(scheme.scales) != 1:
-        return No("it has an offset, signs or several scales")
+    if (scheme.offset is None) != (storage.offset is None) or scheme.signs or len(scheme.scales) != 1:
+        return No(f"it has {'an' if storage.offset is None else 'no'} offset, or signs, or several scales")
     tile = Tile((1, min(storage.group or scheme.shape[1], scheme.shape[1])))
     scale, zero = scheme.scales[0], scheme.zero_point
     if scale.block != tile or scale.inverse or scale.dtype not in storage.scale_dtypes:
         return No(f"its scale is {scale.dtype} on {scale.block}, not {' or '.join(storage.scale_dtypes)} on {tile}")
-    if zero is None or zero.dtype not in ("uint8", "int8", "int16", "int32") or (zero.constant is None and zero.block != tile):
+    if storage.offset is not None:
+        offset = scheme.offset
+        if zero is not None or offset is None or offset.block != tile or offset.dtype != storage.offset:
+            return No(f"it has a zero point, or no offset in {storage.offset} on {tile}")
+    elif zero is None or zero.dtype not in ("uint8", "int8", "int16", "int32") or (zero.constant is None and zero.block != tile):
         return No("it has no integer zero point for each group")
     if scheme.group_index and not storage.group_index:
         return No("it has an act-order index")

@@ -64,6 +64,7 @@ class Match:
     """A detected format: ``dialect`` names a spelling of it (``"auto-round"``), ``config`` is the checkpoint's own dict, verbatim.
 
     ``metadata``: the ``__metadata__`` of the safetensors files, for formats that say there what a tensor is.
+    ``options``: what the user says of the source where a file does not tell (``zero-points=v2``), by the names in its registry row.
     """
 
     format: str
@@ -71,6 +72,7 @@ class Match:
     dialect: str = ""
     warnings: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,24 @@ Other widths (GEMM only): GPTQModel writes every width but 4 as a plain stream a
 bits in the order of eight and then as a stream. The config tells whose file it is; if it does not, the order is not known and the file is
 refused.
 
-Refused by name: GEMV_FAST and llm-awq (float zero points, 16-bit words), Marlin. Smoothing is folded into the neighbouring layers' weights.
+GEMV_FAST (``modules/linear/gemv_fast.py``) and llm-awq (``backend: llm-awq``), which calls ``qzeros`` ``scaled_zeros``; see ``fast``:
+
+| tensor | dtype | shape |
+|---|---|---|
+| ``qweight`` | int16 | (N / 4, K): word 16 r + 8 h + j of 64 holds row 4 i + r, columns 32 h + j + (0 8 16 24) |
+| ``scales``, ``qzeros`` | float16 (llm-awq: the model's) | (8 Zw, N); the latter is -(scale * z), or any offset |
+
+Marlin (``version: marlin``): ``qweight`` int32 (K / 16, 2 N), ``scales`` (G, N), no zero points (z = 8); see ``qformats.formats.marlin``.
+``exllama``, ``exllamav2`` and ``ipex`` name kernels: their files are GEMM. Refused by name: BitBLAS. Smoothing is folded into the
+neighbouring layers' weights.
 """
 
 from __future__ import annotations
 
 from qformats.formats.awq.settings import config_out, detect, module_settings, side_files
+from qformats.formats.awq.shapes import SUFFIXES
 from qformats.formats.awq.weights import (
     ROW_MULTIPLE,
-    SUFFIXES,
     can_store,
     layout,
     module_warnings,

@@ -17,15 +17,17 @@ from qformats.formats.packed import bool_field, dynamic_rules, int_field, made_b
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Storage
 
-__all__ = ["REFUSED", "Settings", "config_out", "detect", "module_settings", "side_files"]
+__all__ = ["FAST", "Settings", "config_out", "detect", "module_settings", "side_files"]
 
-REFUSED = {
-    "gemv_fast": "GEMV_FAST weights (16-bit words and float zero points)",
-    "llm-awq": "llm-awq weights (16-bit words and float zero points)",
-    "marlin": "Marlin-repacked weights",
-    "bitblas": "BitBLAS weights, whose layout depends on the compiler that made them",
-}
-_GEMM = {"gemm", "exllama", "exllamav2"}  # exllama names a run-time kernel; the file is GEMM
+_REFUSED = {"bitblas": "BitBLAS weights, whose layout depends on the compiler that made them"}
+FAST = ("gemv_fast", "llm-awq")  # 16-bit words, zero points as floats
+_VERSIONS = ("gemm", "gemv", *FAST, "marlin")
+_RUNTIME = (
+    "exllama",
+    "exllamav2",
+    "exllama_v2",
+    "ipex",
+)  # kernels that take GEMM files (autoawq 0.2.9 ``models/base.py``, ``gemm_ipex.py``)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +47,31 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
     if autoround.is_autoround(config):
         return Match("awq", config, autoround.DIALECT) if autoround.packing(config) == "awq" else None
     old = not method and "version" in config and ("w_bit" in config or "q_group_size" in config)
+    if not config and any(name.endswith(".scaled_zeros") for name in names):
+        said = "no quantization config: an llm-awq state, groups are taken from the tensors"
+        return Match("awq", config, warnings=(said,))
     if method != "awq" and not old:
         return None
-    if any(name.endswith(".scaled_zeros") for name in names):
-        raise Unsupported("awq-llm-awq", f"the checkpoint holds {REFUSED['llm-awq']}")
     _disk_version(config)
     return Match("awq", config)
 
 
 def _disk_version(config: Mapping[str, Any]) -> str:
-    """``"gemm"`` or ``"gemv"``; ``Unsupported`` for every other."""
+    """One of ``_VERSIONS``; ``Unsupported`` for every other. ``backend: llm-awq`` decides alone (gptqmodel 7.7.0 ``from_quant_config``)."""
     if autoround.is_autoround(config):
         return "gemm"
     if str(config.get("backend", "")).lower() == "llm-awq":
-        raise Unsupported("awq-llm-awq", f"the checkpoint holds {REFUSED['llm-awq']}")
+        return "llm-awq"
     named = {str(config[key]).lower() for key in ("version", "format", "checkpoint_format") if config.get(key)}
+    named = {"gemm" if version in _RUNTIME else version for version in named}
     if len(named) > 1:
         raise BadFile("config-disagrees", f"version, format and checkpoint_format differ: {', '.join(sorted(named))}")
     version = named.pop() if named else "gemm"
-    if version in REFUSED:
-        raise Unsupported(f"awq-{version.replace('_', '-')}", f"the checkpoint holds {REFUSED[version]}")
-    if version not in _GEMM and version != "gemv":
-        raise Unsupported("awq-version", f"AWQ version {version!r} is not known", hint="known: gemm, gemv")
-    return "gemm" if version in _GEMM else version
+    if version in _REFUSED:
+        raise Unsupported(f"awq-{version}", f"the checkpoint holds {_REFUSED[version]}")
+    if version not in _VERSIONS:
+        raise Unsupported("awq-version", f"AWQ version {version!r} is not known", hint=f"known: {', '.join(_VERSIONS)}")
+    return version
 
 
 def module_settings(config: Mapping[str, Any], name: str) -> Settings:
@@ -110,6 +114,7 @@ def config_out(
         raise Unsupported("awq-skip-name", f"modules_to_not_convert matches parts of names, and {clash}")
     return {
         "quant_method": "awq",
+        **({"backend": "llm-awq"} if version == "llm-awq" else {}),
         "bits": bits,
         "group_size": group,
         "zero_point": not all(storage.zero_point == 1 << (bits - 1) for storage in modules.values()),

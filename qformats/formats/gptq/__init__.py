@@ -17,7 +17,19 @@ Bit order, b = 4: ``qweight[r, n]`` holds codes k = 8 r … 8 r + 7 of output n,
 or 64 bits (``pack_dtype``); the width is taken from the tensors' dtype. The bits of a last word beyond K or N are written as zeros
 (by GPTQModel's v1 arithmetic in qzeros: borrows) and not kept.
 
-Refused by name: planar 3, 5, 6, 7 bits (``gptq_p``; its 2, 4, 8 bits equal the stream), Marlin, BitBLAS, QQQ, quantized embeddings.
+Under ``gptq_p`` 3, 5, 6 and 7 bits are planar (``qformats.bits``; 2, 4, 8 bits equal the stream), K and N multiples of 32, z as it is.
+
+Marlin (``checkpoint_format: marlin``, ``is_marlin_format: true``; auto-gptq 0.7.1 ``nn_modules/qlinear/qlinear_marlin.py``) has other
+tensors, 4 bits, z = 8, no act-order; the arrangement is in ``qformats.formats.marlin``:
+
+| tensor | dtype | shape |
+|---|---|---|
+| ``B`` | int32 | (K / 16, 2 N), codes in tiles of 16 x 16 |
+| ``s`` | float16 | (G, N), columns permuted; G = K / 128 or 1 |
+
+``format=marlin`` writes it under ``checkpoint_format`` alone: GPTQModel refuses a config that has the key ``is_marlin_format``.
+
+Refused by name: 2:4 sparse Marlin, BitBLAS, QQQ, quantized embeddings.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ from qformats.scheme import Storage
 
 __all__ = ["Settings", "config_beside", "config_out", "detect", "harmonize", "module_settings", "reconcile", "side_files"]
 
-LABELS = ("gptq", "gptq_v2", "gptq_p")
+LABELS = ("gptq", "gptq_v2", "gptq_p", "marlin")
 _REFUSED = {
-    "marlin": "Marlin-repacked weights; convert them back with the library that wrote them",
     "marlin_24": "2:4 sparse Marlin weights",
+    "gptq_marlin_24": "2:4 sparse Marlin weights",
     "bitblas": "BitBLAS weights, whose layout depends on the compiler that made them",
     "qqq": "QQQ W4A8 weights",
 }
@@ -35,8 +35,8 @@ _CHECKED = ("bits", "group_size", "sym", "desc_act", "checkpoint_format", "forma
 class Settings:
     """What a config says of one module. ``bits`` and ``group`` may be None (unsaid); ``group`` -1 is the whole row.
 
-    ``label``: ``gptq`` (zero points stored minus one), ``gptq_v2`` or ``gptq_p`` (stored as they are). ``rule_bits``: widths of every rule
-    that matches, for configs whose rule order was lost. ``skipped``: a rule leaves the module dense.
+    ``label``: ``gptq`` (zero points stored minus one), ``gptq_v2`` or ``gptq_p`` (stored as they are), ``marlin`` (none stored).
+    ``rule_bits``: widths of every rule that matches, for configs whose rule order was lost. ``skipped``: a rule leaves the module dense.
     """
 
     bits: int | None
@@ -48,13 +48,13 @@ class Settings:
 
 
 def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
-    """A GPTQ checkpoint by its config, or without one by its ``g_idx`` tensors; ``Unsupported`` for Marlin, BitBLAS and QQQ."""
+    """A GPTQ checkpoint by its config, or without one by its ``g_idx`` tensors; ``Unsupported`` for 2:4 sparse Marlin, BitBLAS, QQQ."""
     method = str(config.get("quant_method") or config.get("method") or "").lower()
     if autoround.is_autoround(config):
         return Match("gptq", config, autoround.DIALECT) if autoround.packing(config) in LABELS else None
     if method in _REFUSED:
         raise Unsupported(f"gptq-{method}", f"the checkpoint holds {_REFUSED[method]}")
-    if method == "gptq" or (not method and config and _is_old_config(config)):
+    if method in ("gptq", "marlin") or (not method and config and _is_old_config(config)):
         _label(config)
         return Match("gptq", config)
     if not config and any(name.endswith(".g_idx") for name in names):
@@ -70,8 +70,8 @@ def _is_old_config(config: Mapping[str, Any]) -> bool:
 def _label(config: Mapping[str, Any]) -> str:
     if autoround.is_autoround(config):
         return autoround.packing(config)
-    if config.get("is_marlin_format"):
-        raise Unsupported("gptq-marlin", f"the checkpoint holds {_REFUSED['marlin']}")
+    if config.get("is_marlin_format") or str(config.get("quant_method")).lower() == "marlin":
+        return "marlin"
     first, second = config.get("checkpoint_format"), config.get("format")
     if first is not None and second is not None and first != second:
         raise BadFile("config-disagrees", f"checkpoint_format is {first!r} but format is {second!r}")
@@ -198,17 +198,19 @@ def config_out(
 
 
 def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
-    """Storages of one checkpoint under one zero-point label: if any needs ``gptq_v2``, all become ``gptq_v2``.
+    """Storages of one checkpoint under one label: if any needs ``gptq_p``, all get it, else if any needs ``gptq_v2``, all get that.
 
-    That only widens what they hold, except for the v1 reading of z = 2^b: ``Unsupported('gptq-mixed-labels')``.
+    That only widens what they hold, except for the v1 reading of z = 2^b: ``Unsupported('gptq-mixed-labels')``. Under ``gptq_p`` 3 bits
+    are planar, too (gptqmodel 7.7.0 ``quantization/config.py``: one format for a whole checkpoint).
     """
-    labels = {storage.options.get("checkpoint_format", "gptq") for storage in modules.values()}
-    if len(labels) < 2:
+    labels = {str(storage.options.get("checkpoint_format", "gptq")) for storage in modules.values()}
+    if len(labels) < 2 or "marlin" in labels:
         return dict(modules)
-    return {name: _as_v2(name, storage) for name, storage in modules.items()}
+    label = "gptq_p" if "gptq_p" in labels else "gptq_v2"
+    return {name: _relabelled(name, storage, label) for name, storage in modules.items()}
 
 
-def _as_v2(name: str, storage: Storage) -> Storage:
+def _relabelled(name: str, storage: Storage, label: str) -> Storage:
     top = (1 << storage.integers.bits) - 1
     zero = storage.zero_point
     if isinstance(zero, tuple):
@@ -216,7 +218,11 @@ def _as_v2(name: str, storage: Storage) -> Storage:
             text = f"zero points of {top + 1} exist only in v1 files, zero points of 0 of other modules only in v2 files"
             raise Unsupported("gptq-mixed-labels", text, tensor=name)
         zero = (0, top)
-    return replace(storage, zero_point=zero, options={**storage.options, "checkpoint_format": "gptq_v2", "zeros": "v2"})
+    options = {**storage.options, "checkpoint_format": label, "zeros": "v2"}
+    if label == "gptq_p" and storage.integers.bits in (3, 5, 6, 7):
+        options["packing"] = "planar"
+        return replace(storage, zero_point=zero, options=options, k_multiple=32, n_multiple=32)
+    return replace(storage, zero_point=zero, options=options)
 
 
 def _commonest(modules: Mapping[str, Storage]) -> tuple[int, int]:

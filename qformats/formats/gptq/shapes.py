@@ -2,7 +2,8 @@
 
 N is the number of columns of ``qweight`` and ``scales``. K is the length of ``g_idx`` where there is one; else ``qweight`` rows times
 32 / b, and where the last word is only partly used, no more than the groups cover (G * group_size). The width b is the one for which
-both packed sides have the right number of words, ceil(K * b / 32) and ceil(N * b / 32); the config must agree.
+both packed sides have the right number of words, ceil(K * b / 32) and ceil(N * b / 32); the config must agree. Marlin's tensors tell
+N and K by themselves: ``B`` is (K / 16, 2 N), ``s`` (G, N).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from qformats.bits import words_for
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported
-from qformats.formats import autoround
+from qformats.formats import autoround, marlin
 from qformats.formats.gptq.settings import Settings, module_settings
 from qformats.formats.packed import FLOATS, check_dtype, wrong_shape
 from qformats.formats.protocol import Module
@@ -20,7 +21,7 @@ from qformats.scheme import Integer, ParamSpec, Scheme, Tile, whole
 
 __all__ = ["SUFFIXES", "Geometry", "geometry", "scheme"]
 
-SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx"})
+SUFFIXES = frozenset({"qweight", "qzeros", "scales", "g_idx", "B", "s"})
 _WORD_BITS = {"I8": 8, "I16": 16, "I32": 32, "I64": 64, "U8": 8, "U16": 16, "U32": 32, "U64": 64}
 _EMBEDDINGS = {"embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"}
 
@@ -30,6 +31,7 @@ class Geometry:
     """N x K codes of ``bits`` bits in G groups of ``group`` columns (the last may be short), in words of ``word_bits``.
 
     ``index``: ``"absent"``, ``"empty"`` or ``"stored"`` g_idx. ``scale``: the container's dtype of the scales.
+    ``packing``: ``"stream"``, ``"planar"`` or ``"marlin"``.
     """
 
     n: int
@@ -41,6 +43,7 @@ class Geometry:
     scale: str
     index: str
     settings: Settings
+    packing: str = "stream"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,10 +59,12 @@ def geometry(module: Module) -> Geometry:
 
 
 def _checked(module: Module) -> Geometry:
-    _check_parts(module)
     parts, settings = module.parts, module_settings(module.match.config, module.name)
     if settings.skipped:
         raise BadFile("config-disagrees", "the config leaves this module dense, but it has packed weights", tensor=module.name)
+    if settings.label == "marlin":
+        return _marlin(module, settings)
+    _check_parts(module)
     word_bits = _word_bits(module)
     (rows, n), (groups, scale_columns) = parts["qweight"].shape, parts["scales"].shape
     if n != scale_columns:
@@ -73,7 +78,39 @@ def _checked(module: Module) -> Geometry:
     if "bias" in parts and parts["bias"].shape != (n,):
         raise wrong_shape(module, "bias", f"({n},)")
     index = "absent" if "g_idx" not in parts else "stored" if length else "empty"
-    return Geometry(n, k, bits, group, groups, word_bits, parts["scales"].dtype, index, settings)
+    planar = settings.label == "gptq_p" and bits in (3, 5, 6, 7)
+    if planar and (n % 32 or k % 32):
+        raise wrong_shape(module, "qweight", "32 x 32 blocks of codes, as planar packing has them")
+    return Geometry(n, k, bits, group, groups, word_bits, parts["scales"].dtype, index, settings, "planar" if planar else "stream")
+
+
+def _marlin(module: Module, settings: Settings) -> Geometry:
+    """Marlin's ``B`` and ``s``; the files that GPTQModel loads under this label hold other tensors, and nobody writes them."""
+    parts = module.parts
+    if "qweight" in parts and "B" not in parts:
+        text = f"labelled Marlin, but its tensors are {', '.join(sorted(parts))} and not B and s"
+        raise Unsupported("gptq-marlin", text, tensor=module.name, hint="if they are plain GPTQ words, set checkpoint_format to gptq")
+    for leaf in ("B", "s"):
+        if leaf not in parts:
+            raise BadFile(f"missing-{leaf}", f"Marlin module has no {leaf} (found {', '.join(sorted(parts))})", tensor=module.name)
+        if len(parts[leaf].shape) != 2 or 0 in parts[leaf].shape:
+            raise wrong_shape(module, leaf, "two dimensions, none of them 0")
+    unknown = sorted(set(parts) - {"B", "s", "bias"})
+    if unknown:
+        raise Unsupported("unknown-part", f"Marlin module has parts of another kind: {', '.join(unknown)}", tensor=module.name)
+    for leaf, allowed in (("B", ("I32", "U32")), ("s", ("F16", "BF16")), ("bias", tuple(FLOATS))):
+        check_dtype(module, leaf, allowed)
+    if settings.bits not in (None, 4) or settings.sym is False:
+        text = f"the config says {settings.bits} bits, sym {settings.sym}; Marlin's B and s are 4 bits and symmetric"
+        raise BadFile("config-disagrees", text, tensor=module.name)
+    (tall, wide), (groups, n) = parts["B"].shape, parts["s"].shape
+    if wide != 2 * n or n % marlin.COLUMNS:
+        raise wrong_shape(module, "B", f"(K / 16, {2 * n}) with N = {n} a multiple of {marlin.COLUMNS}")
+    if "bias" in parts and parts["bias"].shape != (n,):
+        raise wrong_shape(module, "bias", f"({n},)")
+    k = tall * marlin.ROWS
+    group = _group(module, settings, k, groups, "s")
+    return Geometry(n, k, 4, group, groups, 32, parts["s"].dtype, "absent", settings, "marlin")
 
 
 def scheme(module: Module) -> Scheme:
@@ -81,7 +118,7 @@ def scheme(module: Module) -> Scheme:
     a claim that reading the tensor may refute."""
     g = geometry(module)
     tile = Tile((1, g.group))
-    if g.settings.sym:
+    if g.settings.sym or g.packing == "marlin":
         zero = ParamSpec("int16", whole(g.shape), constant=float(1 << (g.bits - 1)))
     else:
         zero = ParamSpec("uint8" if g.bits < 8 else "int16", tile)
@@ -99,7 +136,7 @@ def _check_parts(module: Module) -> None:
             )
         if len(parts[leaf].shape) != 2 or 0 in parts[leaf].shape:
             raise wrong_shape(module, leaf, "two dimensions, none of them 0")
-    unknown = sorted(set(parts) - SUFFIXES - {"bias"})
+    unknown = sorted(set(parts) - (SUFFIXES - {"B", "s"}) - {"bias"})
     if unknown:
         raise Unsupported("unknown-part", f"GPTQ module has parts of another kind: {', '.join(unknown)}", tensor=module.name)
     if module.name.rsplit(".", 1)[-1] in _EMBEDDINGS:
@@ -151,10 +188,9 @@ def _bits(module: Module, settings: Settings, word_bits: int, length: int) -> in
     else:
         found = f"qweight {(rows, n)}, qzeros {tuple(module.parts['qzeros'].shape)}" + (f", g_idx ({length},)" if length else "")
         raise BadFile("wrong-shape", f"{found} fit no width{f' (config: {said} bits)' if said else ''}", tensor=module.name)
-    if settings.label == "gptq_p" and bits in (3, 5, 6, 7):
-        raise Unsupported("gptq-planar", f"{bits}-bit weights in planar packing (gptq_p) are not read", tensor=module.name)
-    if bits in (5, 6, 7) and not _by_autoround(module):
-        raise Unsupported("gptq-width", f"{bits}-bit weights labelled {settings.label} are read only from AutoRound", tensor=module.name)
+    if bits in (5, 6, 7) and settings.label != "gptq_p" and not _by_autoround(module):
+        text = f"{bits}-bit weights labelled {settings.label} are read only from AutoRound (GPTQModel labels its own gptq_p)"
+        raise Unsupported("gptq-width", text, tensor=module.name)
     if word_bits != 32 and bits in (3, 5, 6, 7):
         raise Unsupported("gptq-words", f"{bits}-bit weights in {word_bits}-bit words are not read", tensor=module.name)
     return bits
@@ -173,7 +209,7 @@ def _inner(module: Module, settings: Settings, rows: int, groups: int, bits: int
     return covered if least <= covered < most else most
 
 
-def _group(module: Module, settings: Settings, k: int, groups: int) -> int:
+def _group(module: Module, settings: Settings, k: int, groups: int, leaf: str = "scales") -> int:
     said = settings.group
     if said is None:
         if k % groups:
@@ -181,6 +217,6 @@ def _group(module: Module, settings: Settings, k: int, groups: int) -> int:
         return k // groups
     group = k if said == -1 else min(said, k)
     if -(-k // group) != groups:
-        text = f"the config says groups of {said}, that is {-(-k // group)} for {k} inputs; scales have {groups} rows"
-        raise BadFile("group-size", text, tensor=f"{module.name}.scales")
+        text = f"the config says groups of {said}, that is {-(-k // group)} for {k} inputs; {leaf} has {groups} rows"
+        raise BadFile("group-size", text, tensor=f"{module.name}.{leaf}")
     return group

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from qformats.bits import pack_columns, unpack_columns, words_for
+from qformats.bits import pack_columns, pack_planar_columns, unpack_columns, unpack_planar_columns, words_for
 from qformats.errors import BadFile, Unsupported, UsageError
+from qformats.formats import marlin
 from qformats.formats.gptq.shapes import Geometry, geometry
 from qformats.formats.packed import (
     CONTAINER_FLOATS,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ROW_MULTIPLE", "can_store", "layout", "module_warnings", "read", "storage_of", "storages", "write"]
 
-ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, so that every range ends on a word of qzeros
+ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, so that every range ends on a word of qzeros (Marlin: 64)
 WIDTHS = (2, 3, 4, 8)
+PLANAR_WIDTHS = (5, 6, 7)  # only planar; by name only, since transformers loads the others alone
+_FORMATS = {"": "", "v1": "v1", "v2": "v2", "gptq": "v1", "gptq_v2": "v2", "planar": "planar", "gptq_p": "planar", "marlin": "marlin"}
 _OPTIONS = {"group", "sym", "asym", "format", "act-order"}
 _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 
@@ -41,8 +44,9 @@ _WORDS = {8: "I8", 16: "I16", 32: "I32", 64: "I64"}
 def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool = True, zero_policy: str | None = None) -> QuantizedTensor:
     """Output rows ``start:stop`` as codes uint8 (n, K), scale (n, G) in its stored dtype, zero points (n, G) or one constant.
 
-    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read. ``zero_policy`` overrides how stored
-    zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see ``zeros``).
+    With ``codes=False`` the codes are a zero-stride plane of zeros and only the parameters are read. ``zero_policy``, or the user's source
+    option ``zero-points``, overrides how stored zero points are understood (``v1``, ``v1-word``, ``v1-field``, ``v2``, ``unset``; see
+    ``zeros``).
     """
     import torch
 
@@ -52,11 +56,8 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     stop = g.n if stop is None else stop
     tile = Tile((1, g.group))
     shape = (stop - start, g.k)
-    if codes:  # (K*b/32, n) words -> (n, K)
-        plane = torch.from_numpy(unpack_columns(module.parts["qweight"].column_range(start, stop), g.bits, g.k))
-    else:
-        plane = blank_codes(shape)
-    scales = float_tensor(module.parts["scales"].column_range(start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
+    plane = torch.from_numpy(_code_rows(module, g, start, stop)) if codes else blank_codes(shape)
+    scales = float_tensor(_scale_columns(module, g, start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
     zeros = _zeros(module, g, zero_policy)
     if zeros.constant is not None:
         zero = constant(zeros.constant, shape)
@@ -73,6 +74,27 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     )
 
 
+def _code_rows(module: Module, g: Geometry, start: int, stop: int) -> Array:
+    """Codes uint8 (n, K) of rows ``start:stop``."""
+    if g.packing == "marlin":  # (K / 16, 2 n) words -> (n, K)
+        first, last = _tiles(start, stop)
+        return marlin.unpack_tiles(module.parts["B"].column_range(2 * first, 2 * last))[start - first : stop - first]
+    words = module.parts["qweight"].column_range(start, stop)  # (K * b / 32, n)
+    return unpack_planar_columns(words, g.bits, g.k) if g.packing == "planar" else unpack_columns(words, g.bits, g.k)
+
+
+def _scale_columns(module: Module, g: Geometry, start: int, stop: int) -> Array:
+    """Scales (G, n) of rows ``start:stop`` in the order of the rows."""
+    if g.packing != "marlin":
+        return module.parts["scales"].column_range(start, stop)
+    first, last = _tiles(start, stop)
+    return marlin.restore_scales(module.parts["s"].column_range(first, last))[:, start - first : stop - first]
+
+
+def _tiles(start: int, stop: int) -> tuple[int, int]:
+    return start // marlin.COLUMNS * marlin.COLUMNS, -(-stop // marlin.COLUMNS) * marlin.COLUMNS
+
+
 def _zero_rows(module: Module, g: Geometry, policy: str, start: int, stop: int) -> Array:
     """True zero points of rows ``start:stop`` (n, G); carries never leave a word."""
     import numpy as np
@@ -80,6 +102,11 @@ def _zero_rows(module: Module, g: Geometry, policy: str, start: int, stop: int) 
     from qformats.formats.gptq.zeros import decode
 
     words = module.parts["qzeros"]  # (G, W)
+    if g.packing == "planar":  # blocks of 32 fields in b words
+        block, end = start // 32, -(-stop // 32)
+        window = words.column_range(block * g.bits, end * g.bits)
+        fields = decode(window, g.bits, 32 * (end - block), policy, planar=True)
+        return np.ascontiguousarray(fields[start - 32 * block : stop - 32 * block])
     if g.word_bits % g.bits:  # fields straddle words: decode from the first
         return np.ascontiguousarray(decode(words.array(), g.bits, g.n, policy)[start:stop])
     first = start * g.bits // g.word_bits
@@ -90,12 +117,16 @@ def _zero_rows(module: Module, g: Geometry, policy: str, start: int, stop: int) 
 
 def _zeros(module: Module, g: Geometry, forced: str | None) -> Zeros:
     """How the words of qzeros are meant."""
-    from qformats.formats.gptq.zeros import decide
+    from qformats.formats.gptq.zeros import Zeros, decide
 
+    forced = forced or module.match.options.get("zero-points")
+    if g.packing == "marlin":
+        return Zeros("v2", 8)
     key = f"zeros {forced}"
     if key not in module.memo:
         words, gptqmodel = module.parts["qzeros"].array(), made_by(module.match.config, "gptqmodel")
-        module.memo[key] = decide(words, g.bits, g.n, g.settings.label, g.settings.sym, gptqmodel, forced)
+        planar, label = g.packing == "planar", g.settings.label
+        module.memo[key] = decide(words, g.bits, g.n, label, g.settings.sym, gptqmodel, forced, planar=planar)
     zeros: Zeros = module.memo[key]
     return zeros
 
@@ -134,7 +165,9 @@ def module_warnings(module: Module, *, zero_policy: str | None = None) -> tuple[
     g = geometry(module)
     zeros = _zeros(module, g, zero_policy)
     said = list(zeros.warnings)
-    if zeros.policy == "v1" and zero_policy is None and (decode(module.parts["qzeros"].array(), g.bits, g.n, "v1") == 1 << g.bits).any():
+    asked = zero_policy or module.match.options.get("zero-points")
+    undecided = zeros.policy == "v1" and asked is None and g.packing == "stream"
+    if undecided and (decode(module.parts["qzeros"].array(), g.bits, g.n, "v1") == 1 << g.bits).any():
         said.append(f"zero-point fields of {(1 << g.bits) - 1} under v1 are read as {1 << g.bits}, as the common kernels do")
     kind, index = _stored_index(module, g)
     if kind == "zeros" and g.groups > 1:
@@ -159,11 +192,13 @@ def storage_of(module: Module, *, zero_policy: str | None = None) -> Storage:
         "g_idx": kind,
         "g_idx_dtype": module.parts["g_idx"].dtype if "g_idx" in module.parts else "I32",
         "word_bits": g.word_bits,
-        "word_dtype": module.parts["qweight"].dtype,
+        "word_dtype": module.parts["B" if g.packing == "marlin" else "qweight"].dtype,
         "dialect": module.match.dialect,
         "act_order": kind == "act-order",
         "in_features": g.k,
     }
+    if g.packing != "stream":
+        options["packing"] = g.packing
     zero = zeros.constant if zeros.constant is not None else zero_range(zeros.policy, g.bits)
     return _storage(g.bits, None if g.groups == 1 else g.group, zero, (FLOATS[g.scale],), kind == "act-order", options)
 
@@ -172,7 +207,11 @@ def _storage(
     bits: int, group: int | None, zero: int | tuple[int, int], scales: tuple[str, ...], group_index: bool, options: dict[str, object]
 ) -> Storage:
     extra = (16 + bits) / group if group else 0.0
-    return Storage(f"int{bits}", Integer(bits), group, bits + extra, scales, True, zero, group_index=group_index, options=options)
+    rows, columns = {"planar": (32, 32), "marlin": (32, 16)}.get(str(options.get("packing")), (1, 1))
+    return Storage(
+        f"int{bits}", Integer(bits), group, bits + extra, scales, True, zero, k_multiple=columns, n_multiple=rows,
+        group_index=group_index, options=options,
+    )  # fmt: skip
 
 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
@@ -180,7 +219,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     v1 as the kernels read it (1 … 2^b). Asymmetric v1 comes after v2 because GPTQModel (and with it transformers) loads it only from files
     that name GPTQModel as their maker (gptqmodel 7.7.0 ``models/loader.py``). ``harmonize`` brings a mixed choice under one label.
 
-    Options: ``group=N|-1`` (default: the source's, else 128), ``sym``, ``asym``, ``format=v1|v2``, ``act-order=no``.
+    Options: ``group=N|-1`` (default: the source's, else 128), ``sym``, ``asym``, ``format=v1|v2|planar|marlin``, ``act-order=no``.
+    5, 6 and 7 bits are planar; ``marlin`` is 4 bits, symmetric, groups of 128 or the whole row.
     """
     widths = _widths(target)
     unknown = sorted(set(target.options) - _OPTIONS)
@@ -191,12 +231,14 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     if sym and asym:
         raise UsageError("option", "sym and asym exclude each other")
     label = target.options.get("format", "")
-    if label not in ("", "v1", "v2", "gptq", "gptq_v2"):
-        raise UsageError("option", f"format={label} is not known", hint="use format=v1 or format=v2")
+    if label not in _FORMATS:
+        raise UsageError("option", f"format={label} is not known", hint="use format=v1, v2, planar or marlin")
+    if _FORMATS[label] == "marlin":
+        return [_marlin_storage(target, scheme, group)]
     return [
         storage
         for bits in widths
-        for storage in _candidates(bits, group, label.removeprefix("gptq").strip("_") or ("v1" if label else ""), scheme, target)
+        for storage in _candidates(bits, group, _FORMATS[label], scheme, target)
         if not (sym and not isinstance(storage.zero_point, int)) and not (asym and isinstance(storage.zero_point, int))
     ]
 
@@ -210,7 +252,12 @@ def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, targ
         ((1, top - 1), "gptq", "v1"),
         ((1, top), "gptq", "v1"),
     ]
-    if version == "v2":
+    planar = version == "planar" or bits in PLANAR_WIDTHS
+    if planar:
+        if version not in ("", "planar"):
+            raise UsageError("option", f"{bits} bits are stored only in planar packing", hint="leave format out, or use format=planar")
+        kinds = [(top // 2, "gptq_p", "v2"), ((0, top - 1), "gptq_p", "v2")]
+    elif version == "v2":
         kinds = [(top // 2, "gptq_v2", "v2"), ((0, top - 1), "gptq_v2", "v2")]
     elif version == "v1":
         kinds = [kind for kind in kinds if kind[2] == "v1"]
@@ -219,6 +266,7 @@ def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, targ
         _storage(bits, group, zero, ("float16",), act_order, {
             "checkpoint_format": label, "zeros": policy, "g_idx": "trivial", "g_idx_dtype": "I32", "word_bits": 32, "word_dtype": "I32",
             "dialect": "", "act_order": may_permute, "in_features": scheme.shape[-1],
+            **({"packing": "planar"} if planar and bits in (3, *PLANAR_WIDTHS) else {}),
         })
         for zero, label, policy in kinds
     ]  # fmt: skip
@@ -227,10 +275,22 @@ def _candidates(bits: int, group: int | None, version: str, scheme: Scheme, targ
 def _widths(target: Target) -> tuple[int, ...]:
     if target.type is None:
         return WIDTHS
-    named = {f"int{bits}": bits for bits in WIDTHS}
+    named = {f"int{bits}": bits for bits in (*WIDTHS, *PLANAR_WIDTHS)}
     if target.type not in named:
         raise UsageError("type", f"gptq has no type {target.type!r}", hint=f"types: {', '.join(named)}")
     return (named[target.type],)
+
+
+def _marlin_storage(target: Target, scheme: Scheme, group: int | None) -> Storage:
+    """Marlin as its kernel takes it."""
+    if target.type not in (None, "int4") or yes_no(target, "asym"):
+        raise UsageError("option", "Marlin weights are int4 and symmetric", hint="use gptq:int4,format=marlin")
+    marlin.check_kernel(scheme.shape, group)
+    options: dict[str, object] = {
+        "checkpoint_format": "marlin", "zeros": "v2", "g_idx": "absent", "g_idx_dtype": "I32", "word_bits": 32, "word_dtype": "I32",
+        "dialect": "", "act_order": False, "in_features": scheme.shape[-1], "packing": "marlin",
+    }  # fmt: skip
+    return _storage(4, group, 8, ("float16",), False, options)
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
@@ -240,6 +300,8 @@ def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
     word_bits = int_option(options, "word_bits", 32)
     words, group = str(options.get("word_dtype", _WORDS[word_bits])), storage.group or k
     groups = -(-k // group)
+    if options.get("packing") == "marlin":
+        return {"B": PartInfo(words, (k // marlin.ROWS, 2 * n)), "s": PartInfo(CONTAINER_FLOATS[storage.scale_dtypes[0]], (groups, n))}
     parts = {
         "qweight": PartInfo(words, (words_for(k, bits, word_bits), n)),
         "qzeros": PartInfo(words, (groups, words_for(n, bits, word_bits))),
@@ -256,20 +318,27 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     is N. ``Unsupported('storage-form')`` if ``tensor`` is not exactly in the storage's form."""
     from qformats.formats.gptq.zeros import encode
 
-    rows = tensor.shape[0]
+    rows, packing = tensor.shape[0], storage.options.get("packing")
     bits, word_bits = storage.integers.bits, int_option(storage.options, "word_bits", 32)
-    if start % ROW_MULTIPLE or ((start + rows) % ROW_MULTIPLE and start + rows != shape[0]):
-        raise Unsupported("row-range", f"rows {start} … {start + rows} of {shape[0]} do not fall on multiples of {ROW_MULTIPLE}")
-    verdict = can_store(storage, tensor.scheme)
+    multiple = marlin.COLUMNS if packing == "marlin" else ROW_MULTIPLE
+    if start % multiple or ((start + rows) % multiple and start + rows != shape[0]):
+        raise Unsupported("row-range", f"rows {start} … {start + rows} of {shape[0]} do not fall on multiples of {multiple}")
+    verdict = affine_verdict(storage, tensor.scheme)
+    verdict = _whole_blocks(storage, shape) if verdict else verdict
     if isinstance(verdict, No):
         raise Unsupported("storage-form", f"cannot be written as gptq {storage.type}: {verdict.reason}")
     scale = tensor.scales[0].values
     groups = -(-shape[1] // (storage.group or shape[1]))
-    zeros = _zero_array(tensor, storage, groups)
+    zeros, codes, planar = _zero_array(tensor, storage, groups), tensor.codes.numpy(), packing == "planar"
+    columns = float_array(scale.T.contiguous())  # type: ignore[union-attr]
+    if packing == "marlin":
+        return [Piece("B", marlin.pack_tiles(codes), 0, 2 * start), Piece("s", marlin.permute_scales(columns), 0, start)]
+    words = pack_planar_columns(codes, bits) if planar else pack_columns(codes, bits, word_bits)  # (n, K) -> (K * b / 32, n)
+    policy = str(storage.options.get("zeros", "v1"))
     pieces = [
-        Piece("qweight", pack_columns(tensor.codes.numpy(), bits, word_bits), 0, start),  # (n, K) -> (K*b/32, n) words
-        Piece("scales", float_array(scale.T.contiguous()), 0, start),  # type: ignore[union-attr]
-        Piece("qzeros", encode(zeros, bits, word_bits, str(storage.options.get("zeros", "v1"))), 0, start * bits // word_bits),
+        Piece("qweight", words, 0, start),
+        Piece("scales", columns, 0, start),
+        Piece("qzeros", encode(zeros, bits, word_bits, policy, planar=planar), 0, start * bits // word_bits),
     ]
     if start == 0:
         pieces += _index_piece(storage, tensor, shape[1])
@@ -284,7 +353,8 @@ def _zero_array(tensor: QuantizedTensor, storage: Storage, groups: int) -> Array
 
     assert tensor.zero_point is not None
     values: Array = tensor.zero_point.values.numpy()  # type: ignore[union-attr]
-    low, high = zero_range(str(storage.options.get("zeros", "v1")), storage.integers.bits)
+    marlin_only = storage.options.get("packing") == "marlin"
+    low, high = (8, 8) if marlin_only else zero_range(str(storage.options.get("zeros", "v1")), storage.integers.bits)
     if values.size and (int(values.min()) < low or int(values.max()) > high):
         text = f"zero points {int(values.min())} … {int(values.max())} are outside {low} … {high}"
         raise Unsupported("zero-point-range", text, hint="write gptq with format=v2")
@@ -309,4 +379,13 @@ def _index_piece(storage: Storage, tensor: QuantizedTensor, k: int) -> list[Piec
 
 def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
     """Whether ``write`` takes such a tensor as it stands (the values of its zero points aside)."""
-    return affine_verdict(storage, scheme)
+    verdict = affine_verdict(storage, scheme)
+    return _whole_blocks(storage, scheme.shape) if verdict else verdict
+
+
+def _whole_blocks(storage: Storage, shape: tuple[int, ...]) -> Yes | No:
+    n, k = shape
+    if k % storage.k_multiple:
+        return No(f"its {k} inputs are not a multiple of {storage.k_multiple}")
+    multiple = marlin.COLUMNS if storage.options.get("packing") == "marlin" else storage.n_multiple
+    return No(f"its {n} outputs are not a multiple of {multiple}") if n % multiple else Yes()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qformats.bits import pack_rows, unpack_rows
+from qformats.bits import pack_planar_rows, pack_rows, unpack_planar_rows, unpack_rows
 from qformats.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,19 +46,31 @@ def zero_range(policy: str, bits: int) -> tuple[int, int]:
     return {"v1": (1, 1 << bits), "unset": (half, half)}.get(policy, (0, (1 << bits) - 1))
 
 
-def decide(words: Array, bits: int, count: int, label: str, sym: bool | None, gptqmodel: bool, forced: str | None = None) -> Zeros:
+def decide(
+    words: Array,
+    bits: int,
+    count: int,
+    label: str,
+    sym: bool | None,
+    gptqmodel: bool,
+    forced: str | None = None,
+    *,
+    planar: bool = False,
+) -> Zeros:
     """Find the policy of a whole ``qzeros`` (G, W) with ``count`` fields a row.
 
     ``label`` and ``sym`` are the config's; ``gptqmodel`` says who wrote the file; ``forced`` is the user's choice and ends the matter.
     A symmetric file whose fields all equal 2^(b-1) stores true zero points whatever its label says (mislabelled files exist, and the
     common kernels never look at the zero points of symmetric weights).
     """
-    field = _constant_field(words, bits, count)
+    field = _constant_field(words, bits, count, planar)
     half = 1 << (bits - 1)
     by_label = "v2" if label != "gptq" else "v1" if not gptqmodel else "v1-field" if bits in (3, 5, 6, 7) else "v1-word"
     if forced is not None:
         if forced not in POLICIES:
             raise UsageError("zero-policy", f"zero policy {forced!r} is not known", hint=f"use one of {', '.join(POLICIES)}")
+        if forced == "v1-word" and bits not in (2, 4, 8):
+            raise UsageError("zero-policy", f"zero policy v1-word is of 2, 4 and 8 bits, not {bits}", hint="use v1, v1-field or v2")
         return Zeros(forced, _true(field, forced, bits))
     if sym is False:
         return Zeros(by_label, _true(field, by_label, bits))
@@ -85,10 +97,13 @@ def _true(field: int | None, policy: str, bits: int) -> int | None:
     return 0 if top and policy == "v1-field" else field + 1
 
 
-def _constant_field(words: Array, bits: int, count: int) -> int | None:
+def _constant_field(words: Array, bits: int, count: int, planar: bool) -> int | None:
     """The value of every field of (G, W) words, or None if they differ; fields beyond ``count`` are not looked at."""
     if not words.size:
         return None
+    if planar:
+        fields = unpack_planar_rows(words, bits, count)
+        return int(fields[0, 0]) if (fields == fields[0, 0]).all() else None
     word_bits = words.itemsize * 8
     first = int(unpack_rows(words[:1], bits, count)[0, 0])
     row = pack_rows(np.full((1, count), first, np.uint8), bits, word_bits)
@@ -105,7 +120,7 @@ def _ones(bits: int, word_bits: int) -> int:
     return sum(1 << at for at in range(0, word_bits, bits))
 
 
-def decode(words: Array, bits: int, count: int, policy: str) -> Array:
+def decode(words: Array, bits: int, count: int, policy: str, *, planar: bool = False) -> Array:
     """Words (G, W) -> true zero points (count, G), uint8 below eight bits, else int16."""
     dtype = np.dtype(np.uint8 if bits < 8 else np.int16)
     if policy == "unset":
@@ -113,7 +128,8 @@ def decode(words: Array, bits: int, count: int, policy: str) -> Array:
     if policy == "v1-word":
         unsigned = np.dtype(f"<u{words.itemsize}")
         words = words.view(unsigned) + unsigned.type(_ones(bits, words.itemsize * 8))
-    fields: Array = unpack_rows(words, bits, count).T.astype(dtype, order="C")  # (G, count) -> (count, G)
+    unpacked = unpack_planar_rows(words, bits, count) if planar else unpack_rows(words, bits, count)
+    fields: Array = unpacked.T.astype(dtype, order="C")  # (G, count) -> (count, G)
     if policy in ("v1", "v1-field"):
         fields += dtype.type(1)
     if policy == "v1-field":
@@ -121,14 +137,14 @@ def decode(words: Array, bits: int, count: int, policy: str) -> Array:
     return fields
 
 
-def encode(zeros: Array, bits: int, word_bits: int, policy: str) -> Array:
+def encode(zeros: Array, bits: int, word_bits: int, policy: str, *, planar: bool = False) -> Array:
     """True zero points (count, G) in ``zero_range(policy, bits)`` -> signed words (G, W): the inverse of ``decode``."""
     fields = np.ascontiguousarray(zeros.T).astype(np.int16)  # (G, count)
     if policy == "unset":
         fields = np.zeros_like(fields)
     elif policy in ("v1", "v1-field"):
         fields = (fields - 1) & ((1 << bits) - 1)
-    words = pack_rows(fields.astype(np.uint8), bits, word_bits)
+    words = pack_planar_rows(fields.astype(np.uint8), bits) if planar else pack_rows(fields.astype(np.uint8), bits, word_bits)
     if policy != "v1-word":
         return words
     unsigned = np.dtype(f"<u{words.itemsize}")

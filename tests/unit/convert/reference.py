@@ -31,6 +31,17 @@ def stream(words: Array, bits: int, count: int) -> Array:
     return fields @ (1 << np.arange(bits))
 
 
+def planar(words: Array, bits: int, count: int) -> Array:
+    """(R, words) int32 -> (R, count): blocks of 32 values in ``bits`` words, planes of 4, 2 and 1 bits, the low one first."""
+    blocks = words.reshape(len(words), -1, bits)
+    total, at = np.zeros((len(words), count), np.int64), 0
+    for width in {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}[bits]:
+        plane = np.ascontiguousarray(blocks[:, :, at : at + width]).reshape(len(words), -1)
+        total += stream(plane, width, count) << at
+        at += width
+    return total
+
+
 class Packed:
     """One checkpoint directory with packed linear weights."""
 
@@ -41,8 +52,8 @@ class Packed:
         self.modules = [name.removesuffix(".qweight") for name in self.tensors if name.endswith(".qweight")]
 
     def _words(self, name: str) -> Array:
-        _, shape, data = self.tensors[name]
-        return np.frombuffer(data, "<i4").reshape(shape)
+        dtype, shape, data = self.tensors[name]
+        return np.frombuffer(data, {"I16": "<u2"}.get(dtype, "<i4")).reshape(shape)
 
     def inputs(self, module: str) -> int:
         config, leaf = self.config, module.rpartition(".")[2]
@@ -60,11 +71,13 @@ class Packed:
     def _gptq(self, module: str) -> tuple[Array, Array, Array, Array]:
         k, words = self.inputs(module), self._words(f"{module}.qweight")
         n, bits = words.shape[1], words.shape[0] * 32 // k
-        codes = stream(np.ascontiguousarray(words.T), bits, k)
+        in_planes = self.config["quantization_config"].get("checkpoint_format") == "gptq_p" and bits in (3, 5, 6, 7)
+        unpack = planar if in_planes else stream
+        codes = unpack(np.ascontiguousarray(words.T), bits, k)
         packed, policy = self._words(f"{module}.qzeros"), self.entry["zero_policy"]
         if policy == "v1-word":
             packed = (packed.view("<u4") + np.uint32(sum(1 << i for i in range(0, 32, bits)))).view("<i4")
-        zeros = stream(packed, bits, n)
+        zeros = unpack(packed, bits, n)
         if policy in ("v1", "v1-ambiguous"):
             zeros = zeros + 1
         elif policy == "v1-field":
@@ -79,6 +92,8 @@ class Packed:
 
     def _awq(self, module: str) -> tuple[Array, Array, Array, Array]:
         k, words = self.inputs(module), self._words(f"{module}.qweight")
+        if "fast" in self.entry["path"] or "llm-awq" in self.entry["path"]:
+            return self._fast(module, k, words)
         scales, stored = floats(*self.tensors[f"{module}.scales"]), f"{module}.qzeros" in self.tensors
         if "gemv" in self.entry["path"]:
             size = self.entry["group_size"]
@@ -90,6 +105,18 @@ class Packed:
             codes, scales = interleaved(words).T, scales.T
             zeros = interleaved(self._words(f"{module}.qzeros")).T if stored else np.full((n, groups), 8)
         return codes, zeros, scales, np.arange(k) // (k // groups)
+
+    def _fast(self, module: str, k: int, words: Array) -> tuple[Array, Array, Array, Array]:
+        """Word 16 r + 8 h + j of 64 holds row r, columns 32 h + j + 8 f; zero points are -(scale * z) in float16."""
+        n, groups = len(words) * 4, k // self.entry["group_size"]
+        codes = np.empty((n, k), np.int64)
+        for word in range(64):
+            row, half, j = word // 16, word // 8 % 2, word % 8
+            for field in range(4):
+                codes[row::4, 32 * half + j + 8 * field :: 64] = words[:, word::64] >> 4 * field & 15
+        leaf = "scaled_zeros" if f"{module}.scaled_zeros" in self.tensors else "qzeros"
+        scales, zeros = (floats(*self.tensors[f"{module}.{name}"])[:groups].T for name in ("scales", leaf))
+        return codes, np.rint(-zeros / scales).astype(np.int64), scales, np.arange(k) // (k // groups)
 
     def weight(self, module: str) -> Array:
         codes, zeros, scales, index = self.planes(module)
@@ -108,7 +135,7 @@ def interleaved(words: Array) -> Array:
 def hf_values(directory: Path, entry: dict[str, Any]) -> dict[str, Array]:
     """Every tensor of an HF checkpoint by name, packed weights as ``module.weight``."""
     packed = Packed(directory, entry)
-    leaves = tuple(f"{m}.{leaf}" for m in packed.modules for leaf in ("qweight", "qzeros", "scales", "g_idx"))
+    leaves = tuple(f"{m}.{leaf}" for m in packed.modules for leaf in ("qweight", "qzeros", "scales", "g_idx", "scaled_zeros"))
     values = {name: floats(*t) for name, t in packed.tensors.items() if name not in leaves}
     return values | {f"{m}.weight": packed.weight(m) for m in packed.modules}
 

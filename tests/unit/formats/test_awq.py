@@ -144,7 +144,8 @@ def test_the_same_tensor_as_gptq_words(path: str) -> None:
 @pytest.mark.parametrize(
     ("type", "options"),
     [
-        ("int8", {}), ("q4_0", {}), (None, {"format": "v2"}), (None, {"version": "gemv_fast"}), (None, {"group": "x"}),
+        ("int8", {}), ("q4_0", {}), (None, {"format": "v2"}), (None, {"version": "gemx"}), (None, {"version": "gemv_fast", "group": "16"}),
+        (None, {"version": "marlin", "group": "64"}), (None, {"group": "x"}),
         (None, {"group": "0"}), (None, {"sym": "maybe"}), (None, {"group": "16", "version": "gemv"}),
     ],
 )  # fmt: skip

@@ -128,8 +128,3 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
         assert not verdict
     with pytest.raises(Unsupported, match="row-range"):
         awq.write(storage, tensor, 8, (48, 96))
-
-
-def test_llm_awq_is_refused_by_its_names() -> None:
-    with pytest.raises(Unsupported, match="awq-llm-awq"):
-        awq.detect(CONFIG, ["m.qweight", "m.scaled_zeros"])

@@ -179,7 +179,11 @@ def test_floats_get_groups_of_128() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "int5",
+        "int9",
+        "int5,format=v2",
+        "int8,format=marlin",
+        "int4,format=marlin,asym",
+        "int4,format=marlin,group=16",
         "q4_0",
         "int4,sym,asym",
         "int4,format=v3",

@@ -41,9 +41,23 @@ def gemv_parts() -> Parts:
     return {"qweight": plane("I32", N, K // 8), "qzeros": plane("I32", N, 4), "scales": plane("F16", N, 32)}
 
 
+def marlin_parts() -> Parts:
+    return {"B": plane("I32", 8, 2 * N), "s": plane("F16", 1, N)}
+
+
+def fast_parts() -> Parts:
+    return {"qweight": plane("I16", N // 4, 128), "qzeros": plane("F16", 32, N), "scales": plane("F16", 32, N)}
+
+
+def awq_marlin_parts() -> Parts:
+    return {"qweight": plane("I32", 8, 2 * N), "scales": plane("F16", 1, N)}
+
+
 GPTQ: Config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "desc_act": False}
+MARLIN: Config = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "is_marlin_format": True}
 GEMM: Config = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 GEMV: Config = GEMM | {"version": "gemv"}
+FAST: Config = GEMM | {"version": "gemv_fast"}
 AUTOROUND: Config = {"quant_method": "auto-round", "bits": 4, "group_size": 32, "sym": False, "data_type": "int"}
 
 
@@ -120,8 +134,8 @@ GPTQ_CASES: list[tuple[str, Callable[[Parts], None], Config, str]] = [
     ("two labels", KEEP, GPTQ | {"checkpoint_format": "gptq", "format": "gptq_v2"}, "config-disagrees"),
     ("AWQ planes", become(gemm_parts), GPTQ, "config-disagrees"),
     ("GEMV planes", become(gemv_parts), GPTQ, "config-disagrees"),
-    ("planar 3 bits", both(put("qweight", plane("I32", 9, N)), put("qzeros", plane("I32", G, 6))),
-     GPTQ | {"bits": 3, "checkpoint_format": "gptq_p"}, "gptq-planar"),
+    ("planar blocks cut off", both(without("bias"), put("qweight", plane("I32", 9, 72)), put("qzeros", plane("I32", G, 7)),
+     put("scales", plane("F16", G, 72))), GPTQ | {"bits": 3, "checkpoint_format": "gptq_p"}, "wrong-shape"),
     ("6 bits of an unknown writer", both(put("qweight", plane("I32", 18, N)), put("qzeros", plane("I32", G, 12))),
      GPTQ | {"bits": 6}, "gptq-width"),
     ("unknown label", KEEP, GPTQ | {"checkpoint_format": "gptq_v9"}, "gptq-version"),
@@ -129,9 +143,21 @@ GPTQ_CASES: list[tuple[str, Callable[[Parts], None], Config, str]] = [
     ("Marlin flag", KEEP, GPTQ | {"is_marlin_format": True}, "gptq-marlin"),
     ("BitBLAS", KEEP, GPTQ | {"format": "bitblas"}, "gptq-bitblas"),
     ("Marlin as the method", KEEP, GPTQ | {"quant_method": "marlin"}, "gptq-marlin"),
+    ("Marlin without scales", both(become(marlin_parts), without("s")), MARLIN, "missing-s"),
+    ("Marlin without words", both(become(marlin_parts), without("B")), MARLIN, "missing-B"),
+    ("Marlin of other outputs", both(become(marlin_parts), put("B", plane("I32", 8, N))), MARLIN, "wrong-shape"),
+    ("Marlin of half a tile", both(become(marlin_parts), put("B", plane("I32", 8, 64)), put("s", plane("F16", 1, 32))), MARLIN,
+     "wrong-shape"),
+    ("Marlin with float words", both(become(marlin_parts), put("B", plane("F32", 8, 2 * N))), MARLIN, "wrong-dtype"),
+    ("Marlin of another group", become(marlin_parts), MARLIN | {"group_size": 64}, "group-size"),
+    ("Marlin of 8 bits", become(marlin_parts), MARLIN | {"bits": 8}, "config-disagrees"),
+    ("Marlin with zero points", both(become(marlin_parts), put("qzeros", plane("I32", 1, 8))), MARLIN, "unknown-part"),
+    ("Marlin bias of other outputs", both(become(marlin_parts), put("bias", plane("F16", 3))), MARLIN, "wrong-shape"),
+    ("2:4 sparse Marlin", KEEP, GPTQ | {"checkpoint_format": "marlin_24"}, "gptq-marlin_24"),
     ("QQQ", KEEP, GPTQ | {"quant_method": "qqq"}, "gptq-qqq"),
     ("another kind of part", put("lora_A", plane("F16", 4, K)), GPTQ, "unknown-part"),
     ("AutoRound unknown packing", KEEP, AUTOROUND | {"packing_format": "auto_round:secret"}, "autoround-packing"),
+    ("AutoRound for llm-compressor", KEEP, AUTOROUND | {"packing_format": "auto_round:llm_compressor"}, "autoround-packing"),
     ("AutoRound float grid", KEEP, AUTOROUND | {"data_type": "mx_fp"}, "autoround-data-type"),
     ("AutoRound activations", KEEP, AUTOROUND | {"act_bits": 8}, "activation-quantized"),
     ("AutoRound extra_config a list", KEEP, AUTOROUND | {"extra_config": ["m"]}, "config-value"),
@@ -163,10 +189,23 @@ AWQ_CASES: list[tuple[str, Callable[[], Parts], Callable[[Parts], None], Config,
     ("GEMV qzeros not padded", gemv_parts, put("qzeros", plane("I32", N, 1)), GEMV, "wrong-shape"),
     ("GEMV without group", gemv_parts, KEEP, {"quant_method": "awq", "bits": 4, "version": "gemv"}, "group-size"),
     ("GEMV of 8 bits", gemv_parts, KEEP, GEMV | {"bits": 8}, "awq-gemv-bits"),
-    ("16-bit words", gemm_parts, put("qweight", plane("I16", N // 4, K)), GEMM, "awq-gemv-fast"),
-    ("GEMV_FAST", gemm_parts, KEEP, GEMM | {"version": "GEMV_FAST"}, "awq-gemv-fast"),
-    ("llm-awq", gemm_parts, KEEP, GEMM | {"backend": "llm-awq"}, "awq-llm-awq"),
-    ("Marlin", gemm_parts, KEEP, GEMM | {"version": "marlin"}, "awq-marlin"),
+    ("16-bit words", gemm_parts, put("qweight", plane("I16", N // 4, K)), GEMM, "config-disagrees"),
+    ("GEMM words as GEMV_FAST", gemm_parts, KEEP, GEMM | {"version": "GEMV_FAST"}, "wrong-dtype"),
+    ("GEMM words as llm-awq", gemm_parts, KEEP, GEMM | {"backend": "llm-awq"}, "wrong-dtype"),
+    ("GEMM words as Marlin", gemm_parts, without("qzeros"), GEMM | {"version": "marlin"}, "wrong-shape"),
+    ("GEMV_FAST without zeros", fast_parts, without("qzeros"), FAST, "missing-qzeros"),
+    ("GEMV_FAST with integer zeros", fast_parts, put("qzeros", plane("I32", 32, N)), FAST, "wrong-dtype"),
+    ("GEMV_FAST with zeros of another dtype", fast_parts, put("qzeros", plane("F32", 32, N)), FAST, "wrong-dtype"),
+    ("GEMV_FAST not padded", fast_parts, both(put("qzeros", plane("F16", 4, N)), put("scales", plane("F16", 4, N))), FAST, "wrong-shape"),
+    ("GEMV_FAST of other outputs", fast_parts, put("scales", plane("F16", 32, N + 4)), FAST, "wrong-shape"),
+    ("GEMV_FAST of half a block", fast_parts, put("qweight", plane("I16", N // 4, 96)), FAST, "wrong-shape"),
+    ("GEMV_FAST of 8 bits", fast_parts, KEEP, FAST | {"bits": 8}, "awq-fast-bits"),
+    ("GEMV_FAST with values in its padding", fast_parts, put("qzeros", RawTensor.from_array("x", "F16", np.ones((32, N), "<f2"))), FAST,
+     "padding"),
+    ("Marlin of 8 bits", awq_marlin_parts, KEEP, GEMM | {"version": "marlin", "group_size": 128, "bits": 8}, "awq-marlin-bits"),
+    ("Marlin with zero points", awq_marlin_parts, put("qzeros", plane("I32", 1, 8)), GEMM | {"version": "marlin"}, "unknown-part"),
+    ("Marlin of another group", awq_marlin_parts, KEEP, GEMM | {"version": "marlin"}, "group-size"),
+    ("BitBLAS", gemm_parts, KEEP, GEMM | {"version": "bitblas"}, "awq-bitblas"),
     ("unknown version", gemm_parts, KEEP, GEMM | {"version": "gemx"}, "awq-version"),
     ("two versions", gemm_parts, KEEP, GEMM | {"format": "gemv"}, "config-disagrees"),
     ("8 bits of an unknown writer", gemm_parts, both(put("qweight", plane("I32", K, 16)), put("qzeros", plane("I32", G, 16))),
