@@ -271,3 +271,27 @@ def test_targets_refuse_what_they_do_not_know() -> None:
     for name, kind, choices in wrong:
         with pytest.raises(QFormatError):
             registry.format_module(name).storages(Target(name, kind, choices), scheme)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("zero", ["float", "int", "offset"])
+def test_values_by_table_are_those_of_the_formula(dtype: torch.dtype, zero: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of each group, with and without the compiled loop, against torch's own operations on all weights."""
+    from qformats import tensor as module
+    from qformats.tensor import Param
+
+    generator = torch.Generator().manual_seed(6)
+    codes = torch.randint(0, 16, (24, 256), dtype=torch.uint8, generator=generator)
+    scale, moved = (torch.rand(24, 4, generator=generator).to(dtype) for _ in range(2))
+    tile, spread = Tile((1, 64)), [v.repeat_interleave(64, 1) for v in (scale, moved)]
+    point = Param((moved * 15).to(torch.uint8) if zero == "int" else moved, tile)
+    t = QuantizedTensor(
+        (24, 256), codes, Integer(4), (Param(scale, tile),), None if zero == "offset" else point, point if zero == "offset" else None
+    )
+    point_wide = point.values.to(dtype).repeat_interleave(64, 1)  # type: ignore[union-attr]
+    wanted = codes.to(dtype) * spread[0] + spread[1] if zero == "offset" else (codes.to(dtype) - point_wide) * spread[0]
+    assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)
+    monkeypatch.setattr(module, "_spelled", lambda codes, table: None)
+    assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)
+    monkeypatch.setattr(QuantizedTensor, "_in_steps", lambda self, dtype: None)
+    assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)
