@@ -89,7 +89,17 @@ class Checkpoint:
         for name, (module, leaf) in split.items():
             grouped.setdefault(module, {})[leaf] = self.raw[name]
         dense = Match("gguf" if self.gguf else "hf", self.match.config if self.gguf else {})
-        return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+        made = {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+        if self.gguf is None and getattr(registry.format_module(self.match.format), "NEEDS_COLUMNS", False):
+            return {m: replace(module, columns=self._columns(m)) if module.match is self.match else module for m, module in made.items()}
+        return made
+
+    def _columns(self, module: str) -> int | None:
+        """in_features of a module as the architecture has it; None for one that is not known."""
+        try:
+            return self.binding.in_features(module)
+        except QFormatError:
+            return None
 
     def _split_name(self, name: str) -> tuple[str, str]:
         """A stored tensor's module and leaf."""

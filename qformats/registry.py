@@ -88,6 +88,11 @@ ROWS: tuple[Row, ...] = (
     Row("torchao", "qformats.formats.torchao", "torchao tensors (int, float8, NVFP4, MX)", "safetensors", ("torchao",),
         (*(f"int{bits}" for bits in range(1, 9)), "fp8", "fp8_e5m2", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"),
         ("group", "channel", "tensor", "block", "sym", "asym")),
+    Row("hqq", "qformats.formats.hqq", "HQQ (hqq, transformers)", "safetensors",
+        ("hqq",), ("int4", "int3", "int2", "int8", "int1", "int1.58", "int5", "int6"), ("group", "axis", "dtype")),
+    Row("quanto", "qformats.formats.quanto", "Quanto (optimum-quanto)", "safetensors",
+        ("quanto",), ("qint8", "qint4", "qint2", "qfloat8_e4m3fn", "qfloat8_e5m2", "qfloat8_e4m3fnuz"), ("dtype", "zeropoint"),
+        configs=("quanto_qmap.json", "quantization_map.json")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 

@@ -214,6 +214,8 @@ class Storage:
     - ``inverse``: the stored scale divides. ``zero_dtype``: dtype of a per-group zero point that may be any float.
     - ``factor``: one more scale for the whole tensor, or a constant.
     - ``whole``: new codes need the whole tensor at once (a scale's own codes, a factor found from all weights).
+    - ``cyclic``: element i of the row-major vector belongs to the group i mod (number of groups); ``group`` elements in each, None = N.
+    - ``together``: the codes of distant rows share words, so that all rows are written at once.
     """
 
     type: str
@@ -238,6 +240,8 @@ class Storage:
     zero_dtype: str | None = None
     factor: Factor | None = None
     whole: bool = False
+    cyclic: bool = False
+    together: bool = False
 
     @property
     def integers(self) -> Integer:
@@ -257,6 +261,8 @@ class Storage:
     def scale_block(self, shape: tuple[int, ...]) -> Block:
         """The block of one scale in a weight (N, K) or (K,) of ``shape``."""
         k = shape[-1]
+        if self.cyclic:
+            return Cyclic(prod(shape) // (self.group or prod(shape[:-1])))
         if self.flat:
             return Flat(self.group or prod(shape))
         group = min(self.group or k, k)
@@ -267,7 +273,7 @@ class Storage:
 
     def row_unit(self, shape: tuple[int, ...]) -> int:
         """How many rows of a weight ``shape`` share no scale with the rows around them; 0 if only all together do."""
-        if self.rows is None or self.whole:
+        if self.rows is None or self.whole or self.cyclic:
             return 0
         if self.flat:
             group = self.group or prod(shape)

@@ -55,6 +55,9 @@ class Param:
         return replace(self, values=values)
 
 
+_STEP = 1 << 17  # weights evaluated at once: they stay in a core's cache
+
+
 def _run_plane(param: Param, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:
     """A plain plane on runs of one row and the runs' width; None for any other block."""
     if isinstance(param.values, QuantizedTensor) or not isinstance(param.block, Tile):
@@ -312,9 +315,10 @@ class QuantizedTensor:
         return out
 
     def _scale_dtype(self) -> torch.dtype:
-        """The dtype in which the owner multiplies: the widest of the plain scales, float32 where one is stored as codes."""
+        """The dtype in which the owner multiplies: the widest of the scales, float32 where one is codes and rounded to no dtype."""
         plain = [s.values.dtype for s in self.scales if isinstance(s.values, Tensor) and s.values.dtype.is_floating_point]
-        nested = any(isinstance(s.values, QuantizedTensor) for s in self.scales)
+        plain += [s.rounded_to for s in self.scales if s.rounded_to is not None]
+        nested = any(isinstance(s.values, QuantizedTensor) and s.rounded_to is None for s in self.scales)
         return torch.float32 if nested or not plain else max(plain, key=lambda d: torch.finfo(d).bits)
 
     def _affine_in_float64(self) -> Tensor | None:
@@ -340,6 +344,57 @@ class QuantizedTensor:
         w = (w * scale.to(torch.float32)).to(torch.float64)  # 20 significant bits: exact in float32 too
         return w if self.offset is None else w + rest.pop(0).to(torch.float64)
 
+    def _in_steps(self, dtype: torch.dtype) -> Tensor | None:
+        """``evaluate_in`` by torch's own operations, which round as it does: integer codes and parameters of ``dtype`` on runs of a row.
+
+        Whole zero points are at most 256, so that their difference to a code is exact in any float type. None for every other form.
+        """
+        if not isinstance(self.grid, Integer) or self.signs is not None or self.group_index is not None or len(self.scales) != 1:
+            return None
+        planes = {name: _run_plane(param, self.shape) for name, param in self.params()}
+        if len(self.shape) != 2 or self.scales[0].inverse or dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return None
+        for name, plane in planes.items():
+            whole_zero = plane is not None and name == "zero_point" and not plane[0].is_floating_point()
+            if plane is None or not (plane[0].dtype == dtype or (whole_zero and int(plane[0].abs().max()) <= 256)):
+                return None
+        widths = {plane[1] for plane in planes.values() if plane is not None and plane[0].numel() > 1}
+        width = widths.pop() if widths else self.shape[-1]
+        if widths or self.grid.bits > 8:
+            return None
+        values = {name: plane[0].to(dtype).unsqueeze(-1) for name, plane in planes.items() if plane is not None}
+        if 2 << self.grid.bits < width and self.codes.dtype == torch.uint8 and self.codes.is_contiguous():
+            table = self._group_table(values, width, dtype)
+            if (spelled := _spelled(self.codes.reshape(-1, width), table)) is not None:
+                return spelled.reshape(self.shape)
+        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        step = max(1, _STEP // self.shape[-1])
+        for at in range(0, self.shape[0], step):
+            rows = slice(at, at + step)
+            w = out[rows].unflatten(-1, (-1, width))
+            w.copy_(self.codes[rows].unflatten(-1, (-1, width)))
+            for name, apply in (("zero_point", w.sub_), ("scale", w.mul_), ("offset", w.add_)):
+                if name in values:
+                    apply(values[name] if values[name].shape[0] == 1 else values[name][rows])
+        return out
+
+    def _group_table(self, values: dict[str, Tensor], width: int, dtype: torch.dtype) -> Tensor:
+        """What each code stands for in each group of ``width`` columns, (groups, codes): in float32, each step rounded to ``dtype``."""
+        assert isinstance(self.grid, Integer)
+        groups, step = self.codes.numel() // width, _STEP >> self.grid.bits
+        entries = torch.arange(1 << self.grid.bits, device=self.codes.device).to(torch.float32)
+        columns = {name: plane.reshape(-1, 1).to(torch.float32).expand(groups, 1) for name, plane in values.items()}
+        table = torch.empty(groups, len(entries), dtype=dtype, device=self.codes.device)
+        for at in range(0, groups, step):
+            rows = slice(at, at + step)
+            part = entries.expand(len(table[rows]), -1).clone()
+            for name, apply in (("zero_point", part.sub_), ("scale", part.mul_), ("offset", part.add_)):
+                if name in columns:
+                    apply(columns[name][rows])
+                    part.copy_(part.to(dtype))
+            table[rows] = part
+        return table
+
     def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.
 
@@ -350,10 +405,27 @@ class QuantizedTensor:
             for factor in self.scales:
                 w = round_once(product(Real.of(w), ((self._spread(factor), factor.inverse),)), dtype)
             return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
+        stepped = self._in_steps(dtype)
+        if stepped is not None:
+            return stepped
         one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)
         return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
+
+
+def _spelled(codes: Tensor, table: Tensor) -> Tensor | None:
+    """``table.gather(1, codes)`` by the compiled loop; None where there is no numba, or the tensors are not on a CPU."""
+    try:
+        from qformats.loops.lookup import spell
+    except ImportError:
+        return None
+    if codes.device.type != "cpu":
+        return None
+    word = torch.int16 if table.element_size() == 2 else torch.int32
+    out = torch.empty(codes.shape, dtype=table.dtype)
+    spell(codes.numpy(), table.view(word).numpy(), out.view(word).numpy())
+    return out
 
 
 def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:

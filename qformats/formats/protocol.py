@@ -25,7 +25,8 @@ What a format may have beside, where it needs it:
   ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix
   may hold dots (``weight.absmax``).
 - ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied byte by byte into a format that has the
-  same leaf among its own, else named as dropped.
+  same leaf among its own, else named as dropped. ``WRITTEN``: those of them that its own ``write`` makes beside every weight.
+- ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
   alone, config.json has no ``quantization_config``.
@@ -81,13 +82,15 @@ class Match:
 class Module:
     """One module of a checkpoint: its raw parts by leaf name (``qweight``, ``weight``, ``bias`` …).
 
-    ``memo`` is the format's own: small facts about these very parts that every row range would find out again.
+    ``memo`` is the format's own: small facts about these very parts that every row range would find out again. ``columns``: in_features
+    as the model's architecture has it, for a format that asks (``NEEDS_COLUMNS``); None where that is not known.
     """
 
     name: str
     parts: Mapping[str, RawTensor]
     match: Match
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    columns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

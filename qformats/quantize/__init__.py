@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
-from qformats.quantize import affine, best, books, floats, ggml, iquants, kquants, tables, ternary
+from qformats.quantize import affine, best, books, floats, ggml, hqq, iquants, kquants, quanto, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Family(Protocol):
 
 
 SEARCHES = ("reference", "best")  # the bytes of llama.cpp; at most their error, and less where ``improves``
-FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books)
+FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto)
 
 
 def _family(storage: Storage) -> Family | None:

@@ -53,7 +53,7 @@ def assembled(form: Any, storage: Storage, tensor: QuantizedTensor, step: int) -
     """The parts that ``write`` makes of ``tensor`` handed over in row ranges."""
     layout: dict[str, PartInfo] = form.layout(storage, tensor.shape)
     pieces: list[Piece] = []
-    step = lcm(step, storage.row_unit(tensor.shape) or tensor.shape[0])
+    step = tensor.shape[0] if storage.together else lcm(step, storage.row_unit(tensor.shape) or tensor.shape[0])
     for start in range(0, tensor.shape[0], step):
         pieces += form.write(storage, rows_of(tensor, start, min(tensor.shape[0], start + step)), start, tensor.shape)
     parts = {}
@@ -151,6 +151,8 @@ def form_of(storage: Storage, bits_from: int, n: int, k: int, seed: int) -> Quan
     tile, zero, offset = Tile((1, group)), None, None
     if isinstance(storage.zero_point, int):
         zero = constant(storage.zero_point, (n, k))
+    elif storage.zero_dtype is not None:
+        zero = Param((torch.rand(scale.shape, generator=generator) * high).to(PARAM_DTYPES[storage.zero_dtype]), tile)
     elif storage.zero_point is not None:
         zlow, zhigh = storage.zero_point
         zero = Param(torch.randint(zlow, zhigh + 1, scale.shape, generator=generator).to(torch.int16), tile)
@@ -220,7 +222,7 @@ def test_a_written_tensor_is_read_again_under_its_own_config(row: registry.Row, 
             assert found is not None
             describe = getattr(form, "metadata_out", None)
             match = found if describe is None else replace(found, metadata=describe({"m": (storage, tensor.shape)}, {}))
-        assert same(form.read(Module("m", parts, match)), tensor), storage
+        assert same(form.read(Module("m", parts, match, columns=tensor.shape[1])), tensor), storage
 
 
 @pytest.mark.parametrize("path", ["gptq/4b-g32-sym", "gptq/3b-g32-asym-v1", "awq/gemm-g32", "awq/gemv-g64", "autoround/awq-4b-g32-asym"])
