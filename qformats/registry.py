@@ -52,10 +52,14 @@ ROWS: tuple[Row, ...] = (
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
         mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
+    Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
+        ("compressed-tensors", "compressed_tensors", "sparseml"),
+        ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf"}
+_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "ct": "compressed-tensors"}
 
 
 def names() -> list[str]:
