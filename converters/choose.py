@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, hint_rows, pessimist, row_count
@@ -142,7 +142,7 @@ class Chooser:
         if named is not None and named not in FLOAT_WORDS:
             return self._quantize(tensor, named, f"new codes from floats, {self._whose_choice()}")
         if self.options.target.format not in ("gguf", "hf") and named is None and self._quantize_by_default(tensor):
-            job = self._quantize(tensor, self.options.target.type or "int4", "new codes from floats")
+            job = self._quantize(tensor, self.options.target.type or self._default_type(), "new codes from floats")
             ask = not self.options.allow_requantize and job.kind == "requantized"
             return replace(job, notes=(NEEDS_CONSENT,)) if ask else job
         again = self._blocks_again(tensor) if named is None else None
@@ -285,8 +285,8 @@ class Chooser:
             return replace(best, notes=self._savings(tensor, best, storages))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
         if (named is not None and not self.mix.asks) or self.options.allow_requantize:
-            return self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
-        job = self._quantize(tensor, named or (_SAFE_TYPE if self._gguf else "int4"), reason)
+            return self._quantize(tensor, named or self._default_type(), reason)
+        job = self._quantize(tensor, named or self._default_type(), reason)
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
 
     def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
@@ -355,7 +355,8 @@ class Chooser:
                     if probe is None:
                         found = self._claim(tensor, storage, rounding)
                     else:
-                        seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding)
+                        own = partial(registry.format_module(format_name).can_store, storage)
+                        seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
                         found = self._scan(tensor, storage, seen, rounding)
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
@@ -402,7 +403,8 @@ class Chooser:
             if storage.offset is not None and worst.kind == "codes-exact" and cannot_overflow(blank):  # type: ignore[arg-type]
                 continue
             ranges = Ranges(probe, slab, self.checkpoint, start, stop)
-            found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding)  # type: ignore[arg-type]
+            own = partial(registry.format_module(self.options.target.format).can_store, storage)
+            found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding, own=own)  # type: ignore[arg-type]
             if KINDS.index(found.kind) > KINDS.index(worst.kind):
                 worst = found
         return worst
@@ -490,6 +492,10 @@ class Chooser:
         """What a plan says of the one step that holds a whole tensor: rows that move anywhere, into planes that are written by columns."""
         scattered = not self._gguf and any(s.period == 0 for s in tensor.sources)
         return ("the whole tensor is held in memory: its rows move throughout",) if scattered else ()
+
+    def _default_type(self) -> str:
+        """The type for new codes where none is named: one of eight bits in a GGUF, the format's own default elsewhere."""
+        return _SAFE_TYPE if self._gguf else registry.row(self.options.target.format).default_type
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
         return any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"

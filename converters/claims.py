@@ -9,7 +9,7 @@ from converters.sources import Slab, read_rows
 from qformats.checkpoint import Checkpoint
 from qformats.reencode import Hint
 from qformats.rewrite import Refused, block_range, whole_codes
-from qformats.scheme import ParamSpec, Scheme
+from qformats.scheme import Float, Grid, Integer, Learned, ParamSpec, Scheme
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +58,13 @@ def hint_rows(hint: Hint | None, start: int, stop: int) -> Hint | None:
 def float32_exact(scheme: Scheme) -> bool:
     """Whether scale x (code − zero point) always fits 24 significant bits and nothing is added."""
     bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
-    total = getattr(scheme.grid, "bits", 9) + 1
+    zero = scheme.zero_point
+    total = _grid_bits(scheme.grid) + 1
+    if zero is not None and (zero.nested is not None or zero.dtype.startswith(("float", "bfloat"))) and zero.constant is None:
+        return False  # a fraction: the difference has as many bits as it likes
     for scale in scheme.scales:
+        if scale.inverse and not _power_of_two(scale.constant):
+            return False
         spec: ParamSpec | None = scale
         while spec is not None and spec.nested is not None:
             total += getattr(spec.nested.grid, "bits", 8)
@@ -67,6 +72,18 @@ def float32_exact(scheme: Scheme) -> bool:
         if spec is not None and not _power_of_two(spec.constant):
             total += bits.get(spec.dtype, 24)
     return scheme.offset is None and total <= 24
+
+
+def _grid_bits(grid: Grid) -> int:
+    """Significant bits of a code's value: those of an integer, of a small float, of the books' entries in float32."""
+    if isinstance(grid, Integer):
+        return grid.bits
+    if isinstance(grid, Float):
+        return 4  # e4m3 has the most
+    return 24 if isinstance(grid, Learned) or grid.name in _FINE_BOOKS else 8
+
+
+_FINE_BOOKS = ("nf4", "fp4", "dynamic")
 
 
 def _power_of_two(value: float | None) -> bool:
@@ -82,8 +99,6 @@ def row_count(shape: tuple[int, ...]) -> int:
 
 
 def float_scheme(shape: tuple[int, ...]) -> Scheme:
-    from qformats.scheme import Integer
-
     return Scheme(shape, Integer(16, signed=True))
 
 
@@ -91,7 +106,7 @@ def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
     """A row for every zero point the grid can hold, each with the widest code range in every group and no two groups' scales alike."""
     import torch
 
-    from qformats.scheme import Integer, Tile
+    from qformats.scheme import Tile
     from qformats.tensor import Param, QuantizedTensor, constant
 
     if not isinstance(scheme.grid, Integer) or any(not isinstance(s.block, Tile) or s.nested for s in scheme.scales):

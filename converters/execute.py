@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -341,7 +342,7 @@ def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, err
     if job.action == "quantize":
         yield from _new_codes(task, value, start, stop, errors)
         return
-    decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding)
+    decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding, own=partial(form.can_store, job.storage))
     tensor = finish(value, decision, reuse=True)
     if job.map.target in plan.unsorted:
         tensor = _unsort(tensor, *plan.unsorted[job.map.target])

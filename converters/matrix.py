@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from qformats import architectures, quantize, registry
 from qformats.formats.ggml import BLOCK_TYPES
 from qformats.scheme import Storage
 
-__all__ = ["SECTIONS", "ggml_types", "matrix", "models", "pairs", "replace_between"]
+__all__ = ["SECTIONS", "ggml_types", "kinds", "matrix", "models", "pairs", "replace_between", "summary"]
 
 
 def pairs() -> list[tuple[str, str]]:
@@ -15,7 +17,7 @@ def pairs() -> list[tuple[str, str]]:
 
 
 def matrix() -> str:
-    """Two Markdown tables: the formats, what whole files can be named as, and the commands between formats."""
+    """A Markdown table of the formats, and what whole files can be named as."""
     lines = ["| format | what it is | stored in | reads | writes | target types | options |", "|---|---|---|---|---|---|---|"]
     for row in registry.ROWS:
         types, options = (" ".join(f"`{word}`" for word in words) for words in (row.types, row.options))
@@ -24,12 +26,6 @@ def matrix() -> str:
         if row.mixes:
             words = " ".join(f"`{word}`" for word in row.mixes)
             lines += ["", f"`{row.name}` also takes file types, rules that give every tensor its type: {words}"]
-    targets = [row.name for row in registry.ROWS if row.writes]
-    known = set(pairs())
-    lines += ["", "| from \\ to | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
-    for row in registry.ROWS:
-        cells = [f"`{row.name}-to-{target}`" if (row.name, target) in known else "" for target in targets]
-        lines.append(f"| **{row.name}** | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -54,6 +50,33 @@ def models() -> str:
         ignored = [f"llama.cpp ignores `{name}`" for name in family.ignored]
         lines.append(f"| {family.name} | {classes} | `{family.gguf}` | yes | yes | {'; '.join([*ignored, *family.lacks])} |")
     return "\n".join(lines)
+
+
+def kinds(table: Mapping[str, Mapping[str, str]]) -> str:
+    """A Markdown table of ``docs/kinds.json``: what becomes of the weights of each type in each format where no type is named."""
+    targets = [row.name for row in registry.ROWS if row.writes]
+    lines = ["| from \\ to | " + " | ".join(targets) + " |", "|---|" + "---|" * len(targets)]
+    for source, found in table.items():
+        lines.append(f"| `{source}` | " + " | ".join(_cell(found.get(target, "")) for target in targets) + " |")
+    return "\n".join(lines)
+
+
+def summary(table: Mapping[str, Mapping[str, str]]) -> str:
+    """The rows of ``kinds`` for one type of each format: its default, Q4_0 and F16 of GGUF."""
+    chosen = {}
+    for name, found in table.items():
+        form, _, kind = name.partition(":")
+        row = registry.row(form)
+        default = kind in ("q4_0", "f16") if row.container == "gguf" else kind == ("bf16" if form == "hf" else row.default_type)
+        if default:
+            chosen[name] = found
+    return kinds(chosen)
+
+
+def _cell(text: str) -> str:
+    if text.startswith("refused"):
+        return "refused"
+    return text.removesuffix(", asks") + (" (asks)" if text.endswith(", asks") else "")
 
 
 SECTIONS = {"matrix": matrix, "types": ggml_types, "models": models}

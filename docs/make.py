@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -128,14 +129,26 @@ def _md(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("\n", " ")
 
 
+_CONVERSIONS = """# What becomes of the weights
+
+For every type that can be made of floats, and every target format where no type is named: the kind of the linear weights and the type
+they get. *copied*: the same bytes; *exact*: the same real numbers; *codes-exact*: the codes are kept and a scale, zero point or offset is
+rounded; *requantized*: new codes, which need a named type or `--allow-requantize` (asks); *dequantized*: floats. Made by
+`python tests/unit/convert/walk.py`, checked by `tests/unit/convert/test_walk.py`; `tests/real/test_matrix.py` converts every pair.
+
+"""
+
+
 def pages() -> dict[Path, str]:
     """Every generated file's path and current text."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    for name, table in matrix.SECTIONS.items():
-        text = matrix.replace_between(text, name, table())
+    for name, section in matrix.SECTIONS.items():
+        text = matrix.replace_between(text, name, section())
+    table = json.loads((ROOT / "docs" / "kinds.json").read_text(encoding="utf-8"))
     return {
-        readme: text,
+        readme: matrix.replace_between(text, "kinds", matrix.summary(table)),
+        ROOT / "docs" / "conversions.md": _CONVERSIONS + matrix.kinds(table) + "\n",
         ROOT / "docs" / "errors.md": errors_page(),
     }
 

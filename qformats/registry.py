@@ -23,7 +23,8 @@ class Row:
     """``methods``: values of ``quant_method`` it answers to; ``types``: names a target may carry; ``container``: what holds it.
 
     ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``configs``: JSON files
-    beside the weights that may hold its quantization config; its module then has ``config_beside``.
+    beside the weights that may hold its quantization config; its module then has ``config_beside``. ``default``: the type for new
+    codes where a target names none.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Row:
     reads: bool = True
     writes: bool = True
     configs: tuple[str, ...] = ()
+    default: str = ""
+
+    @property
+    def default_type(self) -> str:
+        """The type of new codes where a target names none: ``default``, else four-bit integers, else the first type."""
+        return self.default or ("int4" if "int4" in self.types else next(iter(self.types), ""))
 
 
 _INTS = ("int2", "int3", "int4", "int8")

@@ -1,8 +1,9 @@
-"""Min-max round-to-nearest for affine integer types: 2, 3, 4 or 8 bits, symmetric or with zero points, any group or per channel.
+"""Min-max round-to-nearest for affine integer types: symmetric or with zero points, any group, per channel, tile or tensor.
 
 For each group, lo = min(0, w) and hi = max(0, w), so that zero is always representable exactly:
 
 - constant zero point 2^(b-1): s = 2 max|w| / (2^b - 1), so that max|w| and -max|w| lie half a step from the nearest code;
+- an offset or a float zero point: s = (max w - min w) / (2^b - 1), offset = min w, without the zero that the others must hold;
 - zero points in a range [a, b]: s = max((hi - lo) / (high - low), hi / (high - low - a), -lo / b), then z = round(-lo / s) within [a, b].
 
 s is rounded to the storage's scale dtype first and everything after uses the rounded one, so codes are the nearest to what will be decoded.
@@ -14,8 +15,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qformats.errors import BadFile, WouldLose
-from qformats.scheme import Storage, Tile
+from qformats.errors import BadFile, Unsupported, WouldLose
+from qformats.scheme import Block, Integer, Storage, Tile, whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +50,9 @@ def checked(weights: Tensor) -> Tensor:
 
 
 def fits(storage: Storage) -> bool:
-    """Whether ``quantize`` is for ``storage``: integers with one scale a group, which formats name ``int`` and their width."""
-    return storage.type.startswith("int") and storage.sub_scale is None and storage.offset is None
+    """Whether ``quantize`` is for ``storage``: integers under one plain scale for a run of columns, a tile or the whole tensor."""
+    one = storage.sub_scale is None and storage.scale_grid is None and storage.factor is None and not storage.doubled
+    return isinstance(storage.grid, Integer) and one and not (storage.offset is not None and storage.zero_point is not None)
 
 
 def bounded(weights: Tensor, largest: float, name: str) -> Tensor:
@@ -78,29 +80,80 @@ def half(scale: Tensor, what: str) -> Tensor:
 
 
 def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
-    """float (N, K) -> codes (N, K) with scales (N, G) and a constant or (N, G) zero point, in the canonical form of ``storage``."""
+    """float (N, K) -> codes (N, K) with their scales, zero points or offsets in the canonical form of ``storage``.
+
+    The rows are whole tiles of the storage (``Storage.row_unit``), or the last ones of the tensor.
+    """
     import torch
 
     from qformats.tensor import Param, QuantizedTensor, constant
 
     w = checked(weights)
     n, k = int(w.shape[0]), int(w.shape[1])
-    group = min(storage.group or k, k)
-    blocks = torch.nn.functional.pad(w, (0, -k % group)).reshape(n, -1, group)  # (N, G, group); zeros change no range
-    lo, hi = blocks.amin(-1).clamp(max=0), blocks.amax(-1).clamp(min=0)
-    low, high = storage.integers.lowest, storage.integers.highest
-    between = storage.zero_point
-    if isinstance(between, tuple):
+    blocks, block = _blocks(w, storage)  # (A, B, weights under one scale)
+    lo, hi = blocks.amin(-1), blocks.amax(-1)
+    low, high = storage.integers.lowest, storage.top
+    between, zero, param, offset = storage.zero_point, None, None, None
+    if storage.offset is not None:
+        scale = _scale((hi - lo) / (high - low), storage)
+        least = lo.to(getattr(torch, storage.offset))
+        zero, offset = -least.to(torch.float32) / _step(scale, storage) + low, Param(least, block)
+    elif storage.zero_dtype is not None:
+        scale = _scale((hi - lo) / (high - low), storage)
+        stored = (-lo / _step(scale, storage) + low).to(getattr(torch, storage.zero_dtype))
+        zero, param = stored.to(torch.float32), Param(stored, block)
+    elif isinstance(between, tuple):
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = _scale(torch.maximum((hi - lo) / (high - low), _limit(lo, hi, between[1] - low, high - between[0])), storage)
-        zero = (torch.round(-lo / scale.to(torch.float32)) + low).clamp(*between)  # (N, G)
-        stored: Param | None = Param(zero.to(torch.uint8 if between[1] < 256 else torch.int16), Tile((1, group)))
+        zero = (torch.round(-lo / _step(scale, storage)) + low).clamp(*between)  # (A, B)
+        param = Param(zero.to(torch.uint8 if between[0] >= 0 and between[1] < 256 else torch.int16), block)
     else:
+        lo, hi = lo.clamp(max=0), hi.clamp(min=0)
         scale = _scale(_limit(lo, hi, (between or 0) - low, high - (between or 0), symmetric=True), storage)
         zero = torch.full_like(lo, between or 0)
-        stored = constant(between, (n, k)) if between is not None else None
-    codes = torch.round(blocks / scale.to(torch.float32).unsqueeze(-1)) + zero.unsqueeze(-1)
-    codes = codes.clamp(low, high).flatten(1)[:, :k].to(torch.int8 if storage.integers.signed else torch.uint8)
-    return QuantizedTensor((n, k), codes.contiguous(), storage.grid, (Param(scale, Tile((1, group))),), stored)
+        param = constant(between, (n, k)) if between is not None else None
+    ratio = blocks / _step(scale, storage).unsqueeze(-1)
+    apart = storage.offset is None and storage.zero_dtype is None
+    codes = torch.round(ratio) + zero.unsqueeze(-1) if apart else torch.round(ratio + zero.unsqueeze(-1))
+    codes = _unblocked(codes.clamp(low, high), storage, n, k).to(torch.int8 if storage.integers.signed else torch.uint8)
+    return QuantizedTensor((n, k), codes.contiguous(), storage.grid, (Param(scale, block, storage.inverse),), param, offset)
+
+
+def _tile(storage: Storage, n: int, k: int) -> tuple[int, int]:
+    """Rows and columns under one scale."""
+    return n if storage.rows is None else min(storage.rows, n), min(storage.group or k, k)
+
+
+def _blocks(w: Tensor, storage: Storage) -> tuple[Tensor, Block]:
+    """The weights (A, B, size) by the scale they stand under, and the scale's block; what fills up a last tile changes no range."""
+    import torch
+
+    n, k = w.shape
+    rows, group = _tile(storage, n, k)
+    if storage.flat and storage.group is not None and k % storage.group:
+        raise Unsupported("k-multiple", f"rows of {k} weights are not a multiple of {storage.group}")
+    if rows == 1:
+        padded = w if k % group == 0 else torch.cat((w, w[:, -1:].expand(n, -k % group)), 1)
+        return padded.reshape(n, -1, group), Tile((1, group))
+    grown = torch.nn.functional.pad(w.unsqueeze(0), (0, -k % group, 0, -n % rows), mode="replicate").squeeze(0)
+    tiles = grown.reshape(-(-n // rows), rows, -1, group).transpose(1, 2)
+    block = whole((n, k)) if storage.rows is None and group == k else Tile((rows, group))
+    return tiles.flatten(-2), block
+
+
+def _unblocked(blocks: Tensor, storage: Storage, n: int, k: int) -> Tensor:
+    rows, group = _tile(storage, n, k)
+    if rows == 1:
+        return blocks.flatten(1)[:, :k]
+    tiles: Tensor = blocks.unflatten(-1, (rows, group)).transpose(1, 2)
+    return tiles.flatten(2).flatten(0, 1)[:n, :k]
+
+
+def _step(scale: Tensor, storage: Storage) -> Tensor:
+    """float32: what one code more adds, of the scale as stored."""
+    import torch
+
+    return 1 / scale.to(torch.float32) if storage.inverse else scale.to(torch.float32)
 
 
 def _limit(lo: Tensor, hi: Tensor, below: int, above: int, *, symmetric: bool = False) -> Tensor:
@@ -120,6 +173,8 @@ def _scale(scale: Tensor, storage: Storage) -> Tensor:
     import torch
 
     name = storage.scale_dtypes[0]
+    if storage.inverse:
+        return (1 / torch.where(scale == 0, 1, scale)).to(getattr(torch, name))
     rounded = half(scale, "scale") if name == "float16" else scale.to(getattr(torch, name))
     tiny = 2.0**-24 if name == "float16" else torch.finfo(rounded.dtype).tiny
     rounded = torch.where(rounded == 0, torch.tensor(tiny, dtype=rounded.dtype), rounded)

@@ -10,67 +10,53 @@ split or merge of groups. What rounds is only ever a scale or an offset, and the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, one_plane, spread, straighten
+from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, spread, straighten
+from qformats.reencode.decision import KINDS, Fit, Hint
 from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, sub_levels, super_scale
 from qformats.reencode.offsets import narrow_offset, offset_blocks
+from qformats.reencode.shaped import is_shaped, row_storage, shaped_scale
+from qformats.reencode.values import same_codes
+from qformats.reencode.zeros import to_float_zero
 from qformats.rewrite import Refused
-from qformats.scheme import Grid, Integer, Storage, Table, Tile
+from qformats.scheme import Integer, Scheme, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
 __all__ = ["KINDS", "Fit", "Hint", "finish", "fit"]
 
-KINDS = ("copied", "exact", "codes-exact", "dequantized", "requantized")
-
-
-@dataclass(frozen=True, slots=True)
-class Hint:
-    """What a provenance record knows of the tensor to be restored: its zero points (N, G) and whether all scales were positive."""
-
-    zero_point: Tensor | None = None
-    positive: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """How a tensor is relabelled for a storage: ``new code = shift ± factor * code`` on runs of ``width`` columns, and the new parameters.
-
-    ``code`` is that of ``rewrite.whole_codes`` where the storage's codes are integers. ``factor``, int16, is on runs of ``factor_width``.
-    ``half``: the new code is divided by twice this number of its run.
-    """
-
-    kind: str
-    reason: str
-    rewrites: tuple[str, ...]
-    width: int
-    shift: Tensor | None
-    flip: Tensor | None
-    grid: Grid
-    scale: Param
-    zero_point: Param | None
-    offset: Param | None
-    factor: Tensor | None = None
-    factor_width: int = 1
-    half: Tensor | None = None
-
-
-def fit(t: QuantizedTensor, storage: Storage, ranges: Ranges | None = None, hint: Hint | None = None, *, rounding: bool = False) -> Fit:
+def fit(
+    t: QuantizedTensor,
+    storage: Storage,
+    ranges: Ranges | None = None,
+    hint: Hint | None = None,
+    *,
+    rounding: bool = False,
+    own: Callable[[Scheme], object] | None = None,
+) -> Fit:
     """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
 
     ``ranges(width)`` gives the smallest and largest of the ``rewrite.whole_codes`` of each run of ``width`` columns; by default they
-    are computed from ``t``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype.
+    are computed from ``t``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype. ``own(scheme)``: whether
+    the storage's writer takes such a tensor as it stands.
     """
     _check_shape(t.shape, storage)
     _check_index(t, storage)
+    if own is not None and not _plain(storage) and own(t.scheme):
+        return _as_it_stands(t, storage)
     if not isinstance(storage.grid, Integer):
-        return _same_codes(t, storage, rounding)
+        return same_codes(t, storage, rounding)
     if ranges is None:
         ranges = _lazy_ranges(t)
+    if is_shaped(storage):
+        return _shaped(t, storage, fit(t, row_storage(storage, t.shape[-1]), ranges, hint, rounding=rounding), rounding)
+    if storage.zero_dtype is not None:
+        return to_float_zero(t, storage, rounding)
     if storage.sub_scale is not None and t.offset is not None and isinstance(t.offset.values, QuantizedTensor):
         kept = _keep_levels(t, storage, rounding)
         if kept is not None:
@@ -109,9 +95,11 @@ def _into(affine: Affine, offset: Tensor | None, storage: Storage, hint: Hint | 
 
 def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> QuantizedTensor:
     """Apply ``decision`` to the codes of ``t`` (the tensor it was made for), in their own memory if ``reuse`` gives ``t`` up."""
+    if decision.as_it_stands:
+        return t
     if not isinstance(decision.grid, Integer):
-        return t.replace(scales=(decision.scale,))
-    codes = rewrite.whole_codes(t).codes
+        return t.replace(scales=(decision.scale, *decision.extra))
+    codes = t.codes if decision.own_codes else rewrite.whole_codes(t).codes
     if decision.factor is not None:
         codes = _multiplied(codes, decision.factor_width, decision.factor)
     if decision.shift is not None or decision.grid.signed != (codes.dtype == torch.int8):
@@ -120,7 +108,7 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
     if decision.half is not None:
         runs = codes.unflatten(-1, (-1, decision.width)).to(torch.int16)
         codes = torch.div(runs, 2 * decision.half.unsqueeze(-1), rounding_mode="floor").to(torch.uint8).flatten(-2)
-    scales = (decision.scale, *((constant(2, t.shape),) if decision.half is not None else ()))
+    scales = (decision.scale, *decision.extra, *((constant(2, t.shape),) if decision.half is not None else ()))
     return QuantizedTensor(t.shape, codes, decision.grid, scales, decision.zero_point, decision.offset, None, t.group_index)
 
 
@@ -129,6 +117,25 @@ def _multiplied(codes: Tensor, width: int, factor: Tensor) -> Tensor:
     runs = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, width))
     made: Tensor = (runs * (factor.to(torch.int32) & 0xFF).to(torch.uint8).unsqueeze(-1)).flatten(-2)
     return made
+
+
+def _plain(storage: Storage) -> bool:
+    """Whether its form is integers under one plain scale a group: ``fit`` then decides in full, zero points and signs too."""
+    own = storage.sub_scale is None and storage.zero_dtype is None and not is_shaped(storage) and not storage.whole
+    return isinstance(storage.grid, Integer) and own
+
+
+def _as_it_stands(t: QuantizedTensor, storage: Storage) -> Fit:
+    reason = "codes and parameters are kept as they are"
+    return Fit("exact", reason, (), t.shape[-1], None, None, storage.grid, t.scales[0], t.zero_point, t.offset, None, 1, None,
+               t.scales[1:], True)  # fmt: skip
+
+
+def _shaped(t: QuantizedTensor, storage: Storage, found: Fit, rounding: bool) -> Fit:
+    """A decision for groups of rows with its exact scale in the storage's own form."""
+    scale, extra, rounded = shaped_scale(t, found.scale, storage, rounding)
+    kind = "codes-exact" if rounded or found.kind == "codes-exact" else "exact"
+    return replace(found, kind=kind, reason="; ".join([*rounded, found.reason]) if rounded else found.reason, scale=scale, extra=extra)
 
 
 def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
@@ -173,6 +180,8 @@ def _done(
     zero, offset = params.get("zero_point"), params.get("offset")
     if a.flipped is not None:
         flip, shift = _compose_flip(a, width, shift, flip)
+    if a.moved:
+        shift = shift + a.moved if flip is None else torch.where(flip, shift - a.moved, shift + a.moved)
     trivial = flip is None and bool((shift == 0).all())
     if a.rounded:
         reason = "; ".join((*a.rounded, reason)) if reason else "; ".join(a.rounded)
@@ -189,6 +198,7 @@ def _done(
         offset if isinstance(offset, Param) else None,
         a.factor,
         a.width,
+        own_codes=a.moved is not None,
     )
 
 
@@ -397,39 +407,6 @@ def _to_doubled(a: Affine, storage: Storage) -> Fit:
     made = _done(a, storage, width, most - zero, None, scale, "every block holds plus and minus one number")
     half = constant(0.5, a.shape, torch.float32)
     return replace(made, shift=(most - zero).expand(most.shape), zero_point=half, half=most.clamp(min=1))
-
-
-def _same_codes(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit:
-    """Codes of a table or a small float for a storage of the same values; the scale on the storage's groups and its own grid."""
-    if t.grid != storage.grid or t.signs is not None or t.zero_point is not None or t.offset is not None:
-        raise Refused(f"its codes do not stand for the values of {storage.type}")
-    if isinstance(storage.grid, Table) and storage.grid.v_in > 1:
-        raise Refused(f"the entries of {storage.type} stand under signs and scales of their own")
-    group, k, lead = storage.group or t.shape[-1], t.shape[-1], tuple(1 for _ in t.shape[:-1])
-    held = t.scales[0].values if len(t.scales) == 1 else None
-    notes: list[str] = []
-    rounded: list[str] = []
-    if storage.scale_grid is not None:
-        plain = isinstance(held, QuantizedTensor) and held.grid == storage.scale_grid and not held.scales and held.zero_point is None
-        if not plain or t.scales[0].block != Tile((*lead, group)) or t.scales[0].inverse:
-            raise Refused(f"its scale is not {storage.scale_grid.name} codes for each {group} columns")
-        return Fit("exact", "codes and scales are kept", (), k, None, None, storage.grid, t.scales[0], None, None)
-    if storage.sub_scale is not None:
-        form, _ = affine_form(replace(t, grid=Integer(8), codes=t.codes), storage, _lazy_ranges(t), rounding)
-        levels = sub_levels(form, storage)
-        d = super_scale(levels.step, storage, rounding, form.rounded)
-        scale = rewrite.level_param(d, levels.number, storage.sub_scale, group, t.shape)
-        reason = "; ".join(form.rounded) or "codes are kept, scales are small multiples of one number"
-        return Fit("codes-exact" if form.rounded else "exact", reason, tuple(form.notes), k, None, None, storage.grid, scale, None, None)
-    (scale,) = one_plane(t, storage, notes, rounded, rounding).scales
-    t = t.replace(scales=(scale,))
-    width = scale.block.sizes[-1] if isinstance(scale.block, Tile) else k
-    scale = (rewrite.merge_groups(t, group) if width < group else rewrite.split_groups(t, group)).scales[0]
-    values = scale.values
-    assert isinstance(values, Tensor)
-    scale = _param(values.expand(Tile((*lead, group)).counts(t.shape)), t.shape, group)
-    reason = "; ".join(rounded) or "codes and scales are kept"
-    return Fit("codes-exact" if rounded else "exact", reason, tuple(notes), k, None, None, storage.grid, scale, None, None)
 
 
 def _keep_offset(a: Affine, offset: Tensor, storage: Storage, rounding: bool) -> Fit:

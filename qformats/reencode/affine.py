@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from qformats import rewrite
+from qformats.real import Real, round_once
 from qformats.rewrite import Levels, Refused
+from qformats.rewrite.forms import inexact
 from qformats.scheme import Integer, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "merge_range", "one_plane", "spread", "straighten"]
+__all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "bound", "merge_range", "one_plane", "spread", "straighten"]
 
 F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
+_BOUNDS = {"float16": F16_BOUND, "bfloat16": "relative 2^-8", "float32": "relative 2^-24", "float64": "relative 2^-53"}
+
+
+def bound(dtype: str) -> str:
+    """How far rounding once to ``dtype`` can go, in words."""
+    return _BOUNDS.get(dtype, f"one rounding to {dtype}")
 
 Ranges = Callable[[int], tuple[Tensor, Tensor]]
 
@@ -36,6 +44,7 @@ class Affine:
     indexed: bool = False
     levels: Levels | None = None
     factor: Tensor | None = None  # int16 on runs of ``width``: codes, zeros and ranges here are the stored times it
+    moved: int | None = None  # codes and ranges here are the tensor's own codes (not ``rewrite.whole_codes``) plus it
 
     @property
     def k(self) -> int:
@@ -66,6 +75,12 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
     """
     notes: list[str] = []
     rounded: list[str] = []
+    moved: int | None = None
+    if storage.offset is not None and _needs_offset(t):
+        assert isinstance(t.grid, Integer)
+        moved = -t.grid.lowest
+        ranges = _unknown
+        t = _zero_in_offset(_one_dtype(_folded(t, notes), storage, notes, rounded, rounding), storage.offset, notes, rounded, rounding)
     if not rewrite.is_whole(t):
         t = rewrite.whole_codes(t)
         notes.append("values to integer codes")
@@ -86,7 +101,61 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
         notes.append("offset to zero point")
     width, scale, zero, offset = _common_planes(t)
     assert isinstance(t.grid, Integer)
-    return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded, indexed=t.group_index is not None, levels=levels), offset
+    return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded, indexed=t.group_index is not None, levels=levels,
+                  moved=moved), offset  # fmt: skip
+
+
+def _needs_offset(t: QuantizedTensor) -> bool:
+    """Whether its integers stand around zero points that only a float offset can replace: fractions, or with an offset beside."""
+    if t.zero_point is None or t.signs is not None or not isinstance(t.grid, Integer) or t.group_index is not None:
+        return False
+    if t.offset is not None:
+        return True
+    values = t.zero_point.values
+    if not isinstance(values, Tensor) or values.numel() == 1 or not values.dtype.is_floating_point:
+        return False
+    return not bool((values == values.round()).all())
+
+
+def _unknown(width: int) -> tuple[Tensor, Tensor]:
+    """Ranges of codes around fractions: asked for only where the grid is too narrow for all codes."""
+    raise Refused("codes around zero points that are no integers do not move into a narrower grid")
+
+
+def _zero_in_offset(
+    t: QuantizedTensor, dtype: str, notes: list[str], rounded: list[str], rounding: bool
+) -> QuantizedTensor:
+    """The zero point as ``offset - scale x zero point`` in ``dtype`` on the finer of the groups; codes on the unsigned grid."""
+    t = rewrite.to_unsigned(rewrite.to_row_blocks(t))
+    scale, zero, lead = t.scales[0], t.zero_point, tuple(1 for _ in t.shape[:-1])
+    assert isinstance(scale.values, Tensor)
+    params = [p for p in (scale, zero, t.offset) if p is not None]
+    widths = [min(p.block.sizes[-1], t.shape[-1]) if isinstance(p.block, Tile) else 0 for p in params]
+    if any(isinstance(p.values, QuantizedTensor) for p in params) or min(widths) == 0:
+        raise Refused("the zero point is itself stored as codes, or not on runs of a row")
+    if any(w % min(widths) and w < t.shape[-1] for w in widths):
+        raise Refused("scale and zero point are on groups that do not nest")
+    width = min(widths)
+    counts = Tile((*lead, width)).counts(t.shape)
+
+    def plane(param: Param | None) -> Real:
+        if param is None or not isinstance(param.block, Tile):
+            return Real.of(torch.zeros(counts))
+        values = param.values
+        assert isinstance(values, Tensor)
+        return Real.of(spread(values, min(param.block.sizes[-1], t.shape[-1]), width, t.shape[-1]).expand(counts))
+
+    exact = plane(t.offset) + -(plane(scale) * plane(zero))
+    stored = round_once(exact, getattr(torch, dtype))
+    wrong = inexact(exact, stored)
+    if not bool(torch.isfinite(stored).all()):
+        raise Refused(f"scale x zero point overflows {dtype}")
+    if wrong and not rounding:
+        raise Refused(f"scale x zero point is not {dtype} in {wrong} of {stored.numel()} groups")
+    notes.append("zero point to offset")
+    if wrong:
+        rounded.append(f"the offset of {wrong} of {stored.numel()} groups rounds to {dtype} ({bound(dtype)})")
+    return t.replace(zero_point=None, offset=Param(stored, Tile((*lead, width))))
 
 
 def _folded(t: QuantizedTensor, notes: list[str]) -> QuantizedTensor:
@@ -117,7 +186,7 @@ def _one_dtype(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: 
         t, wrong = rewrite.round_scale(t, getattr(torch, target), rounding=rounding)
         notes.append(f"scale {name} to {target}")
         if wrong:
-            rounded.append(f"{wrong} of {values.numel()} scales round to {target} ({F16_BOUND})")
+            rounded.append(f"{wrong} of {values.numel()} scales round to {target} ({bound(target)})")
     return t
 
 

@@ -11,7 +11,7 @@ from qformats.rewrite.forms import Refused, bit_view, map_params, plain, single_
 from qformats.scheme import Flat, Tile
 from qformats.tensor import Param, QuantizedTensor, expand
 
-__all__ = ["merge_groups", "split_groups", "split_param", "to_row_blocks"]
+__all__ = ["merge_groups", "row_block_param", "split_groups", "split_param", "to_row_blocks"]
 
 
 def split_groups(t: QuantizedTensor, size: int) -> QuantizedTensor:
@@ -74,10 +74,10 @@ def _merge_param(param: Param, size: int, shape: tuple[int, ...]) -> Param:
 
 def to_row_blocks(t: QuantizedTensor) -> QuantizedTensor:
     """Turn tall tiles, flat runs and cyclic blocks into blocks of one row (width: gcd of K and the run)."""
-    return t.replace(**map_params(t, lambda p: _row_block_param(p, t.shape)))
+    return t.replace(**map_params(t, lambda p: row_block_param(p, t.shape)))
 
 
-def _row_block_param(param: Param, shape: tuple[int, ...]) -> Param:
+def row_block_param(param: Param, shape: tuple[int, ...]) -> Param:
     if single_row(param.block):
         return param
     values, k = plain(param, "parameter"), shape[-1]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qformats.rewrite.codes import zero_values
 from qformats.rewrite.forms import Refused, bit_view, integer_grid, map_params, plain, single_row
-from qformats.rewrite.groups import split_param
+from qformats.rewrite.groups import row_block_param, split_param
 from qformats.scheme import Learned, Table, Tile, whole
 from qformats.tensor import Param, QuantizedTensor
 
@@ -66,7 +66,7 @@ def absorb_group_index(t: QuantizedTensor, order: Tensor | None = None) -> tuple
 
 
 def select_rows(t: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
-    """Take rows of a two-dimensional tensor in any order; parameters on one-row tiles follow, wider tiles only with whole tiles."""
+    """Take rows of a two-dimensional tensor in any order; parameters on tiles follow, tall ones row by row."""
 
     def take(values: Tensor) -> Tensor:
         return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
@@ -78,7 +78,9 @@ def select_rows(t: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
     def change(param: Param) -> Param:
         if isinstance(param.block, Tile) and 1 != param.block.sizes[0] >= t.shape[0]:
             return replace(param, block=Tile((max(param.block.sizes[0], len(codes)), *param.block.sizes[1:])))
-        if not isinstance(param.block, Tile) or param.block.sizes[0] != 1:
+        if isinstance(param.block, Tile) and param.block.sizes[0] != 1:
+            param = row_block_param(param, t.shape)
+        if not isinstance(param.block, Tile):
             raise Refused(f"parameters on {param.block} do not follow single rows")
         if isinstance(param.values, QuantizedTensor):
             return replace(param, values=select_rows(param.values, rows))

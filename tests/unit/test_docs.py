@@ -62,7 +62,14 @@ def test_matrix_names_every_format_type_and_pair() -> None:
     for row in registry.ROWS:
         assert f"| `{row.name}` | {row.title} |" in text
         assert all(f"`{word}`" in text for word in row.types)
-    assert all(f"`{a}-to-{b}`" in text for a, b in matrix.pairs())
+
+
+def test_the_table_of_kinds_has_a_column_for_every_format() -> None:
+    table = {"gptq:int4": {"awq": "exact int4", "gptq": "copied int4", "gguf": "requantized Q8_0, asks", "hf": "refused: x"}}
+    head, _, row = matrix.kinds(table).splitlines()
+    assert head.count("|") == row.count("|") == 2 + sum(r.writes for r in registry.ROWS)
+    assert "exact int4 |" in row and "requantized Q8_0 (asks)" in row and "| refused |" in row
+    assert matrix.summary(table) == matrix.kinds(table)
 
 
 def test_tables_name_every_block_type_and_family() -> None:

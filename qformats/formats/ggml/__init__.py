@@ -141,14 +141,20 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
         bits = scheme.grid.bits if isinstance(scheme.grid, Integer) else 8
         narrow = [name for name in NARROW if bits <= max(2, BLOCK_TYPES[name].storage.integers.bits)]
         same = [name for name, kind in TABLES.items() if kind.grid == scheme.grid]
-        return [BLOCK_TYPES[name].storage for name in (*same, *narrow, *CANDIDATES)]
+        return [_beside(BLOCK_TYPES[name].storage, scheme) for name in (*same, *narrow, *CANDIDATES)]
     name = target.type.upper()
     if name in floats.FLOATS:
         return [floats.storage(name)]
     if name in TARGETS:
-        return [BLOCK_TYPES[name].storage]
+        return [_beside(BLOCK_TYPES[name].storage, scheme)]
     known = ", ".join(n.lower() for n in (*TARGETS, *floats.FLOATS))
     raise UsageError("target-type", f"gguf type {target.type!r} cannot be written", hint=f"types: {known}")
+
+
+def _beside(storage: Storage, scheme: Scheme) -> Storage:
+    """The storage with a factor of the tensor where the source has the same codes under coded scales and a factor."""
+    same = storage.scale_grid is not None and scheme.grid == storage.grid and len(scheme.scales) > 1
+    return factor.with_factor(storage) if same else storage
 
 
 def _stored(storage: Storage) -> Kind | None:

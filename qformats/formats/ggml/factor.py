@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported
 from qformats.formats.protocol import Module, PartInfo, Piece
-from qformats.scheme import ParamSpec, Scheme, Storage, Tile, whole
+from qformats.scheme import Factor, ParamSpec, Scheme, Storage, Tile, whole
 
 if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
@@ -66,12 +66,12 @@ def multiplied(tensor: QuantizedTensor, raw: RawTensor, shape: tuple[int, ...], 
 
 def with_factor(storage: Storage) -> Storage:
     """The storage of the same type with a ``.scale`` beside it."""
-    return replace(storage, options={**storage.options, LEAF: "float32"})
+    return replace(storage, factor=Factor("float32"))
 
 
 def has_factor(storage: Storage) -> bool:
     """Whether the storage writes a ``.scale``."""
-    return LEAF in storage.options
+    return storage.factor is not None
 
 
 def part(shape: tuple[int, ...]) -> PartInfo:
