@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from qformats.errors import QFormatError
+from qformats.errors import QFormatError, Unsupported
 from qformats.formats.compressed_tensors.config import METHODS, NAME, candidates, dense_packing, inner, is_ignored
 from qformats.formats.protocol import Target
 from qformats.scheme import Float, Integer, Storage
@@ -29,6 +29,8 @@ def config_out(
     """
     if original is not None and _describes(original, modules, skipped):
         return dict(original)
+    if any(s.options.get("read_only") for s in modules.values()):
+        raise Unsupported("ct-read-only", "sparse, dense and stacked weights keep their own config; other weights were changed beside them")
     kinds: dict[str, list[str]] = {}
     for name, storage in sorted(modules.items()):
         kinds.setdefault(repr((_arguments(storage), storage.options["format"])), []).append(name)
@@ -41,11 +43,19 @@ def config_out(
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
-        "ignore": sorted(skipped),
+        "ignore": _ignored(modules, skipped, original),
         "kv_cache_scheme": None if original is None else inner(original).get("kv_cache_scheme"),
         "global_compression_ratio": None,
         "version": _VERSIONS[stream],
     }
+
+
+def _ignored(modules: Mapping[str, Storage], skipped: Sequence[str], original: Mapping[str, Any] | None) -> list[str]:
+    """What stays in floats: the linears that do, ``lm_head`` even where it is tied and not stored, and the original's words for others."""
+    head = [] if any(name.rpartition(".")[2] == "lm_head" for name in modules) else ["lm_head"]
+    before = [] if original is None else [str(w) for w in inner(original).get("ignore") or ()]
+    kept = [word for word in before if not any(is_ignored({"ignore": [word]}, name) for name in modules)]
+    return sorted({*skipped, *head, *kept})
 
 
 def _group(storage: Storage, targets: Sequence[str], names: Sequence[str]) -> dict[str, Any]:
@@ -103,10 +113,14 @@ def _targeted(original: Mapping[str, Any], name: str) -> bool:
 
 def _says(original: Mapping[str, Any], name: str, storage: Storage) -> bool:
     found = next(candidates(original, name), None)
+    if storage.options.get("read_only") and storage.options["format"] != "stacked":
+        return True  # sparse weights need no group
     if found is None or found.weights is None or is_ignored(original, name):
         return False
     if _packing_matters(storage) and dense_packing(original) != (storage.options["packing"] == "stream"):
         return False
+    if storage.options.get("read_only"):
+        return True
     made, said = _arguments(storage), found.weights
     same = (said.bits, said.kind, said.symmetric, said.strategy) == (made["num_bits"], made["type"], made["symmetric"], made["strategy"])
     naive = found.format == "naive-quantized" and storage.options["format"] in ("int-quantized", "float-quantized", "mxfp8-quantized")

@@ -74,11 +74,11 @@ def _float8(rows: int | None, group: int | None, dtype: str, options: dict[str, 
 
 
 def storage_of(module: Module) -> Storage:
-    """The storage whose ``write`` gives these very parts; ``Unsupported('ct-read-only')`` for sparse, dense and stacked weights."""
+    """The storage whose ``write`` gives these very parts; for sparse, dense and stacked weights one that takes nothing."""
     g = geometry(module)
     if g.kind in ("dense", "sparse", "sparse24") or len(g.shape) != 2:
-        what = "stacked experts" if len(g.shape) != 2 else f"{g.kind} weights"
-        raise Unsupported("ct-read-only", f"{what} are read, not written", tensor=module.name)
+        word = "stacked" if len(g.shape) != 2 else {"sparse": "sparse-bitmask", "sparse24": "sparse-24-bitmask"}.get(g.kind, "dense")
+        return Storage(word, Integer(1), 1, 16.0, options={"format": word, "read_only": True})
     if g.kind in _SMALL:
         return _small(g.kind, g.scale)
     options = _stored_options(module, g)
@@ -143,7 +143,7 @@ def _ordered(scheme: Scheme) -> list[str]:
         if grid.name == "e2m1" and nested is not None and nested.grid != Float("e8m0"):
             first = "nvfp4"
         return [first, *(t for t in TYPES if t != first)]
-    bits = grid.bits if isinstance(grid, Integer) else 4
+    bits = grid.bits if isinstance(grid, Integer) and grid.bits > 1 else 4
     integers = [t for t in TYPES if t.startswith("int")]
     return [t for t in integers if int(t[3:]) >= bits] + [t for t in reversed(integers) if int(t[3:]) < bits] + ["fp8"]
 
@@ -176,7 +176,7 @@ def _tile(target: Target, scheme: Scheme, kind: str) -> tuple[int | None, int | 
     if words:
         return (1 if words == ["channel"] else None), None
     block = scheme.scales[0].block if scheme.scales else None
-    if isinstance(block, Tile):
+    if isinstance(block, Tile) and block.sizes[-1] > 1:  # a scale for each weight says nothing
         rows = block.sizes[-2] if len(block.sizes) > 1 else 1
         group = None if block.sizes[-1] >= width else block.sizes[-1]
         if rows >= scheme.shape[-2] > 1 and group is None:
@@ -295,6 +295,8 @@ def can_store(storage: Storage, scheme: Scheme) -> Yes | No:
     shape = scheme.shape
     if len(shape) != 2:
         return No(f"it has {len(shape)} dimensions, not 2")
+    if storage.options.get("read_only"):
+        return No(f"{storage.type} weights are read, not written")
     if scheme.grid != storage.grid:
         return No(f"its codes are {scheme.grid}, not {storage.grid}")
     if shape[1] % storage.k_multiple and shape[1] > storage.k_multiple:

@@ -105,6 +105,26 @@ def test_the_original_config_is_kept_and_a_new_one_reads_the_same(name: str) -> 
         assert torch.equal(again.dequantize(torch.float64), ct.read(module).dequantize(torch.float64)), m
 
 
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_sparse_checkpoints_are_copied_or_refused(name: str) -> None:
+    found = modules(name)
+    storages = {m: ct.storage_of(module) for m, module in found.items()}
+    original = next(iter(found.values())).match.config
+    assert ct.config_out(Target("compressed-tensors"), storages, ["lm_head"], original) == original
+    module = next(iter(found.values()))
+    for action in (lambda: ct.write(ct.storage_of(module), ct.read(module), 0, ct.scheme(module).shape),
+                   lambda: ct.config_out(Target("compressed-tensors"), storages, [], None)):  # fmt: skip
+        with pytest.raises(Unsupported):
+            action()
+
+
+def test_the_ignore_list_names_the_head_even_where_it_is_tied() -> None:
+    storages = {m: ct.storage_of(module) for m, module in modules("w4-sym").items()}
+    made = ct.config_out(Target("compressed-tensors"), storages, [], {"quant_method": "gptq", "ignore": ["re:vision.*", "re:.*q_proj"]})
+    assert made["ignore"] == ["lm_head", "re:vision.*"]
+    assert ct.config_out(Target("compressed-tensors"), {"lm_head": next(iter(storages.values()))}, [], None)["ignore"] == []
+
+
 def test_stacked_experts_are_read_expert_by_expert() -> None:
     """Two copies of a module as one (2, N, K): zero points are packed along the rows of each slice."""
     for name in ("w4-asym", "w4-sym", "fp8-channel"):
