@@ -29,11 +29,16 @@ CASES: dict[str, tuple[dict[str, Any], str, str, str]] = {
 }
 
 
+def read(checkpoint: Any, module: str) -> Any:
+    """The module's canonical tensor."""
+    return checkpoint.read(module)
+
+
 def compressed(base: Path, out: Path, dense: Path, arguments: dict[str, Any], form: str) -> None:
     """``base`` by the library's compressor, and its own floats of that as a plain float32 checkpoint."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
-    from compressed_tensors.compressors.base import BaseCompressor
-    from compressed_tensors.quantization.utils import calculate_qparams
+    calculate_qparams = pytest.importorskip("compressed_tensors.quantization.utils").calculate_qparams
+    BaseCompressor = pytest.importorskip("compressed_tensors.compressors.base").BaseCompressor  # noqa: N806
 
     args = quantization.QuantizationArgs(**arguments)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args, format=form)
@@ -67,7 +72,8 @@ def oracle_exact(source: Path, name: str) -> torch.Tensor:
     from qformats.checkpoint import open_checkpoint
 
     with open_checkpoint(source) as checkpoint:
-        return checkpoint.read(name.removesuffix(".weight")).dequantize(torch.float32)  # type: ignore[union-attr]
+        values: torch.Tensor = read(checkpoint, name.removesuffix(".weight")).dequantize(torch.float32)
+        return values
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -82,7 +88,7 @@ def test_the_librarys_checkpoints_become_gguf(
     oracle = load_file(dense / "model.safetensors")
     with open_checkpoint(source) as checkpoint:
         for module in (m for m in checkpoint.modules if checkpoint.is_quantized(m)):
-            mine = checkpoint.read(module).dequantize(torch.bfloat16, like="compressed-tensors")  # type: ignore[union-attr]
+            mine = read(checkpoint, module).dequantize(torch.bfloat16, like="compressed-tensors")
             assert torch.equal(mine.float(), oracle[f"{module}.weight"]), module
     file, report = workshop.convert(source, to, allow_requantize=worst == "requantized")
     if worst == "exact":
@@ -117,5 +123,5 @@ def test_gptq_and_awq_load_in_plain_transformers(source: str, dequantize: bool, 
     model(torch.arange(8)[None])  # the first pass unpacks
     with open_checkpoint(origin) as before:
         for module in [m for m in before.modules if before.is_quantized(m)][:8]:
-            mine = before.read(module).dequantize(torch.float16, like="compressed-tensors")  # type: ignore[union-attr]
+            mine = read(before, module).dequantize(torch.float16, like="compressed-tensors")
             assert torch.equal(model.get_submodule(module).weight, mine), module

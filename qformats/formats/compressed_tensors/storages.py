@@ -114,7 +114,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """Candidates, those that could keep the codes of ``scheme`` first.
 
     Options: ``group=N|-1``, ``channel``, ``tensor``, ``block[=ROWSxCOLUMNS]``, ``sym``, ``asym``, ``format=pack|int|naive``,
-    ``scale=f16|bf16|f32`` (default: the source's, for new codes bf16), ``packing=stream|words``. ``UsageError`` for others.
+    ``scale=f16|bf16|f32`` (default: the source's, for new codes bf16), ``packing=stream|words``. ``UsageError`` for others. The types
+    of small floats under small floats have blocks of their own.
     """
     unknown = sorted(set(target.options) - set(OPTIONS))
     if unknown:
@@ -125,7 +126,7 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     found: list[Storage] = []
     for kind in kinds:
         if kind in _SMALL:
-            found += [_small(kind)] if not target.options or target.type is None else _refused(target)
+            found += [_small(kind)] if target.type is None or not target.options.keys() - {"group"} else _refused(target)
         else:
             found += [s for dtype in _dtypes(target, scheme) for s in _of_type(kind, target, scheme, dtype)]
     return found

@@ -258,7 +258,8 @@ def _weight_piece(storage: Storage, tensor: QuantizedTensor, start: int) -> Piec
     bits = storage.grid.bits if isinstance(storage.grid, Integer) else MX["mxfp4" if storage.type == "nvfp4" else storage.type][1]
     if form == "pack-quantized":
         return Piece("weight_packed", pack_rows(codes, bits) if _stream(storage) else pack_words(codes, bits), start)
-    return Piece("weight_packed", pack_rows(codes, bits, 8).view(np.uint8), start)
+    word = 32 if codes.shape[1] * bits % 32 == 0 else 8  # the same bytes
+    return Piece("weight_packed", pack_rows(codes, bits, word).view(np.uint8), start)
 
 
 def _scale_pieces(storage: Storage, tensor: QuantizedTensor, start: int) -> list[Piece]:
