@@ -38,7 +38,7 @@ def compressed(base: Path, out: Path, dense: Path, arguments: dict[str, Any], fo
     """``base`` by the library's compressor, and its own floats of that as a plain float32 checkpoint."""
     quantization = pytest.importorskip("compressed_tensors.quantization")
     calculate_qparams = pytest.importorskip("compressed_tensors.quantization.utils").calculate_qparams
-    BaseCompressor = pytest.importorskip("compressed_tensors.compressors.base").BaseCompressor  # noqa: N806
+    BaseCompressor = pytest.importorskip("compressed_tensors.compressors.base").BaseCompressor
 
     args = quantization.QuantizationArgs(**arguments)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args, format=form)
