@@ -93,10 +93,15 @@ ROWS: tuple[Row, ...] = (
     Row("quanto", "qformats.formats.quanto", "Quanto (optimum-quanto)", "safetensors",
         ("quanto",), ("qint8", "qint4", "qint2", "qfloat8_e4m3fn", "qfloat8_e5m2", "qfloat8_e4m3fnuz"), ("dtype", "zeropoint"),
         configs=("quanto_qmap.json", "quantization_map.json")),
+    Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
+        ("compressed-tensors", "compressed_tensors", "sparseml"),
+        ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes"}
+_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes",
+            "ct": "compressed-tensors"}  # fmt: skip
 
 
 def names() -> list[str]:

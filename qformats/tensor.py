@@ -394,6 +394,32 @@ class QuantizedTensor:
                     part.copy_(part.to(dtype))
             table[rows] = part
         return table
+    def _in_runs(self, dtype: torch.dtype) -> Tensor | None:
+        """``evaluate_in`` without float64 where each step is one operation of ``dtype``: one plain scale of that dtype on runs of a row.
+
+        Codes of up to eight bits, e4m3fn values and differences of integers of up to 256 are exact in every float dtype.
+        """
+        integers = isinstance(self.grid, Integer) and self.grid.bits <= 8 and self.codes.dtype != torch.int16
+        if not integers and not (self.grid == Float("e4m3fn") and self.codes.dtype == torch.uint8 and self.zero_point is None):
+            return None
+        if self.signs is not None or self.group_index is not None or self.offset is not None or len(self.scales) != 1:
+            return None
+        planes = [_run_plane(param, self.shape) for _, param in self.params()]
+        if self.scales[0].inverse or any(plane is None for plane in planes) or self.scales[0].values.dtype != dtype:  # type: ignore[union-attr]
+            return None
+        if self.zero_point is not None and self.zero_point.values.dtype not in (torch.uint8, torch.int8, torch.int16):  # type: ignore[union-attr]
+            return None
+        w = (self.codes if integers else self.codes.contiguous().view(torch.float8_e4m3fn)).to(dtype)
+        for at, (plane, width) in reversed(list(enumerate(planes))):  # type: ignore[misc]
+            values = plane.to(dtype)
+            if at and int(plane.to(torch.int32).abs().max()) > 256:
+                return None
+            if plane.numel() == 1:
+                w = w - values if at else w * values
+            else:
+                runs = w.unflatten(-1, (-1, width))
+                w = (runs - values.unsqueeze(-1) if at else runs * values.unsqueeze(-1)).flatten(-2)
+        return w
 
     def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.
@@ -408,6 +434,9 @@ class QuantizedTensor:
         stepped = self._in_steps(dtype)
         if stepped is not None:
             return stepped
+        quick = self._in_runs(dtype)
+        if quick is not None:
+            return quick
         one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)
