@@ -68,7 +68,7 @@ def row_step(job: Job, weights: int = 0) -> int:
     unit = 64  # whole words of every packing, whole tiles of the tiled ones
     if job.storage is not None:
         together = job.storage.row_unit(job.map.shape)
-        if together == 0 and job.action == "quantize":
+        if job.storage.together or (together == 0 and job.action == "quantize"):
             return job.map.rows
         unit = lcm(unit, together or 1)
     for source in job.map.sources:

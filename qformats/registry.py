@@ -77,6 +77,11 @@ ROWS: tuple[Row, ...] = (
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
         mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
+    Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
+        source_options=("layout",)),
+    Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
+    Row("mlx", "qformats.formats.mlx", "MLX (mlx-lm; metal of transformers)", "safetensors", ("mlx", "metal"),
+        ("int1", "int2", "int3", "int4", "int5", "int6", "int8", "mxfp4", "mxfp8", "nvfp4"), ("group", "dtype", "metal")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 

@@ -213,6 +213,7 @@ class Storage:
     - ``inverse``: the stored scale divides. ``zero_dtype``: dtype of a per-group zero point that may be any float.
     - ``factor``: one more scale for the whole tensor, or a constant.
     - ``whole``: new codes need the whole tensor at once (a scale's own codes, a factor found from all weights).
+    - ``together``: the codes of distant rows share words, so that all rows are written at once.
     """
 
     type: str
@@ -237,6 +238,7 @@ class Storage:
     zero_dtype: str | None = None
     factor: Factor | None = None
     whole: bool = False
+    together: bool = False
 
     @property
     def integers(self) -> Integer:

@@ -81,7 +81,7 @@ class Order:
 # Sources: ggml-quants.c (float32 product, then float32 sum); GPTQModel 7.7 ``TorchLinear`` and AutoAWQ 0.2.9 ``dequantize_gemm`` (half);
 # bitsandbytes 0.50.2 ``dequantize_4bit`` and ``int8_vectorwise_dequant``; hqq 0.2.8 ``Quantizer.dequantize``; optimum-quanto 0.2.7
 # ``QBytesTensor`` and ``QBitsTensor``; compressed-tensors 0.20 ``lifecycle/forward_helpers``; torchao 0.18 ``dequantize`` of its tensors;
-# transformers 5.23 ``Fp8Dequantize``
+# transformers 5.23 ``Fp8Dequantize``; mlx 0.32 ``dequantize``; aqlm 1.1.7 ``_dequantize_weight``
 ORDERS = {
     "ggml": Order(torch.float32),
     "gptqmodel": Order(torch.float16),
@@ -89,6 +89,8 @@ ORDERS = {
     "bitsandbytes": Order(torch.float32, by_factor=True),
     "compressed-tensors": Order(None),
     "hqq": Order(None),
+    "mlx": Order(None),
+    "aqlm": Order(None),
     "quanto": Order(None),
     "torchao": Order(None),
     "transformers": Order(torch.float32),

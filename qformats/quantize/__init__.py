@@ -1,9 +1,10 @@
 """New codes from floats: the only place in the library that rounds weights.
 
 Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``,
-``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``affine`` is
-min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``best``
-starts from what a family makes of a type with one scale a block and lowers its error; ``imatrix`` reads and writes files of importances.
+``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``absmean`` is
+BitNet's rule; ``affine`` is min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the storage. All refuse NaN
+and infinities. ``best`` starts from what a family makes of a type with one scale a block and lowers its error; ``imatrix`` reads and writes
+files of importances.
 A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
@@ -18,7 +19,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
-from qformats.quantize import affine, best, ggml, iquants, kquants, tables, ternary
+from qformats.quantize import absmean, affine, best, ggml, iquants, kquants, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +41,7 @@ class Family(Protocol):
 
 
 SEARCHES = ("reference", "best")  # the bytes of llama.cpp; at most their error, and less where ``improves``
-FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary)
+FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary, absmean)
 
 
 def _family(storage: Storage) -> Family | None:
