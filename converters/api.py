@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converters.adapters import LoraWord, open_adapters
 from converters.execute import Progress, execute
 from converters.options import REFERENCE, PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
@@ -40,6 +41,7 @@ def plan(
     search: str = REFERENCE,
     source_options: Iterable[tuple[str, str]] = (),
     allow_pickle: bool = False,
+    lora: Iterable[LoraWord] = (),
 ) -> Plan:
     """Plan the conversion of ``source`` to ``to`` (``"gguf"``, ``"gguf:q4_1"``, ``"gptq:int4,group=128"`` …) without writing.
 
@@ -63,6 +65,7 @@ def plan(
         target_size=target_size,
         search=search,
         source_options=tuple(source_options),
+        lora=open_adapters(lora),
     )
     return make_plan(source, options, allow_pickle=allow_pickle)
 
@@ -88,6 +91,7 @@ def convert(
     search: str = REFERENCE,
     source_options: Iterable[tuple[str, str]] = (),
     allow_pickle: bool = False,
+    lora: Iterable[LoraWord] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
@@ -95,6 +99,7 @@ def convert(
     ``allow_pickle``: read a source of ``torch.save`` too, as data; nothing in it is run.
     ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
     ``source_options``: ``("zero-points", "v2")`` and the like, how to read what the source does not tell.
+    ``lora``: PEFT adapters to merge in, each a directory, ``"DIR=0.5"`` or (directory, weight); the tensors they change get new codes.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
     """
@@ -117,6 +122,7 @@ def convert(
         search=search,
         source_options=source_options,
         allow_pickle=allow_pickle,
+        lora=lora,
     )
     with planned.checkpoint:
         refuse_losses(planned)
@@ -130,12 +136,15 @@ def verify(
     *,
     replay: bool = False,
     imatrix: str | Path | None = None,
+    lora: Iterable[LoraWord] = (),
     workers: int | None = None,
     progress: Progress | None = None,
     allow_pickle: bool = False,
 ) -> VerifyResult:
     """Compare ``destination`` with ``source``: by the digests it carries, by replaying its record, else by values. See ``VerifyResult``.
 
-    ``imatrix``: the importance matrix it was made with, which a replay needs.
+    ``imatrix``: the importance matrix it was made with, which a replay needs; ``lora``: the adapters likewise.
     """
-    return _verify(source, destination, replay=replay, imatrix=imatrix, workers=workers, progress=progress, allow_pickle=allow_pickle)
+    return _verify(
+        source, destination, replay=replay, imatrix=imatrix, lora=lora, workers=workers, progress=progress, allow_pickle=allow_pickle
+    )

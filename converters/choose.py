@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
+from converters.merging import MergedCheckpoint, merged_into
 from converters.mixing import NO_MIX, Mix
 from converters.options import FLOAT_WORDS, NEEDS_CONSENT, REFERENCE, PlanOptions
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
-from qformats.checkpoint import INTEGER_TYPES, Checkpoint
+from qformats.checkpoint import FLOAT_TYPES, INTEGER_TYPES, Checkpoint
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
@@ -44,6 +45,7 @@ class Chooser:
     ``storages_of``: storages from a provenance record by target module, ``hints`` likewise; ``dtypes``: float dtypes by target
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
+    ``orders_before``: act-orders that would be absorbed if no adapter were merged.
     """
 
     checkpoint: Checkpoint
@@ -55,15 +57,22 @@ class Chooser:
     blocks: Mapping[str, str] = field(default_factory=dict)
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     mix: Mix = NO_MIX
+    orders_before: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @cached_property
     def _has_codes(self) -> bool:
-        return any(self.checkpoint.is_quantized(name) for name in self.checkpoint.modules)
+        return self.checkpoint.has_codes
 
     @property
     def _gguf(self) -> bool:
         return registry.row(self.options.target.format).container == "gguf"
+
+    @property
+    def _usual(self) -> str:
+        """The type for new codes where none is named: ``int4`` where the format has it, else its first."""
+        types = registry.row(self.options.target.format).types
+        return _SAFE_TYPE if self._gguf else types[0] if types and "int4" not in types else "int4"
 
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
@@ -71,6 +80,8 @@ class Chooser:
             raw = self.checkpoint.modules[tensor.target].parts[tensor.leaf]
             part = {tensor.leaf: PartInfo(raw.dtype, raw.shape)}
             return Job(tensor, "parts", "copied", "the same bytes", raw.dtype, part, True, format=self.checkpoint.format)
+        if isinstance(self.checkpoint, MergedCheckpoint) and (names := merged_into(self.checkpoint, tensor)):
+            return self._merged(tensor, self.checkpoint, names)
         modules = [s.module for s in tensor.sources if s.module]
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):
@@ -80,6 +91,24 @@ class Chooser:
         if tensor.leaf == "weight" and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
+
+    def _merged(self, tensor: TensorMap, checkpoint: MergedCheckpoint, names: tuple[str, ...]) -> Job:
+        """New numbers, in the type that the tensor would have without the adapters."""
+        assert checkpoint.base is not None
+        plain = replace(self, checkpoint=checkpoint.base, orders=self.orders_before).decide(tensor)
+        why = f"merged adapter{'s' if len(names) > 1 else ''} {', '.join(names)}"
+        storage = plain.storage
+        if plain.action == "parts" and plain.format == self.options.target.format and not self._gguf:
+            storage = registry.format_module(plain.format).storage_of(checkpoint.base.modules[tensor.sources[0].module])
+        if self._gguf and plain.dtype is None and plain.type not in (*FLOAT_TYPES, *INTEGER_TYPES):
+            made = self._quantize(tensor, plain.type.lower(), why)
+            return replace(made, reason=why if made.reason == why else f"{why}; {made.reason}", merged=names)
+        if storage is not None:
+            parts = registry.format_module(plain.format).layout(storage, tensor.shape)
+            return Job(tensor, "quantize", "requantized", why, storage.type, parts, False, None, storage, plain.format,
+                       ("round to nearest", *self._whole(tensor)), orders=self._orders(tensor), merged=names)  # fmt: skip
+        dtype = plain.type if plain.type in FLOAT_WORDS.values() else "F32"
+        return replace(self._float(tensor, dtype, "dequantized", why), merged=names)
 
     def _transposed(self, tensor: TensorMap, module: str) -> Job:
         """Codes whose inputs and outputs change places: no scale fits them any more."""
@@ -499,4 +528,5 @@ class Chooser:
         return _SAFE_TYPE if self._gguf else registry.row(self.options.target.format).default_type
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
-        return any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"
+        coded = any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"
+        return coded and not merged_into(self.checkpoint, tensor)

@@ -85,14 +85,19 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
         return
     if any(flags[name] for name in _PLANNED):
         raise UsageError("plan-options", "--plan already holds these options", hint="plan again with them")
+    from converters.adapters import same_adapters
     from converters.importances import same_imatrix
 
     saved = _read_plan(plan_file)
     same_imatrix(saved["imatrix"], flags["imatrix"], plan_file)
+    same_adapters(saved["lora"], flags["lora"], plan_file)
     _run(src, dst, {**flags, **saved["options"]}, digest=saved["digest"])
 
 
-@click.command(short_help="Make new codes of a named type.", epilog="Example: qconvert quantize llama/ llama.gguf --to gguf:q8_0")
+@click.command(
+    short_help="Make new codes of a named type.",
+    epilog="Example: qconvert quantize llama-awq/ llama.gguf --to gguf:q4_k_m --lora adapter/",
+)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--to", required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
@@ -128,6 +133,7 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.argument("dst", type=_PATH)
 @click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
 @click.option("--imatrix", type=_PATH, metavar="FILE", help="The importance matrix that DST was made with, for a replay.")
+@click.option("--lora", metavar="DIR[=WEIGHT]", multiple=True, help="An adapter that was merged into DST; DST is then replayed with it.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
 @source_flags
 @output_flags
@@ -244,6 +250,7 @@ def _check_source(checkpoint: Checkpoint, wanted: str, target: str) -> None:
 
 def _read_plan(path: Path) -> dict[str, Any]:
     """The options and digest of a saved plan; ``BadFile('plan-file')`` if it is none, ``UsageError('plan-depth')`` if not scanned."""
+    from converters.adapters import recorded_adapters
     from converters.importances import recorded_imatrix
 
     try:
@@ -252,7 +259,8 @@ def _read_plan(path: Path) -> dict[str, Any]:
         saved = json.loads(path.read_text(encoding="utf-8"))
         options = saved["options"]
         wishes = recorded_words(options)
-        found = {"options": wishes, "digest": str(saved["digest"]), "imatrix": recorded_imatrix(options)}
+        found: dict[str, Any] = {"options": wishes, "digest": str(saved["digest"]), "imatrix": recorded_imatrix(options)}
+        found["lora"] = recorded_adapters(options)
         depth = saved["depth"]
     except OSError as error:
         raise BadFile("not-found", f"cannot read the plan: {error.strerror}", path=path) from None

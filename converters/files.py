@@ -35,7 +35,8 @@ _FILE_TYPES = {
     "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41,
 }  # fmt: skip
 _QUANTIZATION_VERSION = 2
-_CONFIGS = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
+_BESIDE = tuple(name for row in registry.ROWS for name in row.configs)
+_CONFIGS = ("config.json", *_BESIDE, "generation_config.json")
 
 
 def side_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, bytes]:
@@ -79,7 +80,7 @@ def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[J
         return {}
     storages = _storages(checkpoint, options.target.format, jobs)
     modules = {j.map.target: (storages[j.map.target], j.map.shape) for j in jobs if j.map.leaf == "weight" and j.map.target in storages}
-    others = [job.name for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)]
+    others = {job.name: job.dtype or "" for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)}
     made: dict[str, str] = make(modules, others)
     return made
 
@@ -140,7 +141,7 @@ def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job],
         recorded = {name: text.encode() for name, text in restore.files.items()}
         return {**{k: v for k, v in files.items() if k not in _CONFIGS}, **recorded}
     config = _config_json(files, checkpoint, restore)
-    for name in ("quantize_config.json", "quant_config.json"):
+    for name in _BESIDE:
         files.pop(name, None)
     inner = config.get("text_config")
     for key in ("quantization_config", "quantization"):

@@ -97,7 +97,7 @@ def source_flags(function: F) -> F:
 
 
 def loss_flags(function: F) -> F:
-    """``--exact --allow-requantize --tensor-type --search --pre --imatrix --set-metadata`` and llama-quantize's own: what a plan may do."""
+    """What a plan may do: ``--exact --allow-requantize --tensor-type --search --pre --imatrix --lora --set-metadata``, llama-quantize's."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
@@ -112,6 +112,7 @@ def loss_flags(function: F) -> F:
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
         click.option("--source-option", "source_options", type=SourceOption(), multiple=True,
                      help="How to read what the source does not tell, such as zero-points=v2."),
+        click.option("--lora", metavar="DIR[=WEIGHT]", multiple=True, help="Merge a PEFT adapter; what it changes gets new codes."),
         click.option("--set-metadata", "metadata", metavar="KEY[:TYPE]=VALUE", multiple=True, help="Set a key of the GGUF."),
     )(function)  # fmt: skip
 
@@ -144,10 +145,12 @@ class Wishes:
     target_size: int | None = None
     search: str | None = None
     source_options: tuple[tuple[str, str], ...] = ()
+    lora: tuple[str, ...] = ()
 
     def plan_options(self) -> PlanOptions:
-        """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix."""
+        """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix or adapter."""
         target = registry.parse_target(self.to)
+        from converters.adapters import open_adapters
         from converters.options import REFERENCE, PlanOptions
         from qformats.quantize.imatrix import read_imatrix
 
@@ -156,7 +159,7 @@ class Wishes:
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
             token_embedding_type=self.token_embedding_type, pure=self.pure, max_error=self.max_error, target_size=self.target_size,
-            search=self.search or REFERENCE, source_options=tuple(self.source_options),
+            search=self.search or REFERENCE, source_options=tuple(self.source_options), lora=open_adapters(self.lora),
         )  # fmt: skip
 
 

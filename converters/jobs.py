@@ -28,7 +28,7 @@ class Job:
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
     module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
-    ``search``: how they are found.
+    ``search``: how they are found. ``merged``: the adapters that have a part in it.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -49,6 +49,7 @@ class Job:
     hints: Mapping[str, Hint] = field(default_factory=dict)
     importance: np.ndarray[Any, Any] | None = None
     search: str = "reference"
+    merged: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -81,6 +82,7 @@ def storage_to_json(storage: Storage) -> dict[str, Any]:
         "zero_dtype": storage.zero_dtype,
         "factor": None if storage.factor is None else [storage.factor.dtype, storage.factor.inverse, storage.factor.constant],
         "whole": storage.whole or None,
+        "cyclic": storage.cyclic or None,
         "together": storage.together or None,
     }
     return {
@@ -118,6 +120,10 @@ def _grid_from_json(data: Mapping[str, Any]) -> Grid:
     return Float(data["float"]) if "float" in data else Table(data["table"], data["v_in"])
 
 
+def _scale_grid(name: str) -> Float | Table:
+    return Table(name) if name in TABLE_WIDTHS else Float(name)
+
+
 def _sub_to_json(sub: SubScale) -> list[int] | dict[str, Any]:
     """[width, highest sub-scale, highest sub-offset] where there are sub-offsets, a dictionary for the others."""
     if sub.offset and sub == SubScale(sub.width, Integer(sub.grid.bits), 0, True):
@@ -144,10 +150,10 @@ def storage_from_json(data: Mapping[str, Any]) -> Storage:
         data["negative_scale"],
         (zero[0], zero[1]) if isinstance(zero, list) else zero, data["offset"], _sub_from_json(data["sub_scale"]),
         data["k_multiple"], data["n_multiple"], data["group_index"], dict(data["options"]),
-        data.get("highest"), None if scale_grid is None else Float(scale_grid), data.get("doubled", False),
+        data.get("highest"), None if scale_grid is None else _scale_grid(scale_grid), data.get("doubled", False),
         None if data.get("rows") == "all" else data.get("rows", 1), data.get("flat", False), data.get("inverse", False),
         data.get("zero_dtype"), None if data.get("factor") is None else Factor(*data["factor"]), data.get("whole", False),
-        together=data.get("together", False),
+        data.get("cyclic", False), data.get("together", False),
     )  # fmt: skip
     if not _is_storage(storage):
         raise ValueError("not a storage")
@@ -178,7 +184,7 @@ def _is_storage(s: Storage) -> bool:
     planes = s.offset is None or s.offset in _FLOATS
     sub = () if s.sub_scale is None else (s.sub_scale,)
     planes = planes and (s.zero_dtype is None or s.zero_dtype in _FLOATS) and (s.factor is None or s.factor.dtype in _FLOATS)
-    switches = (s.negative_scale, s.group_index, s.doubled, s.flat, s.inverse, s.whole, s.together, *(x.offset for x in sub))
+    switches = (s.negative_scale, s.group_index, s.doubled, s.flat, s.inverse, s.whole, s.cyclic, s.together, *(x.offset for x in sub))
     flags = all(type(flag) is bool for flag in switches)
     sizes = [s.k_multiple, s.n_multiple, *(x for x in (s.group, s.rows) if x is not None), *(x.width for x in sub)]
     grids = [s.grid, *(x.grid for x in sub), *(() if s.scale_grid is None else (s.scale_grid,))]

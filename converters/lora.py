@@ -40,7 +40,9 @@ if TYPE_CHECKING:
 
     from qformats.architectures.binding import Binding
 
-__all__ = ["LoraResult", "gguf_to_lora", "lora_to_gguf"]
+__all__ = [
+    "CONFIG", "FLOATS", "PREFIX", "WEIGHTS", "WRONG_BASE", "LoraResult", "gguf_to_lora", "lora_to_gguf", "pattern_value", "read_json",
+]  # fmt: skip
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors
@@ -51,7 +53,7 @@ _LEAF = re.compile(r"(?P<module>.+)\.lora_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?
 _EMBEDDING = re.compile(r"(?P<module>.+)\.lora_embedding_(?P<side>A|B)(?:\.(?P<adapter>[^.]+))?")
 _COPY = ".base_layer.weight"  # PEFT saves the base model's own embedding beside an adapter of it
 _MAX_CONFIG_NBYTES = 16 << 20
-_WRONG_BASE = "check that --base is this adapter's model"
+WRONG_BASE = "check that --base is this adapter's model"
 # fields of adapter_config.json that change the arithmetic in a way a GGUF cannot say, with the values that do not
 _PLAIN = {
     "use_dora": (False, None), "bias": ("none", None), "lora_bias": (False, None), "modules_to_save": (None, []),
@@ -97,12 +99,12 @@ def _base(path: Path) -> Binding:
     """The architecture of the base model, from its ``config.json`` (weights are not needed) or a GGUF."""
     beside = path / "config.json"
     if path.is_dir() and beside.is_file():
-        return architectures.find(config := _json(beside)).bind(config)
+        return architectures.find(config := read_json(beside)).bind(config)
     with open_checkpoint(path) as checkpoint:
         return checkpoint.binding
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MAX_CONFIG_NBYTES:
             raise BadFile("side-file-size", f"is larger than {_MAX_CONFIG_NBYTES} bytes", path=path)
@@ -157,7 +159,7 @@ def lora_to_gguf(
 
 
 def _peft_config(adapter: Path) -> dict[str, Any]:
-    config = _json(adapter / CONFIG)
+    config = read_json(adapter / CONFIG)
     for name, plain in _PLAIN.items():
         if name in config and config[name] not in plain:
             raise Unsupported(
@@ -197,7 +199,7 @@ def _pairs(tensors: Mapping[str, RawTensor], places: Places) -> list[_Pair]:
     for module, both in sides.items():
         place = places.find(module)
         if place is None or place.rule.kind == "norm":
-            raise BadFile("unmapped-tensor", "the base model has no such layer", tensor=module, hint=_WRONG_BASE)
+            raise BadFile("unmapped-tensor", "the base model has no such layer", tensor=module, hint=WRONG_BASE)
         if place.rule.kind in ("output", "embedding") and places.binding.tied:
             why = "this base model uses one matrix as embedding and output, and llama.cpp cannot adapt that"
             raise Unsupported("lora-tied", why, tensor=module, hint="merge the adapter into the base model and convert that")
@@ -221,7 +223,7 @@ def _checked(pair: _Pair) -> _Pair:
     return pair
 
 
-def _pattern(patterns: object, module: str, default: float) -> float:
+def pattern_value(patterns: object, module: str, default: float) -> float:
     """PEFT's lookup: the first key that is the end of the module's name, as a regular expression."""
     for key, value in (patterns if isinstance(patterns, dict) else {}).items():
         try:
@@ -237,7 +239,7 @@ def _scaled(config: Mapping[str, Any], pairs: Sequence[_Pair]) -> tuple[float, l
     own = []
     for pair in pairs:
         rank = pair.b.shape[-1]
-        alpha = _pattern(config.get("alpha_pattern"), pair.place.hf, float(config["lora_alpha"]))
+        alpha = pattern_value(config.get("alpha_pattern"), pair.place.hf, float(config["lora_alpha"]))
         own.append(alpha * rank**0.5 if config.get("use_rslora") else alpha)
     common = Counter(own).most_common(1)[0][0]
     factors = [alpha / common for alpha in own]
@@ -371,7 +373,7 @@ def _read_metadata(file: GGUFFile, binding: Binding) -> tuple[float, dict[str, A
 
     for key, wanted in (("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", binding.architecture.gguf)):
         if text(key) != wanted:
-            hint = _WRONG_BASE if key == "general.architecture" else "give a GGUF that holds a LoRA adapter"
+            hint = WRONG_BASE if key == "general.architecture" else "give a GGUF that holds a LoRA adapter"
             raise BadFile("lora-metadata", f"{key} is {text(key)!r}, expected {wanted!r}", path=file.name, hint=hint)
     alpha = text("adapter.lora.alpha")
     record = text(RECORD)
@@ -388,7 +390,7 @@ def _gguf_pairs(file: GGUFFile, places: Places) -> dict[str, tuple[RawTensor, Ra
         module, _, leaf = name.rpartition(".weight.lora_")
         if leaf not in ("a", "b") or module not in places.by_gguf:
             why = "is not half of a low-rank pair" if leaf not in ("a", "b") else "the base model has no such tensor"
-            raise BadFile("unmapped-tensor", why, path=file.name, tensor=name, hint=_WRONG_BASE)
+            raise BadFile("unmapped-tensor", why, path=file.name, tensor=name, hint=WRONG_BASE)
         sides.setdefault(module, {})[leaf] = raw
     for module, both in sides.items():
         if len(both) != 2:

@@ -17,10 +17,14 @@ def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
     """All tensors of the format ``target`` with their source rows; what is no weight stays in a format that has the same leaf."""
     mapped = _map_weights(checkpoint, target)
     stays: frozenset[str] = getattr(registry.format_module(target), "EXTRAS", frozenset())
+    written: frozenset[str] = getattr(registry.format_module(target), "WRITTEN", frozenset())
     kept, dropped = [], dict(mapped.dropped)
     for (module, leaf), what in checkpoint.extras.items():
         raw = checkpoint.modules[module].parts[leaf]
-        if checkpoint.format == target or leaf in stays:
+        own = leaf in written and checkpoint.is_quantized(module)
+        if own and checkpoint.format == target:
+            continue  # among the parts of the weight
+        if not own and (checkpoint.format == target or leaf in stays):
             source = SourceRows(module, leaf, 0, raw.rows)
             kept.append(TensorMap(module, leaf, raw.shape, (source,), kind="extra"))
         else:

@@ -60,7 +60,7 @@ def meant(checkpoint: Checkpoint, options: PlanOptions) -> mixes.FileType | None
     kind = options.target.type
     if kind is None or registry.row(options.target.format).container != "gguf":
         return None
-    coded = checkpoint.gguf is None and any(checkpoint.is_quantized(name) for name in checkpoint.modules)
+    coded = checkpoint.gguf is None and checkpoint.has_codes
     return None if coded and mixes.is_block_type(kind) and not options.pure else mixes.file_type(kind)
 
 

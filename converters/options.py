@@ -13,6 +13,7 @@ from qformats.errors import UsageError
 from qformats.formats.protocol import Target
 
 if TYPE_CHECKING:
+    from converters.adapters import Adapter
     from qformats.quantize.imatrix import ImportanceMatrix
 
 __all__ = ["FLOAT_WORDS", "LATER", "NEEDS_CONSENT", "REFERENCE", "PlanOptions", "recorded_words"]
@@ -31,7 +32,8 @@ class PlanOptions:
     ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF. ``output_tensor_type``, ``token_embedding_type`` and
     ``pure`` are llama-quantize's options of these names, for GGUF targets. ``max_error`` (of a tensor's rms) and ``target_size`` (bytes
     of the file) choose every matrix's type. ``search``: how new codes of a GGUF are found (``qformats.quantize.SEARCHES``).
-    ``source_options``: (key, value) pairs, how to read what the source does not tell (the registry's ``source_options``).
+    ``source_options``: (key, value) pairs, how to read what the source does not tell (the registry's ``source_options``). ``lora``:
+    adapters that are merged in, in this order.
     """
 
     target: Target
@@ -49,6 +51,7 @@ class PlanOptions:
     target_size: int | None = None
     search: str = REFERENCE
     source_options: tuple[tuple[str, str], ...] = ()
+    lora: tuple[Adapter, ...] = ()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -95,6 +98,7 @@ class PlanOptions:
             "pre_tokenizer": self.pre_tokenizer,
             **({} if self.imatrix is None else {"imatrix": {"file": self.imatrix.name, "sha256": self.imatrix.digest}}),
             **({"metadata": list(self.metadata)} if self.metadata else {}),
+            **({"lora": [adapter.to_json() for adapter in self.lora]} if self.lora else {}),
             **{name: value for name, value in later.items() if value and value != REFERENCE},
         }
 

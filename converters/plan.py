@@ -15,6 +15,7 @@ from converters.choose import Chooser
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.mapping import map_tensors
+from converters.merging import MergedCheckpoint, merge
 from converters.mixing import Mix, meant, mix_of
 from converters.options import NEEDS_CONSENT, PlanOptions
 from converters.outputs import Output
@@ -74,6 +75,7 @@ class Plan:
             "type": job.type,
             "reason": job.reason,
             "notes": list(job.notes),
+            **({"merged": list(job.merged)} if job.merged else {}),
             "rewrites": list(job.rewrites),
             "shape": list(job.map.shape),
             "sources": [[s.module, s.leaf, s.start, s.stop] for s in job.map.sources],
@@ -91,7 +93,7 @@ def make_plan(source: str | Path | Checkpoint, options: PlanOptions, *, allow_pi
     checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, allow_pickle)
     try:
         checkpoint = checkpoint.read_as(dict(options.source_options)) if options.source_options else checkpoint
-        return _plan(checkpoint, options)
+        return _plan(merge(checkpoint, options.lora), options)
     except QFormatError as error:
         if not isinstance(error, UsageError):
             error.locate(path=checkpoint.path)
@@ -121,6 +123,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         dtypes={} if restore is None else restore.dtypes,
         blocks={} if restore is None else restore.blocks,
         orders=orders,
+        orders_before=_orders_before(checkpoint, options),
         mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
     )
     rest = _Rest(tensors, {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}, restore, dropped, warnings, unsorted)
@@ -209,11 +212,20 @@ def _absorb(checkpoint: Checkpoint, options: PlanOptions, warnings: list[str]) -
     return {}, {}
 
 
+def _orders_before(checkpoint: Checkpoint, options: PlanOptions) -> dict[str, Any]:
+    """The act-orders that would be absorbed without the adapters that are merged in."""
+    if not isinstance(checkpoint, MergedCheckpoint) or checkpoint.base is None:
+        return {}
+    columns, _ = _absorb(checkpoint.base, options, [])
+    return columns
+
+
 def _keeps_index(checkpoint: Checkpoint, options: PlanOptions, module: str) -> bool:
     row = registry.row(options.target.format)
     if row.name == "hf":
         return True  # weights are dequantized in their own column order
-    target = Target(row.name, None if options.target.type in ("f32", "f16", "bf16") else options.target.type, options.target.options)
+    kind = options.target.type if options.target.type in row.types else None  # a file type is none of a tensor
+    target = Target(row.name, None if kind in ("f32", "f16", "bf16") else kind, options.target.options)
     return any(s.group_index for s in registry.format_module(row.name).storages(target, checkpoint.scheme(module)))
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["Restore", "build", "collect", "is_intact", "plan_digest", "read_restore", "speaks_of", "tool_version"]
 
 RECORD_VERSION = 1
-_KEPT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "generation_config.json")
+_KEPT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "generation_config.json")
 _MAX_PLANE_NBYTES = 1 << 31
 
 

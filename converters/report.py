@@ -36,7 +36,10 @@ _SHOWN = 12  # groups of one list in terminal text; reports hold all
 
 @dataclass(frozen=True)
 class TensorLine:
-    """One target tensor. ``error``: relative RMS error of new codes or rounded floats, None where nothing was measured."""
+    """One target tensor. ``error``: relative RMS error of new codes or rounded floats, None where nothing was measured.
+
+    ``merged``: the adapters in it.
+    """
 
     name: str
     kind: str
@@ -48,6 +51,7 @@ class TensorLine:
     rewrites: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     error: float | None = None
+    merged: tuple[str, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -62,7 +66,7 @@ class TensorLine:
 class Report:
     """What was planned (``seconds`` None) or done. ``dropped``: source tensors with no place in the target, with reasons.
 
-    ``imatrix``: file name of the importance matrix.
+    ``imatrix``: file name of the importance matrix. ``adapters``: what the record keeps of each that was merged in.
     """
 
     source: str
@@ -79,6 +83,7 @@ class Report:
     destination: str | None = None
     seconds: float | None = None
     imatrix: str | None = None
+    adapters: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def build(cls, plan: Plan, outcome: Outcome | None = None, destination: str | Path | None = None) -> Report:
@@ -91,8 +96,9 @@ class Report:
             nbytes = sum(plan.output.parts[job.part_name(leaf)].nbytes for leaf in job.parts)
             shape = tuple(int(n) for n in job.map.shape)
             line = TensorLine(
-                job.name, job.kind, job.type, shape, nbytes, job.lossless, job.reason, job.rewrites, job.notes, errors.get(job.name)
-            )
+                job.name, job.kind, job.type, shape, nbytes, job.lossless, job.reason, job.rewrites, job.notes, errors.get(job.name),
+                job.merged,
+            )  # fmt: skip
             lines.append(line)
         return cls(
             str(plan.checkpoint.path),
@@ -109,6 +115,7 @@ class Report:
             None if destination is None else str(destination),
             None if outcome is None else outcome.seconds,
             None if plan.options.imatrix is None else plan.options.imatrix.name,
+            tuple(adapter.to_json() for adapter in plan.options.lora),
         )
 
     @property
@@ -181,7 +188,19 @@ class Report:
         lines = [f"{t} would save {size(sum(n))} on {count(len(n), 'tensor')}: {how}" for (t, how), n in saved.items()]
         if self.imatrix is not None:
             lines.append(f"{count(self.weighted, 'tensor')} rounded under the importances of {self.imatrix}")
+        lines += self._merged_notes()
         return lines + [f"{count(number, 'tensor')}: {note}" for note, number in plain.items()]
+
+    def _merged_notes(self) -> list[str]:
+        """Which tensors hold an adapter, and how far what is stored lies from the exact merged weights."""
+        found = []
+        for adapter in self.adapters:
+            name = adapter["name"] if adapter["weight"] == 1 else f"{adapter['name']} (weight {adapter['weight']:g})"
+            lines = [line for line in self.tensors if name in line.merged]
+            errors = [line.error for line in lines if line.error is not None]
+            worst = f"; relative RMS error against the exact merged weights at most {max(errors):.3g}" if errors else ""
+            found.append(f"adapter {name} (SHA-256 {adapter['sha256'][:16]}…) is merged into {count(len(lines), 'tensor')}{worst}")
+        return found
 
     # ---------------------------------------------------------------- forms
 

@@ -47,7 +47,8 @@ def read_ahead(module: Module) -> Module:
     """The module with its column ranges read in wide pieces, ``_SLAB_NBYTES`` at a time in all its planes together."""
     share = min(1.0, _SLAB_NBYTES / max(1, sum(raw.nbytes for raw in module.parts.values())))
     parts = {leaf: ReadAhead.of(raw, int(raw.nbytes * share)) for leaf, raw in module.parts.items()}
-    return Module(module.name, parts, module.match)  # nothing remembered: the file may have changed since the plan was made
+    # nothing remembered: the file may have changed since the plan was made
+    return Module(module.name, parts, module.match, columns=module.columns)
 
 
 def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int, int]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import digests
+from converters.adapters import LoraWord, recorded_adapters, same_adapters
 from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
@@ -70,6 +71,7 @@ def verify(
     *,
     replay: bool = False,
     imatrix: str | Path | None = None,
+    lora: Iterable[LoraWord] = (),
     workers: int | None = None,
     progress: Progress | None = None,
     allow_pickle: bool = False,
@@ -78,8 +80,10 @@ def verify(
 
     Equal digests of both sides settle it at the speed of reading them. Where one differs, or with ``replay``, the conversion is done
     again in memory and every byte compared, so that differences have a place; that takes the ``imatrix`` it was made with, if any:
-    ``UsageError`` (``imatrix-missing``, ``imatrix-other``).
+    ``UsageError`` (``imatrix-missing``, ``imatrix-other``). ``lora``, the adapters that were merged in, mean a replay, and one needs
+    them (``lora-missing``, ``lora-other``).
     """
+    adapters = list(lora)
     where, count = Path(destination), worker_count(workers)
     with open_checkpoint(source, allow_pickle) as checkpoint:
         try:
@@ -98,13 +102,18 @@ def verify(
             if found.gguf is not None and found.gguf.shards > 1:
                 message = "was written as one file and is split now, so its record does not speak of these bytes"
                 raise UsageError("verify-shards", message, path=where, hint="merge it first: qconvert merge")
-            if not replay and _same_digests(checkpoint, found, count):
+            if not replay and not adapters and _same_digests(checkpoint, found, count):
                 nbytes = sum(s.size for s in (*checkpoint.sources(), *found.sources()))
-                return VerifyResult(True, "digests", unseen=_unseen(record or {}), compared_nbytes=nbytes)
+                unseen = [*_unseen(record or {}), *_unseen_adapters(record or {})]
+                return VerifyResult(True, "digests", unseen=unseen, compared_nbytes=nbytes)
             if record is not None and imatrix is None and not replay and recorded_imatrix(record["options"]) is not None:
                 return _without_imatrix(record)
+            merged = recorded_adapters((record or {})["options"])
+            if merged and not adapters and not replay:
+                return _without_adapters(record or {})
             matrix = same_imatrix(recorded_imatrix((record or {})["options"]), imatrix, where)
-            return _compare_bytes(make_plan(checkpoint, replace(options, imatrix=matrix)), found, record or {}, count, progress)
+            options = replace(options, imatrix=matrix, lora=same_adapters(merged, adapters, where))
+            return _compare_bytes(make_plan(checkpoint, options), found, record or {}, count, progress)
 
 
 def _same_digests(checkpoint: Checkpoint, found: Checkpoint, workers: int) -> bool:
@@ -123,6 +132,20 @@ def _without_imatrix(record: Mapping[str, Any]) -> VerifyResult:
     return VerifyResult(False, "digests", [entry], [unseen, *_unseen(record)])
 
 
+def _unseen_adapters(record: Mapping[str, Any]) -> list[str]:
+    names = [entry["name"] for entry in recorded_adapters(record["options"])] if "options" in record else []
+    text = "whether the weights are those of the source and the adapter {}, merged again: give it with --lora"
+    return [text.format(", ".join(map(repr, names)))] if names else []
+
+
+def _without_adapters(record: Mapping[str, Any]) -> VerifyResult:
+    """The digests differ, and the conversion cannot be done again to say where."""
+    entry = {"tensor": None, "file": None, "offset_bytes": None, "detail": "source or output is not what the digests say"}
+    names = ", ".join(repr(entry["name"]) for entry in recorded_adapters(record["options"]))
+    unseen = f"where: made with the adapter {names} merged in, which a replay needs; give it with --lora"
+    return VerifyResult(False, "digests", [entry], [unseen, *_unseen(record)])
+
+
 def _has_lost_record(found: Checkpoint) -> bool:
     """Whether a record stands under another key: its own key was damaged."""
     values = [getattr(v, "value", v) for v in found.metadata.values()]
@@ -134,6 +157,7 @@ def _recorded_options(record: Mapping[str, Any]) -> PlanOptions | None:
     try:
         words = recorded_words(record["options"])
         recorded_imatrix(record["options"])
+        recorded_adapters(record["options"])
         return PlanOptions(registry.parse_target(words.pop("to")), **words)
     except (KeyError, TypeError, ValueError, QFormatError):
         return None

@@ -38,6 +38,7 @@ __all__ = [
     "pack_planar_rows",
     "pack_rows",
     "pack_stream",
+    "pack_words",
     "reorder",
     "unpack_columns",
     "unpack_interleaved",
@@ -45,6 +46,7 @@ __all__ = [
     "unpack_planar_rows",
     "unpack_rows",
     "unpack_stream",
+    "unpack_words",
     "words_for",
 ]
 
@@ -205,6 +207,33 @@ def pack_rows(codes: Array, bits: int, word_bits: int = 32) -> Array:
     out = np.empty((rows, count * bits // 32), np.uint32)
     loops.pack_rows(np.ascontiguousarray(codes).view(np.uint64), bits, out)
     return out.view(np.int32)
+
+
+def unpack_words(words: Array, bits: int, count: int) -> Array:
+    """32-bit words (n, W) with ``32 // bits`` whole values each, the first in the low bits -> uint8 codes (n, count)."""
+    import numpy as np
+
+    each, fields = 32 // bits, words.view("<u4")
+    out = np.empty((*words.shape, each), np.uint8)
+    for at in range(each):
+        out[:, :, at] = (fields >> np.uint32(at * bits)).astype(np.uint8) & np.uint8((1 << bits) - 1)
+    codes: Array = np.ascontiguousarray(out.reshape(words.shape[0], -1)[:, :count])
+    return codes
+
+
+def pack_words(codes: Array, bits: int) -> Array:
+    """uint8 codes (n, count) -> int32 words (n, ceil(count / (32 // bits))): the inverse of ``unpack_words``, unused bits zero."""
+    import numpy as np
+
+    each = 32 // bits
+    width = -(-codes.shape[1] // each)
+    padded = np.zeros((codes.shape[0], width * each), np.uint8)
+    padded[:, : codes.shape[1]] = codes
+    fields = padded.reshape(codes.shape[0], width, each)
+    words = np.zeros((codes.shape[0], width), np.uint32)
+    for at in range(each):
+        words |= fields[:, :, at].astype(np.uint32) << np.uint32(at * bits)
+    return words.view("<i4")
 
 
 def unpack_interleaved(words: Array, bits: int = 4) -> Array:

@@ -36,9 +36,10 @@ PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")
 SIDE_FILES = (
-    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "tokenizer.json", "tokenizer_config.json",
-    "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json", "1_Pooling/config.json",
+    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "tokenizer.json",
+    "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json",
+    "1_Pooling/config.json",
 )  # fmt: skip
 _MAX_SIDE_NBYTES = 256_000_000
 
@@ -81,11 +82,24 @@ class Checkpoint:
     def modules(self) -> dict[str, Module]:
         """Modules by name in file order, each with its raw parts by leaf name."""
         grouped: dict[str, dict[str, RawTensor]] = {}
-        for name, raw in self.raw.items():
-            module, leaf = self._split_name(name)
-            grouped.setdefault(module, {})[leaf] = raw
+        split = {name: self._split_name(name) for name in self.raw}
+        if "" in getattr(registry.format_module(self.match.format), "GLUED", ()):  # a weight may bear its module's name
+            named = {module for module, _ in split.values()}
+            split.update({name: (name, "") for name in self.raw if name in named})
+        for name, (module, leaf) in split.items():
+            grouped.setdefault(module, {})[leaf] = self.raw[name]
         dense = Match("gguf" if self.gguf else "hf", self.match.config if self.gguf else {})
-        return {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+        made = {m: Module(m, parts, self.match if self._is_quantized(parts) else dense) for m, parts in grouped.items()}
+        if self.gguf is None and getattr(registry.format_module(self.match.format), "NEEDS_COLUMNS", False):
+            return {m: replace(module, columns=self._columns(m)) if module.match is self.match else module for m, module in made.items()}
+        return made
+
+    def _columns(self, module: str) -> int | None:
+        """in_features of a module as the architecture has it; None for one that is not known."""
+        try:
+            return self.binding.in_features(module)
+        except QFormatError:
+            return None
 
     def _split_name(self, name: str) -> tuple[str, str]:
         """A stored tensor's module and leaf."""
@@ -97,12 +111,19 @@ class Checkpoint:
             return weight is not None and weight.dtype not in (*FLOAT_TYPES, *INTEGER_TYPES)
         if self.match.format == "hf":
             return False
-        suffixes = registry.format_module(self.match.format).SUFFIXES
-        return any(leaf in suffixes for leaf in parts)
+        form = registry.format_module(self.match.format)
+        if hasattr(form, "holds_codes"):
+            return bool(form.holds_codes(parts))
+        return any(leaf in form.SUFFIXES for leaf in parts)
 
     def is_quantized(self, module: str) -> bool:
         """Whether a module's weight is stored as codes."""
         return self._is_quantized(self.modules[module].parts)
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any weight is stored as codes."""
+        return any(self.is_quantized(module) for module in self.modules)
 
     def scheme(self, module: str) -> Scheme:
         """The scheme of a quantized module, from headers only."""
@@ -281,10 +302,10 @@ def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
 def _with_values(where: Path, directory: Path, found: TorchSet) -> Checkpoint:
     config = _read_json(directory / "config.json")
     quantization, warnings = _quantization_config(directory, config)
-    raw = registry.flattened(found.value, quantization, str(where))
-    match = registry.detect(quantization, raw)
+    raw, metadata = registry.flattened(found.value, quantization, str(where))
+    match = replace(registry.detect(quantization, raw), metadata=metadata)
     said = (*warnings, *match.warnings)
-    return Checkpoint(where, "torch", match, raw, config, {}, found.files, None, said, found.sources)
+    return Checkpoint(where, "torch", match, raw, config, metadata, found.files, None, said, found.sources)
 
 
 def _open_gguf(where: Path) -> Checkpoint:

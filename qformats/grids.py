@@ -15,7 +15,9 @@ Small floats: sign, then ``exponent`` bits with ``bias``, then ``mantissa`` bits
 | e2m1, e2m3, e3m2 | 1-2-1, 1-2-3, 1-3-2 | 1, 1, 3 | none | OCP Microscaling Formats (MX) Specification 1.0 |
 | e8m0 | 0-8-0 | 127 | 0xFF NaN; 0 is 2^-127 | OCP Microscaling Formats (MX) Specification 1.0 |
 
-Books: ``nf4`` and ``fp4`` from bitsandbytes 0.50.2 ``functional.get_4bit_type``; ``iq4_nl`` from llama.cpp ggml-common.h
+Books: ``nf4`` and ``fp4`` from bitsandbytes 0.50.2 ``functional.get_4bit_type``; ``dynamic`` is the map of its double quantization, 256
+numbers of -0.993 … 1 in decades that halve in steps (Dettmers, "8-Bit Approximations for Parallelism in Deep Learning",
+arXiv 1511.04561; bitsandbytes 0.50.2 ``functional.create_dynamic_map``); ``iq4_nl`` from llama.cpp ggml-common.h
 ``kvalues_iq4nl``; ``iq1_s iq2_xxs iq2_xs iq2_s iq3_xxs iq3_s`` are the grids of ggml-common.h as ``gguf.quants`` (0.19) carries them,
 with entries of 8 (iq1, iq2) or 4 (iq3) values along K. ``iq1_s`` serves IQ1_M too.
 """
@@ -75,7 +77,9 @@ _NF4 = (
 _FP4_TWELFTHS = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # then the same with the sign bit; each divided by 12 in float32
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
-TABLE_WIDTHS = {"nf4": 1, "fp4": 1, "iq4_nl": 1, "iq1_s": 8, "iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4}
+TABLE_WIDTHS = {
+    "nf4": 1, "fp4": 1, "dynamic": 1, "iq4_nl": 1, "iq1_s": 8, "iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4,
+}  # fmt: skip
 """Name of every book and the number of weights along K that one entry stands for (``Table.v_in``)."""
 
 
@@ -125,11 +129,25 @@ def table_values(name: str) -> Tensor:
     if name == "fp4":
         positive = (torch.tensor(_FP4_TWELFTHS) / 12.0).to(torch.float64)
         return torch.cat([positive, 0.0 - positive])  # code 8 reads as +0
+    if name == "dynamic":
+        return _dynamic_map().to(torch.float64)
     if name == "iq4_nl":
         return torch.tensor(_IQ4_NL, dtype=torch.float64)
     if name not in TABLE_WIDTHS:
         raise Unsupported("grid", f"no constant book is called {name!r}", hint=f"known: {', '.join(TABLE_WIDTHS)}")
     return _ggml_grid(name)
+
+
+def _dynamic_map() -> Tensor:
+    """0, 1 and, for each power of ten 10^-6 … 10^0, the middles of 1, 2, 4 … 64 equal parts of 0.1 … 1 times it, with both signs."""
+    import torch
+
+    decades = []
+    for place in range(7):
+        ends = torch.linspace(0.1, 1.0, 2**place + 1, dtype=torch.float32)
+        decades.append((ends[:-1] + ends[1:]) / 2 * 10.0 ** (place - 6))
+    positive = torch.cat(decades)
+    return torch.cat([positive, -positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
 def _ggml_grid(name: str) -> Tensor:

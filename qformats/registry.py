@@ -76,7 +76,27 @@ ROWS: tuple[Row, ...] = (
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
         mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
+    Row("fp8", "qformats.formats.finegrained_fp8", "FP8 with block scales (DeepSeek, Qwen, transformers), MXFP8", "safetensors",
+        ("fp8", "mxfp8"), ("fp8", "mxfp8", "fp4"), ("block", "scale")),
+    Row("fbgemm_fp8", "qformats.formats.fbgemm_fp8", "FBGEMM FP8 (Meta, transformers)", "safetensors", ("fbgemm_fp8",), ("fp8",)),
+    Row("modelopt", "qformats.formats.modelopt", "NVIDIA ModelOpt: FP8, NVFP4, MXFP8, INT4 AWQ", "safetensors",
+        ("modelopt", "modelopt_fp4"), ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4", "int8"), ("scale", "group"),
+        configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
+    Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
+        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype")),
+    Row("torchao", "qformats.formats.torchao", "torchao tensors (int, float8, NVFP4, MX)", "safetensors", ("torchao",),
+        (*(f"int{bits}" for bits in range(1, 9)), "fp8", "fp8_e5m2", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"),
+        ("group", "channel", "tensor", "block", "sym", "asym")),
+    Row("hqq", "qformats.formats.hqq", "HQQ (hqq, transformers)", "safetensors",
+        ("hqq",), ("int4", "int3", "int2", "int8", "int1", "int1.58", "int5", "int6"), ("group", "axis", "dtype")),
+    Row("quanto", "qformats.formats.quanto", "Quanto (optimum-quanto)", "safetensors",
+        ("quanto",), ("qint8", "qint4", "qint2", "qfloat8_e4m3fn", "qfloat8_e5m2", "qfloat8_e4m3fnuz"), ("dtype", "zeropoint"),
+        configs=("quanto_qmap.json", "quantization_map.json")),
+    Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
+        ("compressed-tensors", "compressed_tensors", "sparseml"),
+        ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")),
     Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
         source_options=("layout",)),
     Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
@@ -85,7 +105,8 @@ ROWS: tuple[Row, ...] = (
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf"}
+_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes",
+            "ct": "compressed-tensors"}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -189,14 +210,14 @@ def pickle_files() -> tuple[str, ...]:
     return tuple(name for module in _pickling_modules() for name in getattr(module, "PICKLE_FILES", ()))
 
 
-def flattened(value: Any, config: Mapping[str, Any], path: str) -> Mapping[str, RawTensor]:
-    """The tensors of a pickled value: as the first format that knows it says, else by joining its keys."""
+def flattened(value: Any, config: Mapping[str, Any], path: str) -> tuple[Mapping[str, RawTensor], Mapping[str, str]]:
+    """The tensors of a pickled value and their metadata: as the first format that knows it says, else by joining its keys."""
     for module in _pickling_modules():
         found = module.flatten(value, config) if hasattr(module, "flatten") else None
         if found is not None:
-            tensors: Mapping[str, RawTensor] = found
-            return tensors
-    return flatten(value, path)
+            tensors, metadata = found if isinstance(found, tuple) else (found, {})
+            return tensors, metadata
+    return flatten(value, path), {}
 
 
 def parse_target(text: str) -> Target:

@@ -200,7 +200,8 @@ class Storage:
     - ``group``: columns under one scale, None = the whole row, always consecutive.
     - ``k_multiple``/``n_multiple``: required divisors of in_features/out_features.
     - ``scale_dtypes``: dtypes the scale may be stored in (first = the default). ``negative_scale``: whether its sign is free.
-      ``scale_grid``: the small float whose codes the scale is stored as, instead of a dtype.
+      ``scale_grid``: the small float whose codes the scale is stored as, instead of a dtype; a table's codes have a scale of their own
+      and an offset beside, both in ``scale_dtypes[0]``.
     - ``zero_point``: an int (that constant, always), a pair (lowest, highest) of per-group integers, or None (no zero point).
       ``doubled``: codes q stand for 2 q - 1, a zero point of one half under a constant second scale of 2.
     - ``offset``: dtype of a per-group additive offset, or None.
@@ -213,6 +214,7 @@ class Storage:
     - ``inverse``: the stored scale divides. ``zero_dtype``: dtype of a per-group zero point that may be any float.
     - ``factor``: one more scale for the whole tensor, or a constant.
     - ``whole``: new codes need the whole tensor at once (a scale's own codes, a factor found from all weights).
+    - ``cyclic``: element i of the row-major vector belongs to the group i mod (number of groups); ``group`` elements in each, None = N.
     - ``together``: the codes of distant rows share words, so that all rows are written at once.
     """
 
@@ -230,7 +232,7 @@ class Storage:
     group_index: bool = False
     options: dict[str, object] = field(default_factory=dict, hash=False)
     highest: int | None = None
-    scale_grid: Float | None = None
+    scale_grid: Float | Table | None = None
     doubled: bool = False
     rows: int | None = 1
     flat: bool = False
@@ -238,6 +240,7 @@ class Storage:
     zero_dtype: str | None = None
     factor: Factor | None = None
     whole: bool = False
+    cyclic: bool = False
     together: bool = False
 
     @property
@@ -258,6 +261,8 @@ class Storage:
     def scale_block(self, shape: tuple[int, ...]) -> Block:
         """The block of one scale in a weight (N, K) or (K,) of ``shape``."""
         k = shape[-1]
+        if self.cyclic:
+            return Cyclic(prod(shape) // (self.group or prod(shape[:-1])))
         if self.flat:
             return Flat(self.group or prod(shape))
         group = min(self.group or k, k)
@@ -268,7 +273,7 @@ class Storage:
 
     def row_unit(self, shape: tuple[int, ...]) -> int:
         """How many rows of a weight ``shape`` share no scale with the rows around them; 0 if only all together do."""
-        if self.rows is None or self.whole:
+        if self.rows is None or self.whole or self.cyclic:
             return 0
         if self.flat:
             group = self.group or prod(shape)

@@ -233,6 +233,17 @@ class Binding:
         dropped: dict[str, str] = {}
         return Mapped(map_to_hf(self.rules, self.dims, parts, dropped=dropped, packed=packed), dropped)
 
+    def in_features(self, module: str) -> int | None:
+        """The columns of the matrix ``module`` holds in HF, None where the family has no such matrix or has it in a shape of its own."""
+        words = module.removeprefix("language_model.").replace("model.language_model.", "model.", 1).split(".")
+        letters = iter(("{i}", "{e}"))
+        name = ".".join(next(letters, word) if word.isdecimal() else word for word in words)
+        for rule in self.rules:
+            plain = rule.split is None or rule.split.layout in ("runs", "groups")
+            if rule.hf == name and plain and not rule.transposed and len(rule.shape) > 1:
+                return rule.sizes(self.dims, hf=True)[-1]
+        return None
+
     def producers(self, module: str) -> tuple[tuple[str, str], ...]:
         """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.
 

@@ -21,6 +21,7 @@ __all__ = ["NUMPY_DTYPES", "RawTensor", "ReadAhead"]
 NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4",
     "I16": "<i2", "U16": "<u2", "I8": "|i1", "U8": "|u1", "BOOL": "|u1", "F8_E4M3": "|u1", "F8_E5M2": "|u1", "F8_E8M0": "|u1",
+    "F8_E4M3FNUZ": "|u1", "F8_E5M2FNUZ": "|u1",
 }  # fmt: skip
 
 

@@ -20,15 +20,18 @@ A format is a module (or package) with these names; the registry holds one row f
 What a format may have beside, where it needs it:
 
 - ``storage_of(module) -> Storage``: the storage that ``write`` would make these very parts of.
+- ``holds_codes(parts) -> bool``: whether these parts of a module are a weight in codes, where the presence of a suffix does not tell.
 - ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
-  ``join_name(module, leaf)`` where names have other ways. A suffix may hold dots (``weight.absmax``).
+  ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix
+  may hold dots (``weight.absmax``).
 - ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied byte by byte into a format that has the
-  same leaf among its own, else named as dropped.
+  same leaf among its own, else named as dropped. ``WRITTEN``: those of them that its own ``write`` makes beside every weight.
+- ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
   alone, config.json has no ``quantization_config``.
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
-  (Storage, shape of the weight), ``tensors`` lists the names of all others.
+  (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
 
 Checkpoints of ``torch.save`` (read only with ``allow_pickle``) reach a format as raw tensors by full name, like any other. A format whose
@@ -41,7 +44,8 @@ pickles hold more than a plain state dict may add:
   dtypes, ``Record``; ``config`` is the quantization config or ``{}``), None if the value is not its kind. Facts that are no tensors become
   tiny tensors with ``encode(name, value)`` of ``qformats.containers.torch_zip``, so that ``scheme`` and ``read`` find them among
   ``module.parts`` (their leaves belong in ``SUFFIXES``). Without it, nested dicts are joined by dots and every plain value is encoded so:
-  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out.
+  numbers as BOOL, I64 or F64 of shape (), text, dtypes and devices as U8 (n,), sizes as I64 (n,); ``None`` is left out. A pair of such
+  a mapping and a ``dict[str, str]`` gives ``Match.metadata`` too, for formats that have it in safetensors.
 """
 
 from __future__ import annotations
@@ -78,13 +82,15 @@ class Match:
 class Module:
     """One module of a checkpoint: its raw parts by leaf name (``qweight``, ``weight``, ``bias`` …).
 
-    ``memo`` is the format's own: small facts about these very parts that every row range would find out again.
+    ``memo`` is the format's own: small facts about these very parts that every row range would find out again. ``columns``: in_features
+    as the model's architecture has it, for a format that asks (``NEEDS_COLUMNS``); None where that is not known.
     """
 
     name: str
     parts: Mapping[str, RawTensor]
     match: Match
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    columns: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,17 +1,18 @@
 """New codes from floats: the only place in the library that rounds weights.
 
 Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``,
-``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``absmean`` is
-BitNet's rule; ``affine`` is min-max round-to-nearest for GPTQ- and AWQ-like integer types. ``rtn`` picks one by the storage. All refuse NaN
-and infinities. ``best`` starts from what a family makes of a type with one scale a block and lowers its error; ``imatrix`` reads and writes
-files of importances.
+``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``floats`` rounds
+to FP8, FP6 and FP4 under scales of any form; ``books`` makes the bytes of bitsandbytes; ``absmean`` is BitNet's rule; ``affine`` is min-max
+round-to-nearest for integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``best`` starts from what a family
+makes of a type with one scale a block and lowers its error; ``imatrix`` reads and writes files of importances.
 A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
   that cannot do without;
 - ``quantize(weights, storage, importance)``;
 - ``fits(storage)`` where it knows its storages by their form, not by name. ``weights`` are then whole groups of rows
-  (``Storage.row_unit``), or the whole tensor.
+  (``Storage.row_unit``), or the whole tensor;
+- ``SEARCHES_ITSELF`` where its ``quantize`` takes the search as a fourth argument, and importances with it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
-from qformats.quantize import absmean, affine, best, ggml, iquants, kquants, tables, ternary
+from qformats.quantize import absmean, affine, best, books, floats, ggml, hqq, iquants, kquants, quanto, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +42,7 @@ class Family(Protocol):
 
 
 SEARCHES = ("reference", "best")  # the bytes of llama.cpp; at most their error, and less where ``improves``
-FAMILIES: tuple[Family, ...] = (ggml, kquants, iquants, tables, ternary, absmean)
+FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto, absmean)
 
 
 def _family(storage: Storage) -> Family | None:
@@ -51,6 +52,10 @@ def _family(storage: Storage) -> Family | None:
         if storage.type in family.TYPES if fits is None else fits(storage):
             return family
     return None
+
+
+def _searches(storage: Storage) -> bool:
+    return bool(getattr(_family(storage), "SEARCHES_ITSELF", False))
 
 
 def can_quantize(storage: Storage) -> bool:
@@ -67,19 +72,20 @@ def check_search(search: str) -> None:
 def improves(storage: Storage, search: str) -> bool:
     """Whether ``search`` makes other codes of ``storage`` than the reference; ``UsageError('search')`` for an unknown word."""
     check_search(search)
-    return search == "best" and storage.type in best.TYPES
+    return search == "best" and (_searches(storage) or storage.type in best.TYPES)
 
 
 def uses_importance(storage: Storage, search: str = "reference") -> bool:
     """Whether importances change what ``rtn`` makes of ``storage``."""
     family = _family(storage)
-    return family is not None and (storage.type in family.WEIGHTED or improves(storage, search))
+    weighted = family is not None and not _searches(storage) and storage.type in family.WEIGHTED
+    return family is not None and (weighted or improves(storage, search))
 
 
 def needs_importance(storage: Storage) -> bool:
     """Whether ``rtn`` refuses ``storage`` without importances."""
     family = _family(storage)
-    return family is not None and storage.type in family.NEEDY
+    return family is not None and not _searches(storage) and storage.type in family.NEEDY
 
 
 def rtn(weights: Tensor, storage: Storage, importance: Tensor | None = None, search: str = "reference") -> QuantizedTensor:
@@ -116,5 +122,8 @@ def rtn(weights: Tensor, storage: Storage, importance: Tensor | None = None, sea
         raise Unsupported("importance-needed", f"{storage.type} cannot be made without an importance matrix", hint=hint)
     if family is None:
         return affine.quantize(weights, storage)
+    if _searches(storage):
+        searched: QuantizedTensor = family.quantize(weights, storage, importance, search)  # type: ignore[call-arg]
+        return searched
     made = family.quantize(weights, storage, importance if storage.type in family.WEIGHTED else None)
     return best.improved(weights, made, storage, importance) if improve else made

@@ -49,6 +49,8 @@ def fit(
     _check_index(t, storage)
     if own is not None and not _plain(storage) and own(t.scheme):
         return _as_it_stands(t, storage)
+    if storage.cyclic:
+        raise Refused(f"the groups of {storage.type} are strided over the weight, those of the source are not")
     if not isinstance(storage.grid, Integer):
         return same_codes(t, storage, rounding)
     if ranges is None:

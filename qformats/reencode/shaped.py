@@ -13,7 +13,7 @@ from qformats.real import Real, round_once
 from qformats.reencode.affine import bound
 from qformats.rewrite import Refused
 from qformats.rewrite.forms import bit_view, inexact
-from qformats.scheme import Factor, Storage, Tile, whole
+from qformats.scheme import Factor, Storage, Table, Tile, whole
 from qformats.tensor import Param, QuantizedTensor, constant
 
 __all__ = ["coded_scale", "is_shaped", "row_storage", "shaped_scale"]
@@ -113,7 +113,7 @@ def coded_scale(t: QuantizedTensor, storage: Storage, rounding: bool) -> tuple[P
     assert grid is not None
     group, lead = storage.group or t.shape[-1], tuple(1 for _ in t.shape[:-1])
     plain = isinstance(held, QuantizedTensor) and not held.params() and t.scales[0].block == Tile((*lead, group))
-    if not isinstance(held, QuantizedTensor) or not plain or t.scales[0].inverse:
+    if not isinstance(held, QuantizedTensor) or not plain or t.scales[0].inverse or isinstance(grid, Table):
         raise Refused(f"its scale is not {grid.name} codes for each {group} columns")
     codes = held.codes if held.grid == grid else _same_values(held, grid.name)
     scale = Param(QuantizedTensor(held.shape, codes, grid), t.scales[0].block)
