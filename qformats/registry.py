@@ -102,6 +102,7 @@ ROWS: tuple[Row, ...] = (
     Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
     Row("mlx", "qformats.formats.mlx", "MLX (mlx-lm; metal of transformers)", "safetensors", ("mlx", "metal"),
         ("int1", "int2", "int3", "int4", "int5", "int6", "int8", "mxfp4", "mxfp8", "nvfp4"), ("group", "dtype", "metal")),
+    Row("aqlm", "qformats.formats.aqlm", "AQLM (additive codebooks)", "safetensors", ("aqlm",)),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
 )  # fmt: skip
 
