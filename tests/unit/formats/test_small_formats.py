@@ -24,7 +24,7 @@ from qformats.scheme import Integer, Scheme, Storage
 from qformats.tensor import QuantizedTensor
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
-FORMATS = ("eetq", "bitnet", "mlx", "aqlm")
+FORMATS = ("eetq", "bitnet", "mlx", "aqlm", "gemma")
 CASES = [f"{form}/{path.name}" for form in FORMATS for path in sorted((FIXTURES / form).iterdir())]
 LIKE = {"mlx": "mlx", "aqlm": "aqlm"}  # what rounds in its own dtype; the others' values are exact in float32, or rounded once
 
@@ -70,6 +70,11 @@ def made(module: Module, storage: Storage, tensor: QuantizedTensor, step: int) -
     return parts
 
 
+def unvalued(scheme: Scheme) -> Scheme:
+    """Without the value of a scale of one number, which no header tells."""
+    return replace(scheme, scales=tuple(replace(s, constant=None) for s in scheme.scales))
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_are_the_owners(case: str) -> None:
     found, oracle = modules(case), open_safetensors(FIXTURES / case / "oracle.safetensors").tensors
@@ -78,8 +83,10 @@ def test_values_are_the_owners(case: str) -> None:
         module, wanted = found[name.removesuffix(".weight")], read_float(raw)
         form = registry.format_module(module.match.format)
         tensor = form.read(module)
-        assert form.scheme(module) == tensor.scheme or module.match.format != "gemma"
-        values = tensor.dequantize(wanted.dtype, like=LIKE.get(module.match.format) if module.match.dialect != "metal" else None)
+        assert unvalued(form.scheme(module)) == unvalued(tensor.scheme)
+        like = LIKE.get(module.match.format) if module.match.dialect != "metal" else None
+        gemma = module.match.format == "gemma"  # both sides rounded to the model's dtype, and their product
+        values = tensor.evaluate_in(wanted.dtype) if gemma else tensor.dequantize(wanted.dtype, like=like)
         assert torch.equal(values, wanted), name
         rows = form.read(module, 3, tensor.shape[0] - 5)
         assert torch.equal(rows.dequantize(torch.float64), tensor.dequantize(torch.float64)[3:-5])
@@ -117,7 +124,7 @@ def written(form: Any, target: str, shape: tuple[int, int] = (64, 128)) -> tuple
 NEW = ["eetq:int8", "bitnet:ternary", "bitnet:ternary,class=bitlinear"] + [
     f"mlx:int{bits},group={group}{dtype}" for bits, group, dtype in ((2, 32, ""), (3, 64, ""), (4, 64, ""), (5, 32, ",dtype=bf16"),
                                                                    (6, 128, ""), (8, 64, ",dtype=f32"))
-] + ["mlx:int4,metal,group=16"]  # fmt: skip
+] + ["mlx:int4,metal,group=16", "mlx:nvfp4", "mlx:mxfp8", "mlx:mxfp4", "gemma:int2", "gemma:int4", "gemma:int8"]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", NEW)
@@ -283,10 +290,16 @@ REFUSED: list[tuple[str, Callable[[Module], Module], str]] = [
     ("aqlm/2x8", without("scales"), "missing-scales"),
     ("aqlm/2x8", changed("codes", dtype="I16"), "wrong-dtype"),
     ("aqlm/2x8", changed("codes", shape=(32, 2, 4)), "wrong-shape"),
-    ("aqlm/2x8", changed("codebooks", shape=(2, 255, 1, 8)), "wrong-shape"),
+    ("aqlm/2x8", changed("codebooks", shape=(2, 255, 1, 8), nbytes=8160), "wrong-shape"),
     ("aqlm/2x8", changed("scales", dtype="F32"), "wrong-dtype"),
     ("aqlm/2x8", changed("scales", shape=(32, 1)), "wrong-shape"),
     ("aqlm/2x8", says(num_codebooks=1), "config-disagrees"),
+    ("gemma/mixed", without("weight"), "missing-weight"),
+    ("gemma/mixed", changed("weight", dtype="I8"), "wrong-dtype"),
+    ("gemma/mixed", changed("weight_scale", shape=(16, 2)), "wrong-shape"),
+    ("gemma/mixed", says(module_quant_configs={"q_proj": {"num_bits": 3}}), "config-value"),
+    ("gemma/mixed", says(module_quant_configs={"(": {"num_bits": 4}}), "config-value"),
+    ("gemma/mixed", filled("weight_scale", NAN), "not-finite"),
     ("aqlm/2x8", filled("scales", NAN), "not-finite"),
     ("aqlm/2x8", filled("codebooks", INF), "not-finite"),
 ]
@@ -330,3 +343,16 @@ def test_configs_that_are_refused(config: dict[str, Any], code: str) -> None:
     with pytest.raises(QFormatError) as caught:
         registry.detect(config, [])
     assert caught.value.code == code
+
+
+@pytest.mark.parametrize("method", sorted(registry.REFUSED))
+def test_known_methods_are_refused_by_name(method: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        registry.detect({"quant_method": method}, ["m.weight"])
+    assert caught.value.code == "quant-method" and registry.REFUSED[method] in caught.value.message and caught.value.hint
+
+
+def test_an_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(Unsupported) as caught:
+        registry.detect({"quant_method": "magic"}, ["m.weight"])
+    assert caught.value.code == "quant-method" and "aqlm" in str(caught.value.hint) and "gptq" in str(caught.value.hint)
