@@ -345,6 +345,8 @@ def _with_config(
 def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     holders = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
     inner = next((h[key] for h in holders for key in ("quantization_config", "compression_config") if h.get(key) is not None), None)
+    if inner is None and isinstance(config.get("quantization"), dict):  # mlx-lm
+        inner = config["quantization"]
     if inner is not None and not isinstance(inner, dict):
         raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
     return registry.config_beside(inner, lambda name: _read_json(directory / name))

@@ -97,7 +97,8 @@ class Order:
 # Sources: ggml-quants.c (float32 product, then float32 sum); GPTQModel 7.7 ``TorchLinear`` and AutoAWQ 0.2.9 ``dequantize_gemm`` (half);
 # bitsandbytes 0.50.2 ``dequantize_4bit`` and ``int8_vectorwise_dequant``; hqq 0.2.8 ``Quantizer.dequantize``; optimum-quanto 0.2.7
 # ``QBytesTensor`` and ``QBitsTensor``; compressed-tensors 0.20 ``lifecycle/forward_helpers``; torchao 0.18 ``dequantize`` of its tensors;
-# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``
+# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``; mlx 0.32 ``dequantize``; aqlm 1.1.7
+# ``_dequantize_weight``
 ORDERS = {
     "ggml": Order(torch.float32),
     "gptqmodel": Order(torch.float16),
@@ -105,6 +106,8 @@ ORDERS = {
     "bitsandbytes": Order(torch.float32, by_factor=True),
     "compressed-tensors": Order(None),
     "hqq": Order(None),
+    "mlx": Order(None),
+    "aqlm": Order(None),
     "quanto": Order(None),
     "torchao": Order(None),
     "transformers": Order(torch.float32),
@@ -275,7 +278,7 @@ class QuantizedTensor:
         ``like`` instead reproduces an owner's own order of rounding (``ORDERS``); ``Unsupported('like')`` for other names.
         """
         if like is None:
-            plain = self._affine_in_float64()
+            plain = self._learned_in_float64() if isinstance(self.grid, Learned) else self._affine_in_float64()
             return round_once(self.real() if plain is None else Real(plain), dtype)
         order = ORDERS.get(like)
         if order is None:
@@ -420,6 +423,31 @@ class QuantizedTensor:
                 runs = w.unflatten(-1, (-1, width))
                 w = (runs - values.unsqueeze(-1) if at else runs * values.unsqueeze(-1)).flatten(-2)
         return w
+
+    def _learned_in_float64(self) -> Tensor | None:
+        """Every weight in float64 where that is known to be exact: up to four half-precision entries under half-precision scales of rows.
+
+        Entries and their sums are multiples of 2^-24 below 2^18, 42 bits, and a scale has 11.
+        """
+        grid, book = self.grid, self.codebook
+        if not isinstance(grid, Learned) or book is None or book.dtype != torch.float16 or grid.books > 4 or len(self.scales) != 1:
+            return None
+        scale, rest = self.scales[0], (self.zero_point, self.offset, self.signs, self.group_index)
+        values, rows = scale.values, isinstance(scale.block, Tile) and scale.block.sizes == (grid.v_out, self.shape[-1])
+        if any(part is not None for part in rest) or not rows or scale.inverse or not isinstance(values, Tensor):
+            return None
+        if values.dtype != torch.float16:
+            return None
+        flat = book.to(torch.float64).reshape(grid.books, grid.entries, -1)
+        total: Tensor | None = None
+        for number in range(grid.books):
+            index = _index(self.codes[..., number], grid.entries, wrap=grid.entries)
+            picked = flat[number].index_select(0, index.reshape(-1))  # (N/vo * K/vi, vo * vi)
+            total = picked if total is None else total.add_(picked)
+        assert total is not None
+        total = total.reshape(len(self.codes), -1).mul_(values.to(torch.float64))  # (N/vo, K * vo)
+        total = total.reshape(len(self.codes), -1, grid.v_out, grid.v_in)
+        return total.transpose(1, 2).reshape(self.shape)
 
     def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.

@@ -2,9 +2,9 @@
 
 Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``,
 ``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``floats`` rounds
-to FP8, FP6 and FP4 under scales of any form; ``books`` makes the bytes of bitsandbytes; ``affine`` is min-max round-to-nearest for integer
-types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``best`` starts from what a family makes of a type with one scale
-a block and lowers its error; ``imatrix`` reads and writes files of importances.
+to FP8, FP6 and FP4 under scales of any form; ``books`` makes the bytes of bitsandbytes; ``absmean`` is BitNet's rule; ``affine`` is min-max
+round-to-nearest for integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``best`` starts from what a family
+makes of a type with one scale a block and lowers its error; ``imatrix`` reads and writes files of importances.
 A family module has
 
 - ``TYPES``: the storage types it rounds to (lower case); ``WEIGHTED``: those of them that use importances; ``NEEDY``: those of them
@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
-from qformats.quantize import affine, best, books, floats, ggml, hqq, iquants, kquants, quanto, tables, ternary
+from qformats.quantize import absmean, affine, best, books, floats, ggml, hqq, iquants, kquants, quanto, tables, ternary
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class Family(Protocol):
 
 
 SEARCHES = ("reference", "best")  # the bytes of llama.cpp; at most their error, and less where ``improves``
-FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto)
+FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto, absmean)
 
 
 def _family(storage: Storage) -> Family | None:

@@ -57,7 +57,7 @@ def fits(storage: Storage) -> bool:
     small = storage.scale_grid
     if small is not None and (small.name not in NEIGHBOURS or storage.inverse):
         return False
-    of_ggml = storage.type == ("mxfp4" if small == Float("e8m0") else "nvfp4") and storage.factor is None
+    of_ggml = (storage.type, small) in (("mxfp4", Float("e8m0")), ("nvfp4", Float("ue4m3"))) and storage.factor is None
     return not (of_ggml and storage.rows == 1)
 
 
