@@ -193,6 +193,6 @@ def _is_storage(s: Storage) -> bool:
         and isinstance(s.bits_per_weight, int | float)
         and all(whole(size, 1, 1 << 31) for size in sizes)
         and all(whole(z, -256, 256) for z in (*zero, *(x.zero for x in sub), s.highest or 0))
-        and bool(s.scale_dtypes) and all(word in _FLOATS for word in s.scale_dtypes)
+        and (bool(s.scale_dtypes) or s.scale_grid is not None) and all(word in _FLOATS for word in s.scale_dtypes)
         and all(isinstance(key, str) and isinstance(value, str | int | float | None) for key, value in s.options.items())
     )  # fmt: skip

@@ -279,7 +279,7 @@ _GROUPS = ("128", "64", "32")
 
 def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     """Decide all jobs; for an integer target without a group size, the largest group that keeps every tensor exact."""
-    target = chooser.options.target
+    options, target = chooser.options, chooser.options.target
     row = registry.row(target.format)
     free = "group" in row.options and "group" not in target.options and not chooser.storages_of
     if not free or chooser.checkpoint.gguf is None:
@@ -295,7 +295,10 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
                     break
             else:
                 return jobs
-        except (Unsupported, UsageError):
+        except UsageError:  # a type that has one group alone
+            chooser.options = options
+            return _decide_together(chooser, tensors)
+        except Unsupported:
             if group == _GROUPS[-1]:
                 raise
     return jobs
