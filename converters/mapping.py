@@ -59,7 +59,7 @@ def _packs_experts(name: str) -> bool:
 
 def _from_gguf(tensor: TensorMap, target: str) -> TensorMap:
     """A matrix of transformers' ``Conv1D`` as the target has it: floats with inputs as rows, codes with outputs."""
-    if tensor.kind != "conv1d" or target == "hf":
+    if tensor.kind != "conv1d" or target == "hf" or _packs_experts(target):
         return tensor
     _check_conv1d(target, tensor.target)
     (source,) = tensor.sources
@@ -84,7 +84,7 @@ def _in_place(checkpoint: Checkpoint, tensor: TensorMap, target: str) -> TensorM
     if not coded and len(tensor.shape) == 3 and _packs_experts(target) and _inputs_as_rows(checkpoint, module, tensor.leaf):
         sources = _turned(module, tensor.leaf, tensor.shape)
         return TensorMap(f"{module}.{tensor.leaf}", "weight", _swapped(tensor.shape), sources, kind="experts", floats=tensor)
-    if tensor.leaf != "weight" or len(tensor.shape) != 2 or not _inputs_as_rows(checkpoint, module):
+    if tensor.leaf != "weight" or len(tensor.shape) != 2 or _packs_experts(target) or not _inputs_as_rows(checkpoint, module):
         return tensor
     turned = TensorMap(module, "weight", tensor.shape[::-1], _turned(module, "weight", tensor.shape))
     floats = replace(turned if coded else tensor, kind="conv1d")

@@ -291,7 +291,7 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
         try:
             for tensor in tensors:
                 jobs.append(chooser.decide(tensor))
-                if jobs[-1].kind == "requantized" and group != _GROUPS[-1]:
+                if _is_kept_badly(jobs[-1], options) and group != _GROUPS[-1]:
                     break
             else:
                 return jobs
@@ -302,6 +302,12 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
             if group == _GROUPS[-1]:
                 raise
     return jobs
+
+
+def _is_kept_badly(job: Job, options: PlanOptions) -> bool:
+    """Whether a smaller group may do better: new codes, or none because rows are no whole groups."""
+    matrix = job.map.kind == "linear" and job.map.leaf == "weight" and len(job.map.shape) == 2
+    return job.kind == "requantized" or (matrix and job.kind == "dequantized" and not options.tensor_types)
 
 
 def _decide_together(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:

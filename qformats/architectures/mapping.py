@@ -24,6 +24,8 @@ __all__ = ["Mapped", "Parts", "Rule", "SourceRows", "TensorMap", "map_to_gguf", 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
 _BUFFERS = (
     ".rotary_emb.inv_freq", "embeddings.position_ids", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
+# the linear layers of one expert whose matrices a stack holds
+_ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -242,11 +244,30 @@ def _split_to_gguf(
         found, leaf = sources.take(f"{name}.{leaf}", "weight"), "weight"
         packed = found is not None and (sources.by_outputs is None or found[0] in sources.by_outputs)
     if found is None:
-        return []
+        return _one_by_one_to_gguf(rule, split, layer, dims, sources)
     shapes = [other.sizes(dims) for other in _siblings(rule, split, rules)]
     _check_shape(f"{found[0]}.{leaf}", found[1], joined_shape(split, shapes, packed))
     pieces = take_apart(split, found[0], leaf, shapes, packed)
     return [TensorMap(rule.gguf.format(i=layer), rule.gguf_leaf, rule.sizes(dims), pieces, 0.0, rule.kind)]
+
+
+def _one_by_one_to_gguf(rule: Rule, split: Split, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
+    """A stack out of linear layers, ``experts.3.gate_proj``: llm-compressor and AutoRound take stacks apart to quantize their experts."""
+    leaf = "bias" if split.leaf.endswith("_bias") else "weight"
+    names = _ONE_BY_ONE.get(split.leaf.removesuffix("_bias"), ())
+    expected, base = rule.sizes(dims), rule.hf.format(i=layer)
+    pieces: list[SourceRows] = []
+    for expert in range(expected[0] if names else 0):
+        found = sources.take(f"{base}.{expert}.{names[split.part]}", leaf)
+        if found is None:
+            break
+        _check_shape(f"{found[0]}.{leaf}", found[1], expected[1:])
+        pieces.append(SourceRows(found[0], leaf, 0, _rows(expected[1:])))
+    if not pieces:
+        return []
+    if len(pieces) != expected[0]:
+        _missing([f"{base}.{len(pieces)}.{names[split.part]}.{leaf}"])
+    return [TensorMap(rule.gguf.format(i=layer), rule.gguf_leaf, expected, tuple(pieces), 0.0, rule.kind)]
 
 
 def _experts_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:

@@ -13,9 +13,13 @@ from checkpoints import Tensors, array, converted, load, planned, store
 from families import family
 from walk import stripped
 
+from converters.claims import float_scheme
+from converters.jobs import storage_from_json, storage_to_json
 from converters.verify import verify
+from qformats import registry
 from qformats.checkpoint import open_checkpoint
 from qformats.errors import Unsupported, WouldLose
+from qformats.formats.protocol import Target
 from qformats.tensor import QuantizedTensor
 
 Array = np.ndarray[Any, Any]
@@ -124,7 +128,7 @@ def test_stacks_of_codes_become_floats_under_their_own_name(kind: str, name: str
     plan = converted(source, tmp_path / "other", "compressed-tensors:int8")
     assert {job.dtype for job in plan.jobs if job.name.endswith(("gate_up_proj", "down_proj")) and "experts" in job.name} == {"F32"}
     assert any("compressed-tensors has no codes" in job.reason or "change places" in job.reason for job in plan.jobs)
-    there = floats_of(tmp_path / "other") if plan.kinds.keys() <= {"copied", "dequantized"} else load(tmp_path / "other" / "model.safetensors")
+    there = load(tmp_path / "other" / "model.safetensors")
     assert not any(n.endswith(("gate_up_proj.weight", "experts.down_proj.weight")) for n in there)
     again = converted(source, tmp_path / "again", kind)
     assert set(again.kinds) == {"copied"}
@@ -135,3 +139,189 @@ def test_stacks_of_codes_become_floats_under_their_own_name(kind: str, name: str
         assert {n: t.read() for n, t in a.raw.items()} == {n: t.read() for n, t in b.raw.items()}
     for made in ("floats", "other", "a.gguf"):
         assert verify(source, tmp_path / made, replay=True).ok
+
+
+# ---------------------------------------------------------------- one module an expert
+
+
+def apart(folder: Path) -> Path:
+    """Llama 4's or gpt-oss's stacks as linear layers, one for each expert."""
+    tensors, made = load(folder / "model.safetensors"), Tensors()
+    for name, entry in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        if not owner.endswith("experts"):
+            made[name] = entry
+            continue
+        bias, values = leaf.endswith("_bias"), array(tensors, name)
+        alternate = ".mlp." in name
+        for expert, matrix in enumerate(values):
+            halves = {"down_proj": matrix}
+            if leaf.startswith("gate_up"):
+                pair = (matrix[..., ::2], matrix[..., 1::2]) if alternate else np.split(matrix, 2, -1)
+                halves = dict(zip(("gate_proj", "up_proj"), pair, strict=True))
+            for one, part in halves.items():
+                kept = np.ascontiguousarray(part.T, "<f4")
+                made[f"{owner}.{expert}.{one}.{'bias' if bias else 'weight'}"] = ("F32", list(kept.shape), kept.tobytes())
+    store(folder / "model.safetensors", made, {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama4", "gpt_oss"])
+def test_stacks_that_were_taken_apart_keep_their_codes(name: str, tmp_path: Path) -> None:
+    """``experts.0.gate_proj`` of llm-compressor: float values as from the stack, codes exactly."""
+    source = small(name, tmp_path / "source")
+    converted(source, tmp_path / "a.gguf", "gguf")
+    one = apart(source)
+    converted(one, tmp_path / "b.gguf", "gguf")
+    with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:
+        assert {n: (t.shape, t.read()) for n, t in a.raw.items()} == {n: (t.shape, t.read()) for n, t in b.raw.items()}
+    converted(one, tmp_path / "int8", "compressed-tensors:int8,group=32", allow_requantize=True)
+    plan = converted(tmp_path / "int8", tmp_path / "c.gguf", "gguf")
+    assert {(j.type, j.kind) for j in plan.jobs if j.map.kind == "experts"} == {("Q8_0", "exact")}
+    assert verify(tmp_path / "int8", tmp_path / "c.gguf", replay=True).ok
+
+
+EXPERTS_KEPT = {
+    "compressed-tensors:int8,group=32": ("Q8_0", "exact"), "compressed-tensors:nvfp4": ("NVFP4", "codes-exact"),
+    "compressed-tensors:mxfp4": ("MXFP4", "exact"), "torchao:nvfp4": ("NVFP4", "exact"), "modelopt:nvfp4": ("NVFP4", "exact"),
+    "bitsandbytes:int8": ("Q8_0", "codes-exact"), "quanto:qint8": ("Q8_0", "exact"), "gptq:int4,group=32": ("Q4_0", "exact"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("target", EXPERTS_KEPT)
+def test_experts_one_by_one_and_stacked(target: str, tmp_path: Path) -> None:
+    """Codes of single experts into GGUF's stack, each with its own factor, and back to the same codes; from a stranger's GGUF too."""
+    source = small("qwen3_moe", tmp_path / "source")
+    converted(source, tmp_path / "codes", target, allow_requantize=True)
+    plan = converted(tmp_path / "codes", tmp_path / "a.gguf", "gguf")
+    assert {(j.type, j.kind) for j in plan.jobs if j.map.kind == "experts"} == {EXPERTS_KEPT[target]}
+    name = target.partition(":")[0]
+    converted(tmp_path / "a.gguf", tmp_path / "back", name)
+    other = converted(stripped(tmp_path / "a.gguf", tmp_path / "b.gguf"), tmp_path / "strange", "compressed-tensors")
+    assert {j.kind for j in other.jobs if ".experts." in j.name} <= {"exact", "codes-exact"}
+    with open_checkpoint(tmp_path / "codes") as before, open_checkpoint(tmp_path / "back") as after:
+        for module in (m for m in before.modules if ".experts." in m):
+            ours, theirs = after.read(module), before.read(module)
+            assert isinstance(ours, QuantizedTensor) and isinstance(theirs, QuantizedTensor)
+            assert torch.equal(ours.codes, theirs.codes)
+            assert torch.allclose(ours.dequantize(torch.float64), theirs.dequantize(torch.float64), rtol=2**-10, atol=0)
+    assert verify(tmp_path / "codes", tmp_path / "a.gguf").ok and verify(tmp_path / "a.gguf", tmp_path / "back").ok
+
+
+# ---------------------------------------------------------------- MXFP4 as a target
+
+
+def test_mxfp4_from_floats_and_blocks(tmp_path: Path) -> None:
+    """New codes from floats by consent; the same from a GGUF of floats; a GGUF's own blocks exactly; their errors are small."""
+    source = small("gpt_oss", tmp_path / "source", hidden_size=64, intermediate_size=96)
+    with pytest.raises(WouldLose):
+        converted(source, tmp_path / "asks", "mxfp4")
+    plan = converted(source, tmp_path / "one", "mxfp4", allow_requantize=True)
+    assert {(j.kind, j.type) for j in plan.jobs if j.storage is not None} == {("requantized", "mxfp4")}
+    assert {j.kind for j in plan.jobs if j.storage is None} == {"copied"}
+    assert verify(source, tmp_path / "one", replay=True).ok
+    converted(source, tmp_path / "floats.gguf", "gguf")
+    converted(stripped(tmp_path / "floats.gguf", tmp_path / "b.gguf"), tmp_path / "two", "mxfp4", allow_requantize=True)
+    assert experts_in(tmp_path / "one") == experts_in(tmp_path / "two")
+    plan = converted(tmp_path / "one", tmp_path / "blocks.gguf", "gguf")
+    plan = converted(stripped(tmp_path / "blocks.gguf", tmp_path / "c.gguf"), tmp_path / "three", "mxfp4")
+    assert {j.kind for j in plan.jobs if j.storage is not None} == {"exact"}
+    assert experts_in(tmp_path / "one") == experts_in(tmp_path / "three")
+    converted(tmp_path / "one", tmp_path / "back", "hf:f32")
+    before, after = floats_of(source), floats_of(tmp_path / "back")
+    for name in (n for n in before if n.endswith("experts.gate_up_proj")):
+        assert np.square(before[name] - after[name]).sum() < 0.02 * np.square(before[name]).sum()
+
+
+def experts_in(folder: Path) -> dict[str, Any]:
+    return {n: entry for n, entry in load(folder / "model.safetensors").items() if "experts" in n and "bias" not in n}
+
+
+@pytest.mark.parametrize("name", ["llama4", "qwen3_moe", "gpt2"])
+def test_mxfp4_is_gpt_oss_alone(name: str, tmp_path: Path) -> None:
+    source = small(name, tmp_path / "source")
+    with pytest.raises(Unsupported, match="gpt-oss"):
+        converted(source, tmp_path / "out", "mxfp4", allow_requantize=True)
+    converted(source, tmp_path / "a.gguf", "gguf")
+    with pytest.raises(Unsupported):
+        converted(tmp_path / "a.gguf", tmp_path / "out", "mxfp4", allow_requantize=True)
+
+
+# ---------------------------------------------------------------- GPT-2
+
+
+def matrices(folder: Path) -> dict[str, Array]:
+    """GPT-2's matrices (N, K) in float64, whatever they are stored as."""
+    found = {}
+    with open_checkpoint(folder) as opened:
+        for module in (m for m in opened.modules if ".c_" in m):
+            value = opened.read(module)
+            exact = value.dequantize(torch.float64) if isinstance(value, QuantizedTensor) else value.to(torch.float64).T
+            found[module] = exact.numpy()
+    return found
+
+
+@pytest.mark.parametrize("target", ["gptq:int8,group=32", "bitsandbytes:int8", "bitsandbytes:nf4"])
+def test_conv1d_is_quantized_by_outputs(target: str, tmp_path: Path) -> None:
+    """Floats (K, N) become codes (N, K) with groups along the inputs, and floats (K, N) again; GGUF gets the codes as they are."""
+    source, name = small("gpt2", tmp_path / "source"), target.partition(":")[0]
+    converted(source, tmp_path / "codes", target, allow_requantize=True)
+    floats, codes = matrices(source), matrices(tmp_path / "codes")
+    assert all(codes[m].shape == floats[m].shape for m in floats)
+    limit = 0.15 if target.endswith("nf4") else 0.01
+    assert all(np.linalg.norm(codes[m] - floats[m]) < limit * np.linalg.norm(floats[m]) for m in floats)
+    plan = converted(tmp_path / "codes", tmp_path / "floats", "hf:f32")
+    assert {j.map.kind for j in plan.jobs if ".c_" in j.name and j.map.leaf == "weight"} == {"conv1d"}
+    again = matrices(tmp_path / "floats")
+    assert all(np.array_equal(again[m], codes[m].astype(np.float32)) for m in codes)
+    assert {t.shape for n, t in load_shapes(tmp_path / "floats")} == {t.shape for n, t in load_shapes(source)}
+    to = "gguf" if "int8" in target else "gguf:f32"
+    plan = converted(tmp_path / "codes", tmp_path / "a.gguf", to)
+    if "int8" in target:
+        assert {(j.type, j.kind) for j in plan.jobs if j.storage} <= {("Q8_0", "exact"), ("Q8_0", "codes-exact")}
+        converted(stripped(tmp_path / "a.gguf", tmp_path / "b.gguf"), tmp_path / "back", "gptq")
+        back = matrices(tmp_path / "back")
+        assert all(np.allclose(back[m], codes[m], rtol=2**-10) for m in codes)
+    assert np.allclose(gguf_values(tmp_path / "a.gguf", "blk.0.attn_qkv"), codes["transformer.h.0.attn.c_attn"], rtol=2**-10, atol=1e-9)
+    assert verify(source, tmp_path / "codes", replay=True).ok and verify(tmp_path / "codes", tmp_path / "floats", replay=True).ok
+    same = converted(tmp_path / "codes", tmp_path / "same", name)
+    assert set(same.kinds) == {"copied"}
+
+
+def load_shapes(folder: Path) -> list[tuple[str, Any]]:
+    with open_checkpoint(folder) as opened:
+        return list(opened.raw.items())
+
+
+@pytest.mark.parametrize("target", ["compressed-tensors", "torchao", "hqq", "fp8", "modelopt", "quanto", "awq", "fbgemm_fp8"])
+def test_conv1d_has_no_place_elsewhere(target: str, tmp_path: Path) -> None:
+    source = small("gpt2", tmp_path / "source")
+    converted(source, tmp_path / "a.gguf", "gguf:q8_0")
+    for origin in (source, tmp_path / "a.gguf"):
+        with pytest.raises(Unsupported) as caught:
+            planned(origin, target, allow_requantize=True)
+        assert caught.value.code == "conv1d"
+
+
+def test_conv1d_in_a_gguf_is_requantized_like_any_matrix(tmp_path: Path) -> None:
+    converted(small("gpt2", tmp_path / "source"), tmp_path / "a.gguf", "gguf:f16")
+    plan = converted(tmp_path / "a.gguf", tmp_path / "b.gguf", "gguf:q4_0")
+    assert {j.type for j in plan.jobs if "attn_" in j.name and j.map.leaf == "weight" and len(j.map.shape) == 2} == {"Q4_0"}
+
+
+def test_every_storage_of_every_format_survives_a_record() -> None:
+    """What a record says of a type is read again as it was, or the way back is lost."""
+    for row in (row for row in registry.ROWS if row.writes and row.name != "hf"):
+        form = registry.format_module(row.name)
+        for kind in (kind for kind in row.types or (None,) if kind not in ("f32", "f16", "bf16")):
+            for storage in form.storages(Target(row.name, kind), float_scheme((256, 512))):
+                assert storage_from_json(json.loads(json.dumps(storage_to_json(storage)))) == storage, (row.name, kind)
+
+
+def test_small_groups_where_rows_are_no_whole_large_ones(tmp_path: Path) -> None:
+    """Rows of 64 in a GGUF have no groups of 128: they keep their codes in groups of 32, and are not floats."""
+    source = small("qwen3_moe", tmp_path / "source")
+    converted(source, tmp_path / "a.gguf", "gguf:q8_0")
+    plan = planned(stripped(tmp_path / "a.gguf", tmp_path / "b.gguf"), "compressed-tensors")
+    plan.checkpoint.close()
+    assert {j.kind for j in plan.jobs if ".experts." in j.name} == {"exact"}
