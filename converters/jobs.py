@@ -174,6 +174,15 @@ def _is_grid(grid: Grid) -> bool:
     return isinstance(grid, Float) and grid.name in FLOAT_NAMES
 
 
+def _is_plain(value: object) -> bool:
+    """Whether it is what JSON holds, with words as keys."""
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(one) for one in value)
+    return isinstance(value, str | int | float | None)
+
+
 def _is_storage(s: Storage) -> bool:
     """Whether every field is of its type and range: a record may come from anywhere."""
 
@@ -193,6 +202,6 @@ def _is_storage(s: Storage) -> bool:
         and isinstance(s.bits_per_weight, int | float)
         and all(whole(size, 1, 1 << 31) for size in sizes)
         and all(whole(z, -256, 256) for z in (*zero, *(x.zero for x in sub), s.highest or 0))
-        and bool(s.scale_dtypes) and all(word in _FLOATS for word in s.scale_dtypes)
-        and all(isinstance(key, str) and isinstance(value, str | int | float | None) for key, value in s.options.items())
+        and (bool(s.scale_dtypes) or s.scale_grid is not None) and all(word in _FLOATS for word in s.scale_dtypes)
+        and _is_plain(s.options)
     )  # fmt: skip

@@ -291,7 +291,11 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
         if jobs is not None:
             return jobs
     chooser.options = _with_option(asked, "group", _GROUPS[-1])
-    return _decide_together(chooser, tensors)
+    try:
+        return _decide_together(chooser, tensors)
+    except UsageError:  # a type that has one group alone
+        chooser.options = asked
+        return _decide_together(chooser, tensors)
 
 
 def _kept(chooser: Chooser, tensors: Sequence[Any]) -> list[Job] | None:
@@ -300,11 +304,17 @@ def _kept(chooser: Chooser, tensors: Sequence[Any]) -> list[Job] | None:
     try:
         for tensor in tensors:
             jobs.append(chooser.decide(tensor))
-            if jobs[-1].kind == "requantized":
+            if _is_kept_badly(jobs[-1], chooser.options):
                 return None
     except (Unsupported, UsageError):
         return None
     return jobs
+
+
+def _is_kept_badly(job: Job, options: PlanOptions) -> bool:
+    """Whether a smaller group may do better: new codes, or none because rows are no whole groups."""
+    matrix = job.map.kind == "linear" and job.map.leaf == "weight" and len(job.map.shape) == 2
+    return job.kind == "requantized" or (matrix and job.kind == "dequantized" and not options.tensor_types)
 
 
 def _decide_together(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:

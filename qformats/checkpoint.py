@@ -120,6 +120,18 @@ class Checkpoint:
         """Whether a module's weight is stored as codes."""
         return self._is_quantized(self.modules[module].parts)
 
+    @cached_property
+    def by_outputs(self) -> frozenset[str]:
+        """Modules of codes that have outputs as rows even where their floats have inputs: all, unless the format keeps the floats' axes."""
+        if self.gguf is not None or getattr(registry.format_module(self.match.format), "KEEPS_AXES", False):
+            return frozenset()
+        return frozenset(module for module in self.modules if self.is_quantized(module))
+
+    def is_bare(self, module: str) -> bool:
+        """Whether a module of codes is a parameter that bears the module's own name where it is floats."""
+        leaves: frozenset[str] = getattr(registry.format_module(self.match.format), "BARE", frozenset())
+        return self.gguf is None and self.is_quantized(module) and any(leaf in leaves for leaf in self.modules[module].parts)
+
     @property
     def has_codes(self) -> bool:
         """Whether any weight is stored as codes."""
