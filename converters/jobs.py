@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qformats.reencode import Hint
+    from qformats.tensor import QuantizedTensor
 
 __all__ = ["Job", "storage_from_json", "storage_to_json"]
 
@@ -28,7 +29,8 @@ class Job:
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
     module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
-    ``search``: how they are found. ``merged``: the adapters that have a part in it.
+    ``search``: how they are found. ``merged``: the adapters that have a part in it. ``earlier``: the parameters that the weight had
+    before it was converted to the storage beside them, to be given back. ``content``: the bytes of parts that a record holds.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -50,6 +52,8 @@ class Job:
     importance: np.ndarray[Any, Any] | None = None
     search: str = "reference"
     merged: tuple[str, ...] = ()
+    earlier: tuple[QuantizedTensor, Storage] | None = None
+    content: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
