@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qformats import grids
 from qformats.errors import BadFile, Unsupported
+from qformats.loops import find
 from qformats.real import Real, product, round_once
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Learned, ParamSpec, Scheme, Table, Tile, whole
 
@@ -278,7 +279,10 @@ class QuantizedTensor:
         ``like`` instead reproduces an owner's own order of rounding (``ORDERS``); ``Unsupported('like')`` for other names.
         """
         if like is None:
-            plain = self._learned_in_float64() if isinstance(self.grid, Learned) else self._affine_in_float64()
+            made = self._decoded(dtype)
+            if made is not None:
+                return made
+            plain = self._from_entries(torch.float64) if self._half_entries() else self._affine_in_float64()
             return round_once(self.real() if plain is None else Real(plain), dtype)
         order = ORDERS.get(like)
         if order is None:
@@ -424,30 +428,49 @@ class QuantizedTensor:
                 w = (runs - values.unsqueeze(-1) if at else runs * values.unsqueeze(-1)).flatten(-2)
         return w
 
-    def _learned_in_float64(self) -> Tensor | None:
-        """Every weight in float64 where that is known to be exact: up to four half-precision entries under half-precision scales of rows.
+    def _half_entries(self) -> bool:
+        """Whether float64 holds every weight exactly: up to four half-precision entries under half-precision scales of rows.
 
         Entries and their sums are multiples of 2^-24 below 2^18, 42 bits, and a scale has 11.
         """
-        grid, book = self.grid, self.codebook
-        if not isinstance(grid, Learned) or book is None or book.dtype != torch.float16 or grid.books > 4 or len(self.scales) != 1:
-            return None
+        return self._plain_entries(torch.float16) and isinstance(self.grid, Learned) and self.grid.books <= 4
+
+    def _plain_entries(self, dtype: torch.dtype) -> bool:
+        """Whether it is entries of ``dtype`` under one scale of that dtype for each row of codes, and nothing else."""
+        if not isinstance(self.grid, Learned) or self.codebook is None or len(self.scales) != 1 or len(self.shape) != 2:
+            return False
         scale, rest = self.scales[0], (self.zero_point, self.offset, self.signs, self.group_index)
-        values, rows = scale.values, isinstance(scale.block, Tile) and scale.block.sizes == (grid.v_out, self.shape[-1])
-        if any(part is not None for part in rest) or not rows or scale.inverse or not isinstance(values, Tensor):
-            return None
-        if values.dtype != torch.float16:
-            return None
-        flat = book.to(torch.float64).reshape(grid.books, grid.entries, -1)
+        rows = isinstance(scale.block, Tile) and scale.block.sizes == (self.grid.v_out, self.shape[-1]) and not scale.inverse
+        held = isinstance(scale.values, Tensor) and scale.values.dtype == self.codebook.dtype == dtype
+        return rows and held and all(part is None for part in rest)
+
+    def _from_entries(self, dtype: torch.dtype) -> Tensor:
+        """Sum and product in ``dtype``, of a tensor of ``_plain_entries``."""
+        grid, book, scale = self.grid, self.codebook, self.scales[0].values
+        assert isinstance(grid, Learned) and book is not None and isinstance(scale, Tensor)
+        flat = book.to(dtype).reshape(grid.books, grid.entries, -1)
         total: Tensor | None = None
         for number in range(grid.books):
             index = _index(self.codes[..., number], grid.entries, wrap=grid.entries)
             picked = flat[number].index_select(0, index.reshape(-1))  # (N/vo * K/vi, vo * vi)
             total = picked if total is None else total.add_(picked)
         assert total is not None
-        total = total.reshape(len(self.codes), -1).mul_(values.to(torch.float64))  # (N/vo, K * vo)
-        total = total.reshape(len(self.codes), -1, grid.v_out, grid.v_in)
-        return total.transpose(1, 2).reshape(self.shape)
+        total = total.reshape(len(self.codes), -1).mul_(scale.to(dtype))  # (N/vo, K * vo)
+        return total.reshape(len(self.codes), -1, grid.v_out, grid.v_in).transpose(1, 2).reshape(self.shape)
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor | None:
+        """``_from_entries`` in float64, rounded once to a shorter dtype by the compiled loop; None where that is not for it."""
+        loops, short = find("entries"), dtype in (torch.float32, torch.float16, torch.bfloat16)
+        if loops is None or not short or self.codes.device.type != "cpu" or not self._half_entries():
+            return None
+        grid, book, scale = self.grid, self.codebook, self.scales[0].values
+        assert isinstance(grid, Learned) and book is not None and isinstance(scale, Tensor)
+        _check_index(self.codes, grid.entries, wrap=grid.entries)
+        books = book.to(torch.float32).reshape(grid.books, grid.entries, -1).contiguous().numpy()
+        out = torch.empty(self.shape, dtype=torch.float32)
+        factors, odd = scale.to(torch.float64).reshape(-1).numpy(), dtype != torch.float32
+        loops.decode(self.codes.contiguous().numpy(), books, factors, grid.v_out, odd, out.numpy())
+        return out.to(dtype)
 
     def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.
@@ -465,6 +488,8 @@ class QuantizedTensor:
         quick = self._in_runs(dtype)
         if quick is not None:
             return quick
+        if isinstance(self.grid, Learned) and self.grid.books <= 2 and self._plain_entries(dtype):
+            return self._from_entries(dtype)  # a sum of two is rounded once
         one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)
@@ -495,12 +520,17 @@ def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
     return (*rows, k // v_in, grid.books) if isinstance(grid, Learned) else (*rows, k // v_in)
 
 
-def _index(codes: Tensor, entries: int, wrap: int) -> Tensor:
-    """Codes as int64 indices, negative ones plus ``wrap``; ``BadFile('codes-range')`` where one names no entry."""
+def _check_index(codes: Tensor, entries: int, wrap: int) -> None:
+    """``BadFile('codes-range')`` where a code, a negative one plus ``wrap``, names no entry."""
     if codes.numel():
         low, high = int(codes.min()), int(codes.max())
         if high >= entries or (low < 0 and not 0 <= low + wrap < entries):
             raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {entries} entries")
+
+
+def _index(codes: Tensor, entries: int, wrap: int) -> Tensor:
+    """Codes as int64 indices, negative ones plus ``wrap``; ``BadFile('codes-range')`` where one names no entry."""
+    _check_index(codes, entries, wrap)
     index = codes.to(torch.int64)
     return torch.where(index < 0, index + wrap, index) if codes.dtype != torch.uint8 else index
 
