@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from qformats.formats import bitnet, eetq, mlx
 from qformats.formats.dense import read_float
 from qformats.formats.protocol import Match, Module, Target
 from qformats.quantize import rtn
-from qformats.scheme import Integer, Scheme, Storage
-from qformats.tensor import QuantizedTensor
+from qformats.real import round_once
+from qformats.reencode import finish, fit
+from qformats.scheme import Integer, Learned, Scheme, Storage, Tile
+from qformats.tensor import Param, QuantizedTensor
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 FORMATS = ("eetq", "bitnet", "mlx", "aqlm", "gemma")
@@ -356,3 +359,66 @@ def test_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(Unsupported) as caught:
         registry.detect({"quant_method": "magic"}, ["m.weight"])
     assert caught.value.code == "quant-method" and "aqlm" in str(caught.value.hint) and "gptq" in str(caught.value.hint)
+
+
+# ---------------------------------------------------------------- additive codebooks
+
+
+@pytest.mark.parametrize(("high", "books", "bits"), [(1, 2, 8), (2, 3, 6), (1, 1, 12), (1, 5, 4)])
+def test_sums_of_entries_are_rounded_once(high: int, books: int, bits: int) -> None:
+    generator, entries, shape = torch.Generator().manual_seed(bits), 1 << bits, (16, 64)
+    codes = torch.randint(-entries // 2, entries // 2, (shape[0] // high, 8, books), generator=generator)
+    spread = torch.exp2(torch.randint(-14, 9, (books, entries, high, 8), generator=generator).float())
+    book = (torch.randn((books, entries, high, 8), generator=generator) * spread).half()
+    scale = (torch.rand((shape[0] // high, 1), generator=generator) * 0.01).half()
+    word = torch.int8 if bits <= 8 else torch.int16
+    block = Tile((high, shape[1]))
+    tensor = QuantizedTensor(shape, codes.to(word), Learned(entries, high, 8, books), (Param(scale, block),), codebook=book)
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        assert torch.equal(tensor.dequantize(dtype), round_once(tensor.real(), dtype))
+    rows = rewrite.select_rows(tensor, torch.tensor([3, 0, 15]))
+    assert torch.equal(rows.dequantize(torch.float64), tensor.dequantize(torch.float64)[[3, 0, 15]])
+
+
+def test_codes_beyond_their_entries() -> None:
+    module = next(m for name, m in modules("aqlm/1x10-o2").items() if name.endswith("q_proj"))
+    raw = module.parts["codes"]
+    data = np.full(raw.shape, 512, np.int16)
+    data[0, 0, 0] = -1025
+    parts = {**module.parts, "codes": memory(raw, "I16", raw.shape, data.tobytes())}
+    tensor = registry.format_module("aqlm").read(replace(module, parts=parts))
+    for read in (tensor.dequantize, lambda: tensor.dequantize(torch.float16), lambda: tensor.dequantize(torch.float16, like="aqlm")):
+        with pytest.raises(BadFile) as caught:
+            read()
+        assert caught.value.code == "codes-range"
+
+
+# ---------------------------------------------------------------- from format to format
+
+
+def stored(case: str, target: str, name: str = "q_proj") -> tuple[str, QuantizedTensor, QuantizedTensor]:
+    """How a weight of a fixture is kept in the first storage of ``target`` that takes it, with the weight before and after."""
+    module = next(m for n, m in modules(case).items() if n.endswith(name))
+    tensor, parsed = registry.format_module(module.match.format).read(module), registry.parse_target(target)
+    form = registry.format_module(parsed.format)
+    refusals = []
+    for storage in form.storages(parsed, tensor.scheme):
+        try:
+            decision = fit(tensor, storage, own=partial(form.can_store, storage))
+            return decision.kind, tensor, finish(tensor, decision)
+        except rewrite.Refused as refusal:
+            refusals.append(str(refusal))
+    raise AssertionError(refusals)
+
+
+@pytest.mark.parametrize(
+    ("case", "target"),
+    [("eetq/int8", "gguf:q8_0"), ("eetq/int8", "gptq:int8"), ("eetq/int8", "torchao:int8"),
+     ("eetq/int8", "compressed-tensors:int8,channel"),
+     ("eetq/int8", "mlx:int8"), ("mlx/4b-g64", "gguf:q4_1"), ("bitnet/autobitlinear", "gptq:int2"),
+     ("bitnet/autobitlinear", "mlx:int2"), ("bitnet/autobitlinear", "compressed-tensors:int2"), ("bitnet/bitlinear", "bitnet:ternary")],
+)  # fmt: skip
+def test_exact_ways(case: str, target: str) -> None:
+    kind, before, after = stored(case, target)
+    assert kind == "exact"
+    assert torch.equal(before.dequantize(torch.float64), after.dequantize(torch.float64))
