@@ -40,7 +40,8 @@ class Row:
 
     ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``configs``: JSON files
     beside the weights that may hold its quantization config; its module then has ``config_beside``. ``default``: the type for new
-    codes where a target names none. ``source_options``: what a user may say of a source that its files leave open.
+    codes where a target names none. ``aliases``: other words for the format. ``source_options``: what a user may say of a source that
+    its files leave open.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     source_options: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     default: str = ""
+    aliases: tuple[str, ...] = ()
 
     @property
     def default_type(self) -> str:
@@ -75,7 +77,8 @@ ROWS: tuple[Row, ...] = (
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
-        mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
+        mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe"),
+        aliases=("ggml",)),
     Row("fp8", "qformats.formats.finegrained_fp8", "FP8 with block scales (DeepSeek, Qwen, transformers), MXFP8", "safetensors",
         ("fp8", "mxfp8"), ("fp8", "mxfp8", "fp4"), ("block", "scale")),
     Row("fbgemm_fp8", "qformats.formats.fbgemm_fp8", "FBGEMM FP8 (Meta, transformers)", "safetensors", ("fbgemm_fp8",), ("fp8",)),
@@ -84,7 +87,8 @@ ROWS: tuple[Row, ...] = (
         configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
     Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
-        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype")),
+        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype"),
+        aliases=("bnb",)),
     Row("torchao", "qformats.formats.torchao", "torchao tensors (int, float8, NVFP4, MX)", "safetensors", ("torchao",),
         (*(f"int{bits}" for bits in range(1, 9)), "fp8", "fp8_e5m2", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"),
         ("group", "channel", "tensor", "block", "sym", "asym")),
@@ -96,13 +100,10 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
         ("compressed-tensors", "compressed_tensors", "sparseml"),
         ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
-        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")),
-    Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing"), aliases=("ct",)),
+    Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16"),
+        aliases=("safetensors", "dense", "transformers")),
 )  # fmt: skip
-
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes",
-            "ct": "compressed-tensors"}  # fmt: skip
-
 
 def names() -> list[str]:
     """All format names in table order."""
@@ -111,9 +112,9 @@ def names() -> list[str]:
 
 def row(name: str) -> Row:
     """The row of a format; ``UsageError('unknown-format')`` names the known ones."""
-    wanted = _ALIASES.get(name.lower(), name.lower())
+    wanted = name.lower()
     for candidate in ROWS:
-        if candidate.name == wanted:
+        if wanted == candidate.name or wanted in candidate.aliases:
             return candidate
     raise UsageError("unknown-format", f"unknown format {name!r}", hint=f"known formats: {', '.join(names())}")
 
