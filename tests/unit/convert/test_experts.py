@@ -325,3 +325,19 @@ def test_small_groups_where_rows_are_no_whole_large_ones(tmp_path: Path) -> None
     plan = planned(stripped(tmp_path / "a.gguf", tmp_path / "b.gguf"), "compressed-tensors")
     plan.checkpoint.close()
     assert {j.kind for j in plan.jobs if ".experts." in j.name} == {"exact"}
+
+
+FUSED = [("phi3", "fp8,block=16x32"), ("bloom", "compressed-tensors:int8"), ("gpt_neox", "bitsandbytes:nf4"),
+         ("falcon", "modelopt:fp8,scale=tensor")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "target"), FUSED)
+def test_fused_projections_are_taken_apart_with_their_codes(name: str, target: str, tmp_path: Path) -> None:
+    """Tiles, runs and single scales under rows that GGUF has elsewhere: the values of the floats that are converted the same way."""
+    source = family(name, tmp_path / "source")
+    converted(source, tmp_path / "codes", target, allow_requantize=True)
+    converted(tmp_path / "codes", tmp_path / "floats", "hf:f32")
+    converted(tmp_path / "codes", tmp_path / "a.gguf", "gguf:f32")
+    converted(tmp_path / "floats", tmp_path / "b.gguf", "gguf:f32")
+    with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:
+        assert {n: t.read() for n, t in a.raw.items()} == {n: t.read() for n, t in b.raw.items()}
