@@ -1,6 +1,6 @@
 """A → B → A gives every tensor, the quantization config and the files beside it again, codes-exact conversions included.
 
-``walk`` makes the checkpoints; a few pairs of every sort here, all of them in tests/real/test_there_and_back.py.
+``walk`` makes the checkpoints; a few pairs of every sort are tried here.
 """
 
 from __future__ import annotations
