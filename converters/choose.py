@@ -74,14 +74,14 @@ class Chooser:
     def _gguf(self) -> bool:
         return registry.row(self.options.target.format).container == "gguf"
 
-    @property
-    def _usual(self) -> str:
-        """The type for new codes where none is named: ``int4`` where the format has it, else its first."""
-        types = registry.row(self.options.target.format).types
-        return _SAFE_TYPE if self._gguf else types[0] if types and "int4" not in types else "int4"
-
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
+        job = self._decide(tensor)
+        if tensor.floats is None or job.storage is not None or job.action == "parts":
+            return job
+        return self._decide(tensor.floats)
+
+    def _decide(self, tensor: TensorMap) -> Job:
         if tensor.kind == "extra" and not tensor.sources:
             extra = self.extras[tensor.target, tensor.leaf]
             why, content = "kept in the provenance record", {tensor.leaf: extra.data or b""}
@@ -97,9 +97,10 @@ class Chooser:
         quantized = [m for m in modules if self.checkpoint.is_quantized(m)]
         if quantized and any(s.transposed for s in tensor.sources):
             return self._transposed(tensor, quantized[0])
-        if tensor.leaf == "weight" and quantized and len(quantized) == len(modules):
+        weight = all(s.leaf == "weight" for s in tensor.sources if s.module)
+        if weight and quantized and len(quantized) == len(modules):
             return self._with_content(self._from_codes(tensor))
-        if tensor.leaf == "weight" and quantized:
+        if weight and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
 
@@ -240,6 +241,8 @@ class Chooser:
 
     def _quantize_by_default(self, tensor: TensorMap) -> bool:
         """A float checkpoint turned into an integer format: its linear layers."""
+        if getattr(registry.format_module(self.options.target.format), "PACKED_EXPERTS", False):
+            return tensor.kind == "experts" and tensor.leaf == "weight" and len(tensor.shape) == 3
         is_matrix = tensor.kind in ("linear", "experts") and tensor.leaf == "weight" and len(tensor.shape) == 2
         return is_matrix and not self._has_codes
 
@@ -529,6 +532,8 @@ class Chooser:
         dtype = FLOAT_WORDS.get(named or "", "F32")
         exact = exact32 and dtype == "F32"
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
+        if self._is_stack(tensor) and self.options.target.format != "hf":
+            reason = f"stacked in one tensor, for which {self.options.target.format} has no codes; {reason}"
         return self._float(tensor, dtype, "dequantized", reason, exact)
 
     # ------------------------------------------------------------ new codes
@@ -536,7 +541,7 @@ class Chooser:
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
         from qformats.quantize import improves
 
-        target = self._target(kind)
+        target = self._target(kind or None)
         module = registry.format_module(target.format)
         scheme = self._scheme(tensor) if self._is_code_source(tensor) else float_scheme(tensor.shape)
         storage = module.storages(target, scheme)[0]
@@ -566,5 +571,5 @@ class Chooser:
         return _SAFE_TYPE if self._gguf else registry.row(self.options.target.format).default_type
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
-        coded = any(s.module and self.checkpoint.is_quantized(s.module) for s in tensor.sources) and tensor.leaf == "weight"
+        coded = any(s.leaf == "weight" and self.checkpoint.is_quantized(s.module) for s in tensor.sources)
         return coded and not merged_into(self.checkpoint, tensor)

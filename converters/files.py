@@ -147,15 +147,16 @@ def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job],
     for name in _BESIDE:
         files.pop(name, None)
     inner = config.get("text_config")
-    config.pop("quantization_config", None)
-    if isinstance(inner, dict):
-        inner.pop("quantization_config", None)
+    for key in ("quantization_config", "quantization"):
+        config.pop(key, None)
+        if isinstance(inner, dict):
+            inner.pop(key, None)
     _set_dtype(config, jobs)
     quantization = _quantization_config(checkpoint, options, jobs, restore)
     if quantization:
         module = registry.format_module(options.target.format)
         if getattr(module, "CONFIG_INSIDE", True):
-            config["quantization_config"] = quantization
+            config.update(dict.fromkeys(getattr(module, "CONFIG_KEYS", ("quantization_config",)), quantization))
         if hasattr(module, "side_files"):
             files.update(module.side_files(quantization))
     files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -214,7 +215,8 @@ def _quantization_config(
     skipped = sorted(linear - storages.keys())
     original = None
     if restore is not None and "config.json" in restore.files:
-        original = json.loads(restore.files["config.json"]).get("quantization_config")
+        before = json.loads(restore.files["config.json"])
+        original = before.get("quantization_config", before.get("quantization"))
     elif checkpoint.format == row.name:
         original = dict(checkpoint.match.config)
     target = Target(row.name, options.target.type, options.target.options)

@@ -198,7 +198,7 @@ def _is_storage(s: Storage) -> bool:
         and isinstance(s.bits_per_weight, int | float)
         and all(whole(size, 1, 1 << 31) for size in sizes)
         and all(whole(z, -256, 256) for z in (*zero, *(x.zero for x in sub), s.highest or 0))
-        and bool(s.scale_dtypes or s.scale_grid) and all(word in _FLOATS for word in s.scale_dtypes)
+        and (bool(s.scale_dtypes) or s.scale_grid is not None) and all(word in _FLOATS for word in s.scale_dtypes)
         and _is_plain(s.options)
     )  # fmt: skip
 
@@ -207,6 +207,6 @@ def _is_plain(value: object, depth: int = 0) -> bool:
     """Whether a storage's options are words, numbers, and lists and objects of them."""
     if isinstance(value, dict):
         return depth < _MAX_DEPTH and all(isinstance(key, str) and _is_plain(held, depth + 1) for key, held in value.items())
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return depth < _MAX_DEPTH and all(_is_plain(held, depth + 1) for held in value)
     return isinstance(value, str | int | float | None)

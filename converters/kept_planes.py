@@ -22,7 +22,7 @@ from qformats.checkpoint import Checkpoint
 from qformats.containers.safetensors import tensor_nbytes
 from qformats.errors import BadFile, QFormatError
 from qformats.formats.protocol import PartInfo, Target
-from qformats.scheme import Learned, Storage
+from qformats.scheme import Integer, Learned, Storage
 
 __all__ = [
     "Extra", "collect_extras", "earlier_rows", "find_earlier", "kept_planes", "parse_extras", "parse_kept", "source_storage", "with_extras",
@@ -114,6 +114,8 @@ def kept_planes(checkpoint: Checkpoint, name: str, job: Job, storage: Storage, z
         return None
     try:
         hint = Hint(zeros, positive)
+        if job.kind == "exact" and _plain(storage) and _plain(job.storage):
+            return None  # zero points and signs are all that such a target may lack
         if job.kind == "exact" and _comes_back(checkpoint, name, job, storage, hint):
             return None
         data = describe(blank, _guesses(checkpoint, name, job, blank))
@@ -123,6 +125,13 @@ def kept_planes(checkpoint: Checkpoint, name: str, job: Job, storage: Storage, z
     if data is None or _text_nbytes(data) > max(_SMALL_NBYTES, nbytes // _SHARE):
         return None
     return {"grid": grid_to_json(blank.grid), "params": data}
+
+
+def _plain(storage: Storage) -> bool:
+    """Integers under one scale a run of a row, and at most integer zero points."""
+    single = storage.sub_scale is None and storage.scale_grid is None and storage.factor is None and storage.zero_dtype is None
+    shape = storage.rows == 1 and not (storage.flat or storage.cyclic or storage.inverse or storage.doubled)
+    return isinstance(storage.grid, Integer) and single and shape and storage.offset is None
 
 
 def _text_nbytes(data: Any) -> int:

@@ -285,27 +285,43 @@ _GROUPS = ("128", "64", "32")
 
 
 def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
-    """Decide all jobs; for an integer target without a group size, the largest group that keeps every tensor exact."""
+    """Decide all jobs; for an integer target without a group size, the largest group that keeps every tensor."""
     target = chooser.options.target
     row = registry.row(target.format)
     free = "group" in row.options and "group" not in target.options and not chooser.storages_of
     if not free or chooser.checkpoint.gguf is None:
         return _decide_together(chooser, tensors)
+    asked = chooser.options
+    for group in (*_GROUPS, ""):  # the last: whatever the format offers
+        chooser.options = _with_option(asked, "group", group) if group else asked
+        jobs = _kept(chooser, tensors)
+        if jobs is not None:
+            return jobs
+    chooser.options = _with_option(asked, "group", _GROUPS[-1])
+    try:
+        return _decide_together(chooser, tensors)
+    except UsageError:  # a type that has one group alone
+        chooser.options = asked
+        return _decide_together(chooser, tensors)
+
+
+def _kept(chooser: Chooser, tensors: Sequence[Any]) -> list[Job] | None:
+    """All jobs, or None as soon as one needs new codes or the format does not take the option."""
     jobs: list[Job] = []
-    for group in _GROUPS:
-        chooser.options = _with_option(chooser.options, "group", group)
-        jobs = []
-        try:
-            for tensor in tensors:
-                jobs.append(chooser.decide(tensor))
-                if jobs[-1].kind == "requantized" and group != _GROUPS[-1]:
-                    break
-            else:
-                return jobs
-        except (Unsupported, UsageError):
-            if group == _GROUPS[-1]:
-                raise
+    try:
+        for tensor in tensors:
+            jobs.append(chooser.decide(tensor))
+            if _is_kept_badly(jobs[-1], chooser.options):
+                return None
+    except (Unsupported, UsageError):
+        return None
     return jobs
+
+
+def _is_kept_badly(job: Job, options: PlanOptions) -> bool:
+    """Whether a smaller group may do better: new codes, or none because rows are no whole groups."""
+    matrix = job.map.kind == "linear" and job.map.leaf == "weight" and len(job.map.shape) == 2
+    return job.kind == "requantized" or (matrix and job.kind == "dequantized" and not options.tensor_types)
 
 
 def _decide_together(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:

@@ -121,6 +121,18 @@ class Checkpoint:
         """Whether a module's weight is stored as codes."""
         return self._is_quantized(self.modules[module].parts)
 
+    @cached_property
+    def by_outputs(self) -> frozenset[str]:
+        """Modules of codes that have outputs as rows even where their floats have inputs: all, unless the format keeps the floats' axes."""
+        if self.gguf is not None or getattr(registry.format_module(self.match.format), "KEEPS_AXES", False):
+            return frozenset()
+        return frozenset(module for module in self.modules if self.is_quantized(module))
+
+    def is_bare(self, module: str) -> bool:
+        """Whether a module of codes is a parameter that bears the module's own name where it is floats."""
+        leaves: frozenset[str] = getattr(registry.format_module(self.match.format), "BARE", frozenset())
+        return self.gguf is None and self.is_quantized(module) and any(leaf in leaves for leaf in self.modules[module].parts)
+
     @property
     def has_codes(self) -> bool:
         """Whether any weight is stored as codes."""
@@ -346,6 +358,8 @@ def _with_config(
 def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     holders = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
     inner = next((h[key] for h in holders for key in ("quantization_config", "compression_config") if h.get(key) is not None), None)
+    if inner is None and isinstance(config.get("quantization"), dict):  # mlx-lm
+        inner = config["quantization"]
     if inner is not None and not isinstance(inner, dict):
         raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
     return registry.config_beside(inner, lambda name: _read_json(directory / name))
