@@ -7,14 +7,14 @@ are small beside the weight itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any
 
 from converters.claims import Ranges, hint_rows
 from converters.jobs import Job
-from converters.planes import Kept, describe, grid_from_json, grid_to_json, guess, pack, restored, revive, same_params, unpack
+from converters.planes import Kept, Stale, describe, grid_from_json, grid_to_json, guess, pack, restored, revive, same_params, unpack
 from converters.sources import SCAN_WEIGHTS, Slab, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import SourceRows, TensorMap
@@ -22,7 +22,7 @@ from qformats.checkpoint import Checkpoint
 from qformats.containers.safetensors import tensor_nbytes
 from qformats.errors import BadFile, QFormatError
 from qformats.formats.protocol import PartInfo, Target
-from qformats.scheme import Learned, Storage
+from qformats.scheme import Integer, Learned, Storage
 
 __all__ = [
     "Extra", "collect_extras", "earlier_rows", "find_earlier", "kept_planes", "parse_extras", "parse_kept", "source_storage", "with_extras",
@@ -30,7 +30,7 @@ __all__ = [
 
 _PROBE_ROWS = 128
 _SMALL_NBYTES = 1 << 12
-_SHARE = 16  # planes may take one sixteenth of what the weight takes
+_SHARE = 12  # planes may take one twelfth of what the weight takes
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,20 @@ def parse_extras(entries: Any) -> tuple[Extra, ...] | None:
     return tuple(found)
 
 
-def with_extras(tensors: Sequence[TensorMap], extras: Sequence[Extra] | None) -> tuple[list[TensorMap], dict[str, str]]:
-    """The tensors with those that only the record has; and what the conversion itself wrote beside the weights, which goes again."""
+def with_extras(tensors: Sequence[TensorMap], extras: Sequence[Extra] | None, target: str) -> tuple[list[TensorMap], dict[str, str]]:
+    """The tensors with those that only the record has; and what the conversion itself wrote beside the weights, which goes again.
+
+    Parts that the format ``target`` writes beside every weight come with the weights.
+    """
     if extras is None:
         return list(tensors), {}
     known = {(extra.module, extra.leaf) for extra in extras}
     gone = {t.name: "was not there before it was converted" for t in tensors if t.kind == "extra" and (t.target, t.leaf) not in known}
-    stay = [t for t in tensors if t.name not in gone or t.kind != "extra"]
-    there = {(t.target, t.leaf) for t in stay}
-    back = [TensorMap(e.module, e.leaf, e.info.shape, (), kind="extra") for e in extras if e.data is not None]
-    return [*stay, *(t for t in back if (t.target, t.leaf) not in there)], gone
+    back = {(e.module, e.leaf): TensorMap(e.module, e.leaf, e.info.shape, (), kind="extra") for e in extras if e.data is not None}
+    written = getattr(registry.format_module(target), "WRITTEN", ())
+    back = {key: tensor for key, tensor in back.items() if tensor.leaf not in written}
+    stay = [t for t in tensors if t.kind != "extra" or (t.name not in gone and (t.target, t.leaf) not in back)]
+    return [*stay, *back.values()], gone
 
 
 def source_storage(checkpoint: Checkpoint, name: str) -> Storage | None:
@@ -110,15 +114,24 @@ def kept_planes(checkpoint: Checkpoint, name: str, job: Job, storage: Storage, z
         return None
     try:
         hint = Hint(zeros, positive)
+        if job.kind == "exact" and _plain(storage) and _plain(job.storage):
+            return None  # zero points and signs are all that such a target may lack
         if job.kind == "exact" and _comes_back(checkpoint, name, job, storage, hint):
             return None
         data = describe(blank, _guesses(checkpoint, name, job, blank))
     except Refused:
         return None
-    nbytes = sum(raw.nbytes for raw in module.parts.values())
+    nbytes = max(sum(raw.nbytes for raw in module.parts.values()), int(prod(blank.shape) * job.storage.bits_per_weight / 8))
     if data is None or _text_nbytes(data) > max(_SMALL_NBYTES, nbytes // _SHARE):
         return None
     return {"grid": grid_to_json(blank.grid), "params": data}
+
+
+def _plain(storage: Storage) -> bool:
+    """Integers under one scale a run of a row, and at most integer zero points."""
+    single = storage.sub_scale is None and storage.scale_grid is None and storage.factor is None and storage.zero_dtype is None
+    shape = storage.rows == 1 and not (storage.flat or storage.cyclic or storage.inverse or storage.doubled)
+    return isinstance(storage.grid, Integer) and single and shape and storage.offset is None
 
 
 def _text_nbytes(data: Any) -> int:
@@ -199,6 +212,8 @@ def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Any:
     try:
         guesses = _joined([guess(_shaped(kept, rows.shape), rows) for rows in blank if isinstance(rows, QuantizedTensor)])
         earlier = revive(kept.params, shape, kept.grid, guesses)
+    except Stale:
+        return None
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, QFormatError):
         hint = "name a type, as in awq:int4, to convert without it"
         raise BadFile("provenance", "the planes of the provenance record are damaged", hint=hint) from None
@@ -232,14 +247,35 @@ def _shaped(kept: Kept, shape: tuple[int, ...]) -> Any:
     return made
 
 
+def _rows_of(t: Any, start: int, stop: int) -> Any:
+    """Rows of a weight whose tall tiles stay tall where they begin with the rows."""
+    import torch
+
+    from qformats.rewrite import select_rows
+    from qformats.scheme import Tile
+    from qformats.tensor import Param
+
+    def tall(param: Param | None) -> Param | None:
+        if param is None or not isinstance(param.block, Tile) or not isinstance(param.values, torch.Tensor):
+            return None
+        rows = param.block.sizes[0]
+        if not 1 < rows < t.shape[0] or start % rows:
+            return None
+        return replace(param, values=param.values[start // rows : -(-stop // rows)])
+
+    found = select_rows(t, slice(start, stop))
+    scales = tuple(tall(before) or after for before, after in zip(t.scales, found.scales, strict=True))
+    return found.replace(scales=scales, zero_point=tall(t.zero_point) or found.zero_point, offset=tall(t.offset) or found.offset)
+
+
 def earlier_rows(job: Job, earlier: tuple[Any, Storage], rows: Any, start: int, stop: int, source_format: str) -> Any:
     """Rows ``start:stop`` under the parameters they had, or None unless these become the very rows again."""
-    from qformats.rewrite import Refused, select_rows
+    from qformats.rewrite import Refused
 
     assert job.storage is not None
     whole, held = earlier
     try:
-        mine = whole if (start, stop) == (0, whole.shape[0]) else select_rows(whole, slice(start, stop))
+        mine = whole if (start, stop) == (0, whole.shape[0]) else _rows_of(whole, start, stop)
     except Refused:
         return None
 

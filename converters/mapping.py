@@ -168,13 +168,19 @@ def _same_names(checkpoint: Checkpoint) -> tuple[TensorMap, ...]:
 
 
 def _kinds(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
-    """Kind of each source tensor as the architecture knows it; empty for architectures that are not known."""
+    """Kind of each source tensor as the architecture knows it; empty for architectures that are not known.
+
+    ``BadFile('tensor-shape')`` for a weight in codes whose shape is another than the architecture's.
+    """
     if not checkpoint.config and checkpoint.gguf is None:
         return {}
     try:
         binding, shapes = checkpoint.binding, checkpoint.shapes()
         mapped = binding.to_hf(shapes) if checkpoint.gguf is not None else binding.to_gguf(shapes, checkpoint.by_outputs)
-    except QFormatError:
+    except QFormatError as error:
+        module = str(error.tensor or "").rpartition(".")[0]
+        if error.code == "tensor-shape" and checkpoint.gguf is None and module in checkpoint.modules and checkpoint.is_quantized(module):
+            raise  # planes may say any shape; the architecture knows which one it is
         return {}
     return {(s.module, s.leaf): "linear" if t.kind == "conv1d" else t.kind for t in mapped.tensors for s in t.sources}
 

@@ -116,7 +116,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     extras: Sequence[Extra] = ()
     if restore is not None:
         tensors, unsorted = _restore_orders(tensors, restore)
-        tensors, gone = with_extras(tensors, restore.extras)
+        tensors, gone = with_extras(tensors, restore.extras, target.name)
         dropped, extras = {**dropped, **gone}, restore.extras or ()
     chooser = Chooser(
         checkpoint,

@@ -8,6 +8,7 @@ tell (a scale in a wider dtype, a zero point that became an offset) is kept as t
 from __future__ import annotations
 
 import base64
+import hashlib
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,13 +28,18 @@ if TYPE_CHECKING:
     from qformats.tensor import Param, QuantizedTensor
 
 __all__ = [
-    "MAX_NBYTES", "Kept", "describe", "grid_from_json", "grid_to_json", "guess", "pack", "restored", "revive", "same_params", "unpack",
+    "MAX_NBYTES", "Kept", "Stale", "describe", "grid_from_json", "grid_to_json", "guess", "pack", "restored", "revive", "same_params",
+    "unpack",
 ]  # fmt: skip
 
 MAX_NBYTES = 1 << 31
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _DTYPES = (*_FLOATS, "uint8", "int8", "int16", "int32")
 _DAMAGED = "name a type, as in awq:int4, to convert without it"
+
+
+class Stale(Exception):
+    """The planes that a recorded one is told from are not those it was recorded with."""
 
 
 @dataclass(frozen=True)
@@ -95,12 +101,18 @@ def _tensor_to_json(values: Tensor, guess: Tensor | None) -> dict[str, Any]:
     import numpy as np
 
     bits = _bits(values)
+    true = bits
     near = guess is not None and guess.shape == values.shape and guess.dtype == values.dtype
     if near and guess is not None:
         bits = bits - _bits(guess)  # modulo the width of the word
     columns = np.ascontiguousarray(bits.reshape(-1)).view("u1").reshape(-1, values.element_size())
     planes = np.ascontiguousarray(columns.T)  # byte by byte: the high ones say little
-    return {"dtype": _word(values.dtype), "size": list(values.shape), "bytes": pack(planes.tobytes()), **({"near": True} if near else {})}
+    data = {"dtype": _word(values.dtype), "size": list(values.shape), "bytes": pack(planes.tobytes())}
+    return {**data, "near": _digest(true)} if near else data
+
+
+def _digest(bits: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(bits.tobytes()).hexdigest()[:32]
 
 
 def _tensor_from_json(data: Mapping[str, Any], guess: Tensor | None) -> Tensor:
@@ -117,6 +129,8 @@ def _tensor_from_json(data: Mapping[str, Any], guess: Tensor | None) -> Tensor:
         if guess is None or tuple(guess.shape) != size or guess.dtype != dtype:
             raise ValueError("no plane to differ from")
         bits = bits + _bits(guess)
+        if _digest(bits) != data["near"]:
+            raise Stale
     return torch.from_numpy(bits.view(f"<i{width}" if width > 1 else "u1").copy()).view(dtype)
 
 
