@@ -2,8 +2,9 @@
 
 Map: each family of ggml types is one module (``ggml`` the 32-weight blocks, ``kquants`` the super-blocks with searches in ``ksearch``,
 ``iquants`` those with codebooks, ``tables`` four-bit tables, ``ternary`` one and two bits) whose bytes equal llama.cpp's; ``floats`` rounds
-to FP8, FP6 and FP4 under scales of any form; ``books`` makes the bytes of bitsandbytes; ``affine`` is min-max round-to-nearest for integer
-types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``imatrix`` reads and writes files of importances.
+to FP8, FP6 and FP4 under scales of any form; ``books`` makes the bytes of bitsandbytes; ``absmean`` is BitNet's rule; ``affine`` is min-max
+round-to-nearest for integer types. ``rtn`` picks one by the storage. All refuse NaN and infinities. ``imatrix`` reads and writes files of
+importances.
 
 Searches lower the error of what a family made: ``best`` that of ggml's types with one scale a block, ``affine_search`` that of any integer
 type under one plain scale; ``half_quadratic`` is HQQ's solver for those of the latter with a free origin; ``floats`` and ``books`` search
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from qformats.errors import Unsupported, UsageError
 from qformats.quantize import (
+    absmean,
     affine,
     affine_search,
     best,
@@ -60,7 +62,7 @@ class Family(Protocol):
 
 # each family's own, ggml's the bytes of llama.cpp; at most its error in every group, and less where ``improves``; HQQ's solver
 SEARCHES = ("reference", "best", "hqq")
-FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto)
+FAMILIES: tuple[Family, ...] = (floats, ggml, kquants, iquants, tables, ternary, books, hqq, quanto, absmean)
 
 
 def _family(storage: Storage) -> Family | None:
