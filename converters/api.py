@@ -97,7 +97,7 @@ def convert(
     """Convert ``source`` into ``destination`` and report every tensor's kind.
     ``imatrix``: importances for new codes. ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF.
     ``allow_pickle``: read a source of ``torch.save`` too, as data; nothing in it is run.
-    ``search``: ``reference`` (new codes as llama.cpp makes them) or ``best`` (of at most their error, see ``qformats.quantize.best``).
+    ``search``: ``reference`` (as the format's owner rounds), ``best`` (of at most that error) or ``hqq``, see ``qformats.quantize``.
     ``source_options``: ``("zero-points", "v2")`` and the like, how to read what the source does not tell.
     ``lora``: PEFT adapters to merge in, each a directory, ``"DIR=0.5"`` or (directory, weight); the tensors they change get new codes.
 

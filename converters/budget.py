@@ -127,7 +127,7 @@ def _candidates(chooser: Chooser, tensor: TensorMap) -> list[Job]:
     for kind in registry.row(chooser.options.target.format).types:
         try:
             job = replace(chooser, mix=Mix(types={tensor.name: kind})).decide(tensor)
-            (job,), _ = with_importances([job], chooser.options)
+            (job,), _ = with_importances([job], chooser.options, chooser.checkpoint)
         except Unsupported:
             continue  # no quantizer, or an importance matrix that the tensor lacks
         if job.action == "quantize" and job.importance is None and _is_blind(kind):

@@ -38,6 +38,7 @@ _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
 IGNORED = "is not what the parameters in its provenance record became: they are ignored"
 BETTER = "rounded with the least error found"
+HALF_QUADRATIC = "zero points by half-quadratic splitting"
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
 
@@ -124,8 +125,9 @@ class Chooser:
             return replace(made, reason=why if made.reason == why else f"{why}; {made.reason}", merged=names)
         if storage is not None:
             parts = registry.format_module(plain.format).layout(storage, tensor.shape)
+            how, search = self._how(storage)
             return Job(tensor, "quantize", "requantized", why, storage.type, parts, False, None, storage, plain.format,
-                       ("round to nearest", *self._whole(tensor)), orders=self._orders(tensor), merged=names)  # fmt: skip
+                       (how, *self._whole(tensor)), orders=self._orders(tensor), merged=names, search=search)  # fmt: skip
         dtype = plain.type if plain.type in FLOAT_WORDS.values() else "F32"
         return replace(self._float(tensor, dtype, "dequantized", why), merged=names)
 
@@ -539,12 +541,10 @@ class Chooser:
     # ------------------------------------------------------------ new codes
 
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
-        from qformats.quantize import improves
-
         target = self._target(kind or None)
         module = registry.format_module(target.format)
         scheme = self._scheme(tensor) if self._is_code_source(tensor) else float_scheme(tensor.shape)
-        storage = module.storages(target, scheme)[0]
+        storage = self._searchable(module.storages(target, scheme))
         smaller = mixes.fallback(kind, tensor.shape[-1]) if self._gguf else kind
         if smaller != kind and smaller not in FLOAT_WORDS:
             return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
@@ -556,10 +556,25 @@ class Chooser:
             return self._float(tensor, dtype, "dequantized", why, lossless)
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self._gguf else storage.type
-        better = improves(storage, self.options.search)
-        how, search = (BETTER, self.options.search) if better else ("round to nearest", REFERENCE)
+        how, search = self._how(storage)
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
                    (how, *self._whole(tensor)), orders=self._orders(tensor), search=search)  # fmt: skip
+
+    def _searchable(self, storages: Sequence[Storage]) -> Storage:
+        """The first storage; for HQQ's solver the first with an origin that it can move, where there is one."""
+        from qformats.quantize import half_quadratic
+
+        fitting = [storage for storage in storages if half_quadratic.fits(storage)] if self.options.search == "hqq" else []
+        return (fitting or list(storages))[0]
+
+    def _how(self, storage: Storage) -> tuple[str, str]:
+        """What a plan says of how new codes are found, and the search that a job carries."""
+        from qformats.quantize import improves
+
+        search = self.options.search
+        if not improves(storage, search):
+            return "round to nearest", REFERENCE
+        return BETTER if search == "best" else HALF_QUADRATIC, search
 
     def _whole(self, tensor: TensorMap) -> tuple[str, ...]:
         """What a plan says of the one step that holds a whole tensor: rows that move anywhere, into planes that are written by columns."""

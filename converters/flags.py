@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
 
 REPORT_SUFFIXES = (".json", ".md", ".html")
-SEARCHES = ("reference", "best")  # qformats.quantize.SEARCHES, without its imports
+SEARCHES = ("reference", "best", "hqq")  # qformats.quantize.SEARCHES, without its imports
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -107,7 +107,7 @@ def loss_flags(function: F) -> F:
         click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--max-error", type=float, metavar="X", help="Smallest types with an rms error of at most X (GGUF)."),
         click.option("--target-size", type=Size(), metavar="SIZE", help="Best types for a file of at most SIZE bytes: 4G, 700M (GGUF)."),
-        click.option("--search", type=click.Choice(SEARCHES), help="New codes as llama.cpp makes them (default), or with less error."),
+        click.option("--search", type=click.Choice(SEARCHES), help="New codes as the owner has them (default), with less error, as HQQ."),
         click.option("--pre", "pre_tokenizer", metavar="NAME", help="Name of the pre-tokenizer where it is not recognized."),
         click.option("--imatrix", type=click.Path(path_type=Path), metavar="FILE", help="Importance matrix for new codes."),
         click.option("--source-option", "source_options", type=SourceOption(), multiple=True,

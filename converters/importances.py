@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from converters.jobs import Job
 from qformats import registry
 from qformats.containers.gguf import Metadata, Value
-from qformats.errors import Unsupported, UsageError
+from qformats.errors import QFormatError, Unsupported, UsageError
 from qformats.quantize.imatrix import ImportanceMatrix, read_imatrix
 
 if TYPE_CHECKING:
     import numpy as np
 
     from converters.options import PlanOptions
+    from qformats.checkpoint import Checkpoint
 
 __all__ = ["WEIGHTED", "expert_runs", "metadata_keys", "recorded_imatrix", "same_imatrix", "with_importances"]
 
@@ -31,23 +32,49 @@ FILE_KEY, DATASET_KEY = "quantize.imatrix.file", "quantize.imatrix.dataset"
 ENTRIES_KEY, CHUNKS_KEY = "quantize.imatrix.entries_count", "quantize.imatrix.chunks_count"
 
 
-def with_importances(jobs: Sequence[Job], options: PlanOptions) -> tuple[list[Job], list[str]]:
+def with_importances(jobs: Sequence[Job], options: PlanOptions, checkpoint: Checkpoint) -> tuple[list[Job], list[str]]:
     """The jobs with their importances, and warnings.
 
-    Raises ``UsageError`` (``imatrix-target``: the target is no GGUF; ``imatrix-size``), ``Unsupported('importance-needed')`` for a
-    type that cannot do without.
+    Raises ``UsageError`` (``imatrix-target``: a model whose tensors have no GGUF names that are known; ``imatrix-size``),
+    ``Unsupported('importance-needed')`` for a type that cannot do without.
     """
     matrix = options.imatrix
-    if matrix is not None and registry.row(options.target.format).container != "gguf":
-        message = f"importance matrices weigh the types of GGUF, not those of {options.target.format}"
-        raise UsageError("imatrix-target", message, hint="leave --imatrix out, or name a target such as gguf:q4_k")
+    if matrix is None:
+        return [_with_importance(job, None, None) for job in jobs], []
+    places = None if registry.row(options.target.format).container == "gguf" else _places(checkpoint)
     given: list[Job] = []
     missing: list[str] = []
     for job in jobs:
-        given.append(_with_importance(job, matrix))
+        given.append(_with_importance(job, matrix, places))
         uncovered = given[-1].importance is None and _uses(job) and job.name not in EXEMPT
-        missing += [job.name] if matrix is not None and uncovered else []
-    return given, [] if matrix is None else _warnings(matrix, given, missing)
+        missing += [job.name] if uncovered else []
+    return given, _warnings(matrix, given, missing)
+
+
+Places = Mapping[str, Sequence[tuple[str, int]]]  # a source module → (GGUF tensor, expert) of its rows
+
+
+def _places(checkpoint: Checkpoint) -> Places:
+    """Under which names of a GGUF the columns of each source module were measured, as the architecture has it.
+
+    A module whose columns are moved or whose inputs and outputs change places has none.
+    """
+    if checkpoint.gguf is not None:
+        return {module: [(f"{module}.weight", 0)] for module in checkpoint.modules}
+    try:
+        mapped = checkpoint.binding.to_gguf(checkpoint.shapes())
+    except QFormatError as error:
+        message = f"the entries of an importance matrix bear the names of a GGUF, and this model has none: {error.message}"
+        raise UsageError("imatrix-target", message, hint="leave --imatrix out") from None
+    found: dict[str, list[tuple[str, int]]] = {}
+    for tensor in mapped.tensors:
+        plain = tensor.leaf == "weight" and not tensor.weave and len(tensor.shape) > 1
+        at, height = 0, tensor.shape[-2] if len(tensor.shape) > 2 else tensor.rows
+        for source in tensor.sources if plain else ():
+            if source.module and source.columns == (0, 1) and source.transposed is None:
+                found.setdefault(source.module, []).append((tensor.name, at // height))
+            at += source.stop - source.start
+    return found
 
 
 def _uses(job: Job) -> bool:
@@ -56,10 +83,12 @@ def _uses(job: Job) -> bool:
     return job.action == "quantize" and job.kind == "requantized" and job.storage is not None and uses_importance(job.storage, job.search)
 
 
-def _with_importance(job: Job, matrix: ImportanceMatrix | None) -> Job:
+def _with_importance(job: Job, matrix: ImportanceMatrix | None, places: Places | None) -> Job:
     from qformats.quantize import needs_importance
 
-    found = None if matrix is None or not _uses(job) else _importance(job, matrix)
+    found = None
+    if matrix is not None and _uses(job):
+        found = _importance(job, matrix) if places is None else _by_sources(job, matrix, places)
     if found is not None:
         return replace(job, importance=found, rewrites=(*job.rewrites, WEIGHTED))
     if job.action == "quantize" and job.storage is not None and needs_importance(job.storage):
@@ -87,14 +116,38 @@ def _importance(job: Job, matrix: ImportanceMatrix) -> np.ndarray[Any, Any] | No
     return entry.importance().reshape(experts, columns)
 
 
+def _by_sources(job: Job, matrix: ImportanceMatrix, places: Places) -> np.ndarray[Any, Any] | None:
+    """As ``_importance``, from the entries of the GGUF tensors that the sources' rows go to, or come from.
+
+    Sources that share a matrix share its inputs: the mean of their importances counts.
+    """
+    import numpy as np
+
+    columns, found = job.map.shape[-1], []
+    for source in job.map.sources:
+        if source.columns != (0, 1) or source.transposed is not None or job.map.weave or len(job.map.shape) > 2:
+            return None
+        for name, expert in places.get(source.module, ()):
+            if (entry := matrix.entries.get(name)) is not None:
+                values = entry.importance()
+                expert = source.start // job.map.rows if len(values) > 1 and expert == 0 else expert
+                if values.size % columns or expert >= values.size // columns:
+                    message = f"{matrix.name} has {values.size} importances for {name}, expected those of {columns} columns"
+                    raise UsageError("imatrix-size", message, tensor=job.name, hint="the importance matrix belongs to another model")
+                found.append(values.reshape(-1, columns)[expert])
+    return np.mean(found, axis=0, dtype=np.float64).astype(np.float32).reshape(1, columns) if found else None
+
+
 def _warnings(matrix: ImportanceMatrix, jobs: Sequence[Job], missing: Sequence[str]) -> list[str]:
     used = sum(job.importance is not None for job in jobs)
-    if not used:
-        return [f"{matrix.name} changes nothing: no tensor gets new codes under its importances"]
-    if not missing:
-        return []
-    more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-    return [f"{matrix.name} has no entry for {missing[0]}{more}: rounded without importances"]
+    told = [] if used else [f"{matrix.name} changes nothing: no tensor gets new codes under its importances"]
+    rounded = [job for job in jobs if job.action == "quantize" and job.kind == "requantized" and job.name not in EXEMPT]
+    if used and (deaf := sorted({job.type for job in rounded if not _uses(job)})):
+        told.append(f"rounded without importances: {', '.join(deaf)}; see --search best")
+    if missing and used:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        told.append(f"{matrix.name} has no entry for {missing[0]}{more}: rounded without importances")
+    return told
 
 
 def expert_runs(job: Job, start: int, stop: int, rows: np.ndarray[Any, Any] | None) -> Iterator[tuple[int, int, int]]:

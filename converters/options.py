@@ -31,7 +31,7 @@ class PlanOptions:
 
     ``metadata``: ``KEY=VALUE`` or ``KEY:TYPE=VALUE`` for the keys of a GGUF. ``output_tensor_type``, ``token_embedding_type`` and
     ``pure`` are llama-quantize's options of these names, for GGUF targets. ``max_error`` (of a tensor's rms) and ``target_size`` (bytes
-    of the file) choose every matrix's type. ``search``: how new codes of a GGUF are found (``qformats.quantize.SEARCHES``).
+    of the file) choose every matrix's type. ``search``: how new codes are found (``qformats.quantize.SEARCHES``).
     ``source_options``: (key, value) pairs, how to read what the source does not tell (the registry's ``source_options``). ``lora``:
     adapters that are merged in, in this order.
     """
@@ -79,13 +79,10 @@ class PlanOptions:
             raise UsageError("target-size", f"{self.target_size} is not a size in bytes", hint="such as 4G or 700M")
 
     def _check_search(self) -> None:
-        """``--search best`` speaks of the types of a GGUF."""
+        """The word is one of the searches; whether it is one for a type, the type's storage says."""
         from qformats.quantize import check_search
 
         check_search(self.search)
-        if self.search != REFERENCE and registry.row(self.target.format).container != "gguf":
-            message = f"--search {self.search} searches GGUF types, not those of {self.target.format}"
-            raise UsageError("search-target", message, hint="leave it out, or name a target such as gguf:q4_0")
 
     def to_json(self) -> dict[str, Any]:
         """What a provenance record keeps; options that came later only where they are used."""

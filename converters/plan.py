@@ -156,7 +156,7 @@ class _Rest:
 def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     """Decide every tensor and lay the output out."""
     checkpoint, options = chooser.checkpoint, chooser.options
-    jobs, told = with_importances(_decide(chooser, rest.tensors), options)
+    jobs, told = with_importances(_decide(chooser, rest.tensors), options, checkpoint)
     jobs = _harmonize(options.target.format, jobs)
     small = files.side_files(checkpoint, options, jobs, rest.restore)
     kept = {} if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)

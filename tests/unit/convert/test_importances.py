@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from converters.importances import expert_runs, with_importances
 from converters.jobs import Job
 from converters.plan import make_plan
 from qformats.architectures.mapping import SourceRows, TensorMap
+from qformats.checkpoint import open_checkpoint
 from qformats.containers.gguf import Value, open_gguf
 from qformats.errors import Unsupported, UsageError
 from qformats.formats import ggml
 from qformats.formats.ggml.kquants import KQUANTS
 from qformats.quantize import rtn
-from qformats.quantize.imatrix import Entry, ImportanceMatrix, write_imatrix
+from qformats.quantize.imatrix import Entry, ImportanceMatrix, read_imatrix, write_imatrix
+from qformats.registry import format_module
 
 Array = np.ndarray[Any, Any]
 DOWN, EXPERTS, UP, EMBEDDING = "blk.0.ffn_down.weight", "blk.0.ffn_gate_exps.weight", "blk.0.ffn_up.weight", "token_embd.weight"
@@ -128,9 +131,51 @@ def test_another_size_for_the_embedding_is_passed_over(model: Path, tmp_path: Pa
     assert report.weighted == 1
 
 
-def test_another_target_than_gguf_is_refused(matrix: Path, tmp_path: Path) -> None:
+DENSE = FIXTURES / "dense" / "llama"
+
+
+def dense_matrix(path: Path, **sizes: int) -> Path:
+    """Importances for the tensors ``blk.0.NAME`` of a small llama, of so many columns each."""
+    return store(path, {f"blk.0.{name}.weight": spread(1, columns=size) for name, size in sizes.items()})
+
+
+@pytest.mark.parametrize(("to", "search"), [("ct:int4,group=32,sym", "best"), ("bnb:nf4", "reference"), ("hqq:int4,group=32", "hqq")])
+def test_modules_of_other_formats_take_those_of_their_gguf_tensors(to: str, search: str, tmp_path: Path) -> None:
+    with open_checkpoint(DENSE) as dense:
+        weights = dense.read("model.layers.0.mlp.down_proj")
+    assert isinstance(weights, torch.Tensor)
+    path = dense_matrix(tmp_path / "i.gguf", ffn_down=weights.shape[1])
+    report = convert(DENSE, tmp_path / "out", to=to, imatrix=path, search=search, allow_requantize=True)
+    assert report.weighted == 1
+    importance = torch.from_numpy(read_imatrix(path).entries[DOWN].importance()[0])
+    with open_checkpoint(tmp_path / "out") as out:
+        made = out.read("model.layers.0.mlp.down_proj")
+        form, module = format_module(out.format), out.modules["model.layers.0.mlp.down_proj"]
+        storage = form.storage_of(module)
+    assert not isinstance(made, torch.Tensor)
+    expected = rtn(weights.float(), storage, importance, search)
+    assert torch.equal(made.dequantize(), expected.dequantize())
+
+
+def test_a_gguf_with_importances_becomes_another_format(tmp_path: Path) -> None:
+    convert(DENSE, tmp_path / "model.gguf", to="gguf:f32")
+    with open_checkpoint(tmp_path / "model.gguf") as opened:
+        columns = opened.modules["blk.0.ffn_down"].parts["weight"].shape[1]
+    path = dense_matrix(tmp_path / "i.gguf", ffn_down=columns)
+    reports = [
+        convert(tmp_path / "model.gguf", tmp_path / search, to="gptq:int4,group=32", imatrix=path, search=search, allow_requantize=True)
+        for search in ("best", "reference")
+    ]
+    assert [report.weighted for report in reports] == [1, 0]
+    assert "changes nothing" in reports[1].warnings[0]
+
+
+def test_a_model_without_names_of_a_gguf_is_refused(matrix: Path, tmp_path: Path) -> None:
+    shutil.copytree(DENSE, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"architectures": ["Unheard"], "model_type": "unheard"}))
     with pytest.raises(UsageError) as error:
-        convert(FIXTURES / "dense" / "llama", tmp_path / "out", to="gptq:int4", imatrix=matrix)
+        convert(tmp_path / "model", tmp_path / "out", to="gptq:int4", imatrix=matrix, allow_requantize=True)
     assert error.value.code == "imatrix-target"
 
 
@@ -146,20 +191,17 @@ def test_a_type_that_cannot_do_without_is_refused_when_planning(
     from qformats import quantize
 
     monkeypatch.setattr(quantize, "needs_importance", lambda storage: storage.type == "q4_k")
-    from qformats.quantize.imatrix import read_imatrix
-
     with pytest.raises(Unsupported) as error:
         make_plan(model, options("gguf:q4_k", imatrix=read_imatrix(matrix) if given else None))
     assert error.value.code == "importance-needed"
     assert error.value.tensor in ((UP,) if given else (DOWN, EXPERTS))
 
 
-def test_codes_that_floats_give_again_are_no_new_codes(made: tuple[Path, Any], matrix: Path) -> None:
-    from qformats.quantize.imatrix import read_imatrix
-
+def test_codes_that_floats_give_again_are_no_new_codes(model: Path, matrix: Path) -> None:
     tensor = TensorMap(UP.removesuffix(".weight"), "weight", (4, K), (SourceRows("a", "weight", 0, 4),))
     job = Job(tensor, "quantize", "exact", "", "Q4_K", {}, True, storage=KQUANTS["Q4_K"].storage, format="gguf")
-    (kept,), _ = with_importances([job], options("gguf", imatrix=read_imatrix(matrix)))
+    with open_checkpoint(model) as checkpoint:
+        (kept,), _ = with_importances([job], options("gguf", imatrix=read_imatrix(matrix)), checkpoint)
     assert kept.importance is None
 
 

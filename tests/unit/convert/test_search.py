@@ -125,10 +125,10 @@ def test_the_default_is_not_recorded_and_older_records_mean_it() -> None:
     assert recorded_words(PlanOptions(Target("gguf", "q4_0"), search="best").to_json())["search"] == "best"
 
 
-@pytest.mark.parametrize(("to", "search", "code"), [("gguf:q4_0", "better", "search"), ("gptq:int4,group=128", "best", "search-target")])
-def test_unknown_words_and_other_formats_are_refused(model: Path, to: str, search: str, code: str) -> None:
+@pytest.mark.parametrize(("to", "search", "code"), [("gguf:q4_0", "better", "search"), ("gguf:q4_0", "hqq", "search")])
+def test_unknown_words_and_types_without_an_origin_are_refused(model: Path, to: str, search: str, code: str) -> None:
     with pytest.raises(UsageError) as error:
-        plan(model, to=to, search=search)
+        plan(model, to=to, search=search, allow_requantize=True)
     assert error.value.code == code
 
 

@@ -9,7 +9,7 @@ import torch
 
 from converters.claims import float_scheme
 from qformats import registry
-from qformats.errors import BadFile, UsageError, WouldLose
+from qformats.errors import BadFile, Unsupported, UsageError, WouldLose
 from qformats.formats.protocol import Target
 from qformats.quantize import affine_search, half_quadratic, improves, rtn, uses_importance
 from qformats.quantize.groups import grouped, ungrouped
@@ -24,7 +24,11 @@ def storages() -> dict[str, Storage]:
     found: dict[str, Storage] = {}
     for row in registry.ROWS:
         for kind in [k for k in row.types or ("",) if k not in ("f32", "f16", "bf16")] if row.writes else ():
-            made = registry.format_module(row.name).storages(Target(row.name, kind or None, {}), float_scheme((N, K)))
+            try:
+                made = registry.format_module(row.name).storages(Target(row.name, kind or None, {}), float_scheme((N, K)))
+            except Unsupported as error:
+                assert error.code == "no-quantizer"  # a format that takes only its own codes
+                continue
             found |= {f"{row.name}:{kind}-{i}": storage for i, storage in enumerate(made)}
     return found
 
