@@ -166,7 +166,7 @@ class _Spots:
             return None
         shape = self.shapes[name][leaf]
         place = None if self.places is None else self.places.find(module)
-        turned = None if place is None else place.rule.transposed
+        turned = None if place is None else place.rule.transposed and name not in self.checkpoint.by_outputs
         return _Spot(shape, (_Piece(name, leaf, 0, _flat(shape)[0]),), kind=self.kind(module), transposed=turned)
 
     def kind(self, module: str) -> str:

@@ -69,6 +69,8 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     shape, tile = (stop - start, g.k), Tile((1, g.group))
     stored = torch.from_numpy(_read_plane(module, "qweight", g, g.k, start, stop)) if codes else blank_codes(shape)
     scales = float_tensor(_scale_rows(module, g, start, stop), g.scale)
+    if not bool(torch.isfinite(scales).all()):
+        raise BadFile("not-finite", f"a scale of {module.name} is no finite number", tensor=f"{module.name}.scales")
     if g.order == "fast" and fast_zeros(module, g) is None:
         offset = float_tensor(_float_rows(module, g.zeros_leaf, g, start, stop), g.scale)
         return QuantizedTensor(shape, stored, Integer(g.bits), (Param(scales, tile),), offset=Param(offset, tile))

@@ -58,6 +58,8 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     shape = (stop - start, g.k)
     plane = torch.from_numpy(_code_rows(module, g, start, stop)) if codes else blank_codes(shape)
     scales = float_tensor(_scale_columns(module, g, start, stop), g.scale).T.contiguous()  # (G, n) -> (n, G)
+    if not bool(torch.isfinite(scales).all()):
+        raise BadFile("not-finite", f"a scale of {module.name} is no finite number", tensor=f"{module.name}.scales")
     zeros = _zeros(module, g, zero_policy)
     if zeros.constant is not None:
         zero = constant(zeros.constant, shape)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
@@ -95,6 +95,8 @@ def _decode(leaf: str, raw: RawTensor) -> Any:
     number = raw.array().reshape(-1)[0]
     if kind == "bool":
         return bool(number)
+    if not isfinite(float(number)):
+        raise BadFile("state-value", f"is {float(number)}, expected a number", tensor=raw.name)
     return float(number) if raw.dtype in ("F32", "F64") and float(number) != int(number) else int(number)
 
 

@@ -22,6 +22,7 @@ FIXTURES = Path(__file__).parents[3] / "fixtures"
 MANIFEST: list[dict[str, Any]] = json.loads((FIXTURES / "manifest.json").read_text())
 ENTRIES: dict[str, dict[str, Any]] = {e["path"]: e for e in MANIFEST}
 PACKED = [e["path"] for e in MANIFEST if e["format"] in ("gptq", "awq")]
+ALL = [e["path"] for e in MANIFEST if e["format"] not in ("dense", "gguf") and (FIXTURES / e["path"] / "model.safetensors").exists()]
 DENSE = [e["path"] for e in MANIFEST if e["format"] == "dense"]
 TOKENIZER = FIXTURES / "gptq" / "4b-g32-sym"
 
