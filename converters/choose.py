@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, hint_rows, pessimist, row_count
+from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, fractional, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
 from converters.kept_planes import Extra, find_earlier
@@ -493,7 +493,7 @@ class Chooser:
             return False
         for source in tensor.sources:
             scheme = self.checkpoint.scheme(source.module)
-            claimed = scheme.zero_point is not None and scheme.zero_point.constant is not None
+            claimed = scheme.zero_point is not None and (scheme.zero_point.constant is not None or fractional(scheme.zero_point))
             if claimed or scheme.group_index or any(scale.dtype not in storage.scale_dtypes for scale in scheme.scales):
                 return False
             try:

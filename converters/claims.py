@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Ranges", "cannot_overflow", "float32_exact", "float_scheme", "hint_rows", "pessimist", "row_count"]
+__all__ = ["Ranges", "cannot_overflow", "float32_exact", "float_scheme", "fractional", "hint_rows", "pessimist", "row_count"]
 
 
 class Ranges:
@@ -60,7 +60,7 @@ def float32_exact(scheme: Scheme) -> bool:
     bits = {"float16": 11, "bfloat16": 8, "float32": 24, "int8": 8, "uint8": 8, "int16": 16}
     zero = scheme.zero_point
     total = _grid_bits(scheme.grid) + 1
-    if zero is not None and (zero.nested is not None or zero.dtype.startswith(("float", "bfloat"))) and zero.constant is None:
+    if zero is not None and fractional(zero) and zero.constant is None:
         return False  # a fraction: the difference has as many bits as it likes
     for scale in scheme.scales:
         if scale.inverse and not _power_of_two(scale.constant):
@@ -102,6 +102,11 @@ def float_scheme(shape: tuple[int, ...]) -> Scheme:
     return Scheme(shape, Integer(16, signed=True))
 
 
+def fractional(zero: ParamSpec) -> bool:
+    """Whether a zero point may be other than an integer."""
+    return zero.nested is not None or zero.dtype.startswith(("float", "bfloat"))
+
+
 def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
     """A row for every zero point the grid can hold, each with the widest code range in every group and no two groups' scales alike."""
     import torch
@@ -123,6 +128,8 @@ def pessimist(scheme: Scheme, ordered: bool) -> QuantizedTensor:
     zero = None
     if scheme.zero_point is not None:
         plane = torch.arange(rows, dtype=torch.int16).unsqueeze(1).expand(counts).contiguous()
+        if known is None and fractional(scheme.zero_point) and scheme.zero_point.nested is None:
+            plane = (plane + 1 / 3).to(getattr(torch, scheme.zero_point.dtype))  # all bits used, so that no shift of it is exact
         zero = constant(int(known), shape) if known is not None else Param(plane, Tile((1, group)))
     dtype = getattr(torch, scheme.scales[0].dtype)
     different = 1 + (torch.arange(counts[1]) * 37 % 128 * 8 + 1) / 1024  # all bits used, no small multiples of one number

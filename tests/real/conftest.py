@@ -11,7 +11,7 @@ from typing import Any
 
 import llamacpp
 import pytest
-from lab import CHECKPOINTS, LAB, MODELS, checkpoint_python, log_tail, why_missing
+from lab import CHECKPOINTS, LAB, MODELS, checkpoint_python, log_tail, owners_python, why_missing
 from make_checkpoints import BASES, FULL, REAL
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,7 +39,7 @@ class Workshop:
         self._done: dict[tuple[str, str], tuple[Path, Any]] = {}
         self._count = 0
 
-    def convert(self, source: Path, to: str, *, allow_requantize: bool = False) -> tuple[Path, Any]:
+    def convert(self, source: Path, to: str, *, allow_requantize: bool = False, allow_pickle: bool = False) -> tuple[Path, Any]:
         """(output, report)."""
         from converters import convert
 
@@ -48,7 +48,7 @@ class Workshop:
             self._count += 1
             suffix = ".gguf" if to.startswith("gguf") else ""
             out = self.folder / f"{self._count:03}-{source.stem}-{to.replace(':', '-')}{suffix}"
-            self._done[key] = out, convert(source, out, to=to, allow_requantize=allow_requantize, workers=2)
+            self._done[key] = out, convert(source, out, to=to, allow_requantize=allow_requantize, allow_pickle=allow_pickle, workers=2)
         self._done[key] = self._done.pop(key)  # the latest use last
         while len(self._done) > self.ROOM:
             old, _ = self._done.pop(next(iter(self._done)))
@@ -88,14 +88,17 @@ def checkpoint(lab_model: Any) -> Any:
         if where.exists():
             return where
         lab_model(BASES[name.rpartition("-")[2]])
-        missing = why_missing("quantizers", checkpoint_python())
+        script, stage, python = "make_checkpoints.py", "quantizers", checkpoint_python()
+        if not name.startswith(("gptq-", "awq-")):
+            script, stage, python = "make_owner_checkpoints.py", "owners", owners_python()
+        missing = why_missing(stage, python)
         if missing:
             pytest.skip(missing)
         log = LAB / "log" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("w") as out:
-            script = Path(__file__).with_name("make_checkpoints.py")
-            done = subprocess.run([checkpoint_python(), script, name], stdout=out, stderr=subprocess.STDOUT, cwd=LAB / "log")
+            command = [python, Path(__file__).with_name(script), name]
+            done = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=LAB / "log")
         assert done.returncode == 0, f"making {name}: {log_tail(log)}"
         return where
 

@@ -31,7 +31,7 @@ FULL = (
 )  # fmt: skip
 _GPTQ = re.compile(r"gptq-(?P<bits>\d)-(?P<style>sym|asym|act)-g(?P<group>\d+|m1)(?P<v2>-v2)?-(?P<base>\w+)")
 _AWQ = re.compile(r"awq-(?P<layout>gemm|gemv)-g(?P<group>\d+)-(?P<base>\w+)")
-_SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json")
+SIDE_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "generation_config.json")
 
 
 def make(name: str) -> None:
@@ -50,7 +50,7 @@ def make(name: str) -> None:
         _awq(base, partial, awq["layout"], int(awq["group"]))
     else:
         raise SystemExit(f"no recipe makes {name!r}")
-    for file in _SIDE_FILES:
+    for file in SIDE_FILES:
         if (base / file).exists() and not (partial / file).exists():
             shutil.copy(base / file, partial)
     partial.rename(out)

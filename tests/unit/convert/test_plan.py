@@ -389,3 +389,21 @@ def test_bf16_scales_too_small_for_halves_are_said_so(tmp_path: Path) -> None:
         refuse_losses(plan)
     with pytest.raises(WouldLose):
         converted(source, tmp_path / "out.gguf", "gguf", exact=True)
+
+
+def test_the_header_does_not_promise_that_float_zero_points_keep_every_bit() -> None:
+    """HQQ's fractions moved by 8 need more bits than float16 has: neither claimed from the header nor proved by the scheme alone."""
+    from converters.claims import pessimist
+    from qformats import registry
+    from qformats.checkpoint import open_checkpoint
+    from qformats.formats.protocol import Target
+    from qformats.reencode import fit
+    from qformats.rewrite import Refused
+
+    with open_checkpoint(Path(__file__).parents[3] / "fixtures" / "hqq" / "4b-g32-ax1-f16") as checkpoint:
+        scheme = checkpoint.scheme("model.layers.0.self_attn.q_proj")
+    storage = registry.format_module("torchao").storages(Target("torchao", None, {}), scheme)[0]
+    row = pessimist(scheme, ordered=False)
+    with pytest.raises(Refused):
+        fit(row, storage)
+    assert fit(row, storage, rounding=True).kind == "codes-exact"
