@@ -52,7 +52,8 @@ class Commands(click.Group):
         if cmd_name in COMMANDS:
             return COMMANDS[cmd_name]
         source, _, target = cmd_name.partition("-to-")
-        return commands_convert.pair(source, target) if cmd_name in registry_pairs() else None
+        names = [next((row.name for row in registry.ROWS if word == row.name or word in row.aliases), "") for word in (source, target)]
+        return commands_convert.pair(*names) if "-to-".join(names) in registry_pairs() else None
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, or say which one was probably meant."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qformats import registry
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
 from qformats.errors import QFormatError, Unsupported
+
+if TYPE_CHECKING:
+    from qformats.architectures import Binding
 
 __all__ = ["map_tensors"]
 
@@ -34,45 +38,120 @@ def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
 
 def _map_weights(checkpoint: Checkpoint, target: str) -> Mapped:
     packs, container = _packs_experts(target), registry.row(target).container
-    if (checkpoint.gguf is None) == (container == "gguf"):
-        binding, shapes = checkpoint.binding, checkpoint.shapes()
-        if container == "gguf":
-            return binding.to_gguf(shapes)
-        mapped = binding.to_hf(shapes, packed=packs)
-        return _checked_experts(mapped, checkpoint, target) if packs else mapped
-    tensors = _same_names(checkpoint)
-    if packs:
-        return _checked_experts(Mapped(tensors), checkpoint, target)
-    return Mapped(tuple(_unpacked(t) if _is_packed(checkpoint, t) else t for t in tensors), {})
+    if checkpoint.gguf is None and container == "gguf":
+        return checkpoint.binding.to_gguf(checkpoint.shapes(), checkpoint.by_outputs)
+    if checkpoint.gguf is not None and container != "gguf":
+        mapped = checkpoint.binding.to_hf(checkpoint.shapes(), packed=packs)
+        mapped = Mapped(tuple(_from_gguf(tensor, target) for tensor in mapped.tensors), mapped.dropped)
+    elif checkpoint.gguf is None:
+        mapped = Mapped(tuple(_in_place(checkpoint, tensor, target) for tensor in _same_names(checkpoint)))
+    else:
+        mapped = Mapped(_same_names(checkpoint))
+    return _checked_experts(mapped, checkpoint, target) if packs else mapped
 
 
 def _packs_experts(name: str) -> bool:
     return bool(getattr(registry.format_module(name), "PACKED_EXPERTS", False))
 
 
-def _is_packed(checkpoint: Checkpoint, tensor: TensorMap) -> bool:
-    return _packs_experts(checkpoint.format) and checkpoint.is_quantized(tensor.target) and tensor.leaf == "weight"
+# ---------------------------------------------------------------- inputs as rows
 
 
-def _unpacked(tensor: TensorMap) -> TensorMap:
-    """A stacked weight of codes (E, N, K) under the name and in the shape its floats have: (E, K, N), no leaf of its own."""
-    experts, rows, columns = tensor.shape
+def _from_gguf(tensor: TensorMap, target: str) -> TensorMap:
+    """A matrix of transformers' ``Conv1D`` as the target has it: floats with inputs as rows, codes with outputs."""
+    if tensor.kind != "conv1d" or target == "hf" or _packs_experts(target):
+        return tensor
+    _check_conv1d(target, tensor.target)
+    (source,) = tensor.sources
+    assert source.transposed is not None
+    whole = SourceRows(source.module, source.leaf, *source.transposed)
+    return TensorMap(tensor.target, tensor.leaf, tensor.shape[::-1], (whole,), floats=tensor)
+
+
+def _check_conv1d(target: str, module: str) -> None:
+    if not getattr(registry.format_module(target), "CONV1D", False):
+        able = [row.name for row in registry.ROWS if getattr(registry.format_module(row.name), "CONV1D", False)]
+        text = f"is a Conv1D of transformers, which {target} does not quantize"
+        raise Unsupported("conv1d", text, tensor=module, hint=f"formats that do: {', '.join((*able, 'gguf', 'hf'))}")
+
+
+def _in_place(checkpoint: Checkpoint, tensor: TensorMap, target: str) -> TensorMap:
+    """A tensor of an HF checkpoint as ``target`` has it: floats and codes of one weight may differ in name and axes."""
+    module, coded = tensor.target, checkpoint.is_quantized(tensor.target)
+    if coded and tensor.leaf == "weight" and checkpoint.is_bare(module):
+        floats = _bare_floats(checkpoint, tensor)
+        return replace(tensor, floats=floats) if _holds(checkpoint, tensor, target) else floats
+    if not coded and len(tensor.shape) == 3 and _packs_experts(target) and _inputs_as_rows(checkpoint, module, tensor.leaf):
+        sources = _turned(module, tensor.leaf, tensor.shape)
+        return TensorMap(f"{module}.{tensor.leaf}", "weight", _swapped(tensor.shape), sources, kind="experts", floats=tensor)
+    if tensor.leaf != "weight" or len(tensor.shape) != 2 or _packs_experts(target) or not _inputs_as_rows(checkpoint, module):
+        return tensor
+    turned = TensorMap(module, "weight", tensor.shape[::-1], _turned(module, "weight", tensor.shape))
+    floats = replace(turned if coded else tensor, kind="conv1d")
+    if target == "hf":
+        return floats
+    if target != checkpoint.format:
+        _check_conv1d(target, module)
+    return replace(tensor if coded else turned, kind="linear", floats=floats)
+
+
+def _holds(checkpoint: Checkpoint, tensor: TensorMap, target: str) -> bool:
+    """Whether ``target`` has a place for a stack of codes under the names of the source."""
+    return checkpoint.format == target or (_packs_experts(target) and not _keeps_axes(checkpoint))  # see _checked_experts
+
+
+def _keeps_axes(checkpoint: Checkpoint) -> bool:
+    return bool(getattr(registry.format_module(checkpoint.format), "KEEPS_AXES", False))
+
+
+def _bare_floats(checkpoint: Checkpoint, tensor: TensorMap) -> TensorMap:
+    """Codes (E, N, K) under the name that their floats have, with inputs as rows where these do."""
     module, _, leaf = tensor.target.rpartition(".")
-    slices = [(expert * rows, (expert + 1) * rows) for expert in range(experts)]
-    pieces = tuple(SourceRows(tensor.target, "weight", 0, columns, transposed=rows_of) for rows_of in slices)
-    return TensorMap(module, leaf, (experts, columns, rows), pieces, kind="experts")
+    turned = not _keeps_axes(checkpoint) and (_packs_experts(checkpoint.format) or _inputs_as_rows(checkpoint, module, leaf))
+    if not turned:
+        return replace(tensor, target=module, leaf=leaf, kind="experts")
+    sources = _turned(tensor.target, "weight", tensor.shape)
+    return TensorMap(module, leaf, _swapped(tensor.shape), sources, kind="experts")
+
+
+def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return *shape[:-2], shape[-1], shape[-2]
+
+
+def _turned(module: str, leaf: str, shape: tuple[int, ...]) -> tuple[SourceRows, ...]:
+    """The columns of each matrix of the stored ``shape`` as rows."""
+    rows, columns = shape[-2:]
+    starts = range(0, prod(shape[:-1]), rows)
+    return tuple(SourceRows(module, leaf, 0, columns, transposed=(start, start + rows)) for start in starts)
+
+
+def _inputs_as_rows(checkpoint: Checkpoint, module: str, leaf: str = "weight") -> bool:
+    binding = _binding(checkpoint)
+    return binding is not None and binding.inputs_as_rows(module, leaf)
+
+
+def _binding(checkpoint: Checkpoint) -> Binding | None:
+    """The checkpoint's architecture, None where it is not known."""
+    try:
+        return checkpoint.binding
+    except QFormatError:
+        return None
+
+
+# ---------------------------------------------------------------- stacked experts
 
 
 def _checked_experts(mapped: Mapped, checkpoint: Checkpoint, target: str) -> Mapped:
-    """``Unsupported('experts')`` unless there are stacked experts and all of them are codes that the format keeps as they are."""
-    experts = [t for t in mapped.tensors if t.kind == "experts" and t.leaf == "weight"]
-    form: Any = registry.format_module(target)
-    for tensor in experts:
-        for source in tensor.sources:
-            if not checkpoint.is_quantized(source.module) or not form.can_store(None, checkpoint.scheme(source.module)):
-                raise Unsupported("experts", f"{target} keeps experts that are {target} blocks already", tensor=source.module)
-    if not experts:
-        raise Unsupported("experts", f"{target} holds stacked experts; this model has none")
+    """``Unsupported('experts')`` unless the model has stacked experts in the target's arrangement."""
+    binding = _binding(checkpoint)
+    if checkpoint.format != target and (binding is None or not binding.packs_experts):
+        name = "an unknown model" if binding is None else binding.architecture.name
+        hint = "compressed-tensors, modelopt and fp8 hold such codes of other models"
+        raise Unsupported("experts", f"{target} holds the stacked experts of gpt-oss; this is {name}", hint=hint)
+    if not any(t.kind == "experts" and t.leaf == "weight" and len(t.shape) == 3 for t in mapped.tensors):
+        found = next((t.name for t in mapped.tensors if t.kind == "experts"), None)
+        text = f"{target} holds experts stacked in one tensor with outputs as rows; this model has none"
+        raise Unsupported("experts", text, tensor=found)
     return mapped
 
 
@@ -94,10 +173,10 @@ def _kinds(checkpoint: Checkpoint) -> dict[tuple[str, str], str]:
         return {}
     try:
         binding, shapes = checkpoint.binding, checkpoint.shapes()
-        mapped = binding.to_hf(shapes) if checkpoint.gguf is not None else binding.to_gguf(shapes)
+        mapped = binding.to_hf(shapes) if checkpoint.gguf is not None else binding.to_gguf(shapes, checkpoint.by_outputs)
     except QFormatError:
         return {}
-    return {(s.module, s.leaf): t.kind for t in mapped.tensors for s in t.sources}
+    return {(s.module, s.leaf): "linear" if t.kind == "conv1d" else t.kind for t in mapped.tensors for s in t.sources}
 
 
 def _guess(module: str, leaf: str, shape: tuple[int, ...], checkpoint: Checkpoint) -> str:

@@ -18,6 +18,7 @@ from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import Match, Target
 
 __all__ = [
+    "REFUSED",
     "ROWS",
     "Row",
     "config_beside",
@@ -40,7 +41,8 @@ class Row:
 
     ``mixes``: names of whole files that a target may carry too, each a rule for the type of every tensor. ``configs``: JSON files
     beside the weights that may hold its quantization config; its module then has ``config_beside``. ``default``: the type for new
-    codes where a target names none. ``source_options``: what a user may say of a source that its files leave open.
+    codes where a target names none. ``aliases``: other words for the format. ``source_options``: what a user may say of a source that
+    its files leave open.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Row:
     source_options: tuple[str, ...] = ()
     configs: tuple[str, ...] = ()
     default: str = ""
+    aliases: tuple[str, ...] = ()
 
     @property
     def default_type(self) -> str:
@@ -75,7 +78,8 @@ ROWS: tuple[Row, ...] = (
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
          "mxfp4", "nvfp4", "q1_0", "q2_0", "tq1_0", "tq2_0", "f16", "bf16", "f32"),
-        mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe")),
+        mixes=("q2_k_s", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "iq2_m", "iq3_xs", "iq3_m", "mxfp4_moe"),
+        aliases=("ggml",)),
     Row("fp8", "qformats.formats.finegrained_fp8", "FP8 with block scales (DeepSeek, Qwen, transformers), MXFP8", "safetensors",
         ("fp8", "mxfp8"), ("fp8", "mxfp8", "fp4"), ("block", "scale")),
     Row("fbgemm_fp8", "qformats.formats.fbgemm_fp8", "FBGEMM FP8 (Meta, transformers)", "safetensors", ("fbgemm_fp8",), ("fp8",)),
@@ -84,7 +88,8 @@ ROWS: tuple[Row, ...] = (
         configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
     Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
-        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype")),
+        ("bitsandbytes",), ("nf4", "fp4", "int8"), ("blocksize", "double", "storage", "dtype"),
+        aliases=("bnb",)),
     Row("torchao", "qformats.formats.torchao", "torchao tensors (int, float8, NVFP4, MX)", "safetensors", ("torchao",),
         (*(f"int{bits}" for bits in range(1, 9)), "fp8", "fp8_e5m2", "nvfp4", "mxfp8", "mxfp8_e5m2", "mxfp6_e2m3", "mxfp6_e3m2", "mxfp4"),
         ("group", "channel", "tensor", "block", "sym", "asym")),
@@ -96,14 +101,38 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
         ("compressed-tensors", "compressed_tensors", "sparseml"),
         ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
-        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")),
-    Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16")),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing"), aliases=("ct",)),
+    Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
+        source_options=("layout",)),
+    Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
+    Row("mlx", "qformats.formats.mlx", "MLX (mlx-lm; metal of transformers)", "safetensors", ("mlx", "metal"),
+        ("int1", "int2", "int3", "int4", "int5", "int6", "int8", "mxfp4", "mxfp8", "nvfp4"), ("group", "dtype", "metal")),
+    Row("aqlm", "qformats.formats.aqlm", "AQLM (additive codebooks)", "safetensors", ("aqlm",)),
+    Row("gemma", "qformats.formats.gemma_int", "transformers' gemma method (2, 4, 8 bits by rows)", "safetensors", ("gemma",),
+        ("int4", "int8", "int2")),
+    Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16"),
+        aliases=("safetensors", "dense", "transformers")),
 )  # fmt: skip
 
-_ALIASES = {"safetensors": "hf", "dense": "hf", "transformers": "hf", "ggml": "gguf", "bnb": "bitsandbytes",
-            "ct": "compressed-tensors"}  # fmt: skip
-
-
+# Methods that are known and not read: what each is, and what to do instead.
+REFUSED = {
+    "vptq": "VPTQ (vector quantization with residual and outlier codebooks), which only the vptq package on a GPU decodes",
+    "spqr": "SpQR (3-bit tiles with sparse outliers), which only the spqr_quant package decodes",
+    "higgs": "HIGGS (FLUTE tiles made for one GPU, rows turned by a Hadamard transform), which only the flute package decodes",
+    "fp_quant": "FP-Quant (MXFP4 or NVFP4 turned by Hadamard matrices), which only the fp_quant package decodes",
+    "sinq": "SINQ (codes with scales of rows and of columns), which only the sinq package decodes",
+    "quark": "AMD Quark, whose orders of packing only the amd-quark package knows",
+    "quip": "QuIP# (lattice codebooks between random transforms), which only its own code decodes",
+    "quip_sharp": "QuIP# (lattice codebooks between random transforms), which only its own code decodes",
+    "exl2": "ExLlamaV2 (mixed widths in rows put in order), which only the exllamav2 package decodes",
+    "exl3": "ExLlamaV3 (trellis codes between transforms), which only the exllamav3 package decodes",
+    "fouroversix": "Four Over Six (NVFP4 or MXFP4 under adaptive scales), which only the fouroversix package decodes",
+    "ipex": "weights repacked for Intel Extension for PyTorch, which only that package decodes",
+    "owq": "OWQ (3 and 4 bits with columns left in floats), which only its own code decodes",
+    "squeezellm": "SqueezeLLM (a table for each row, with sparse outliers), which only its own code decodes",
+    "deepspeedfp": "DeepSpeed FP6 and FP8, which are made when a model is loaded",
+    "nvfp4": "NVFP4 made when a model is loaded, whose blocks are arranged for one GPU; the file's weights should be floats",
+}
 def names() -> list[str]:
     """All format names in table order."""
     return [r.name for r in ROWS]
@@ -111,9 +140,9 @@ def names() -> list[str]:
 
 def row(name: str) -> Row:
     """The row of a format; ``UsageError('unknown-format')`` names the known ones."""
-    wanted = _ALIASES.get(name.lower(), name.lower())
+    wanted = name.lower()
     for candidate in ROWS:
-        if candidate.name == wanted:
+        if wanted == candidate.name or wanted in candidate.aliases:
             return candidate
     raise UsageError("unknown-format", f"unknown format {name!r}", hint=f"known formats: {', '.join(names())}")
 
@@ -168,6 +197,9 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
             return match
     if not config:
         return Match("hf", {})
+    if method in REFUSED:
+        hint = "dequantize it with its own package and convert the floats, or take another quantization of the same model"
+        raise Unsupported("quant-method", f"the checkpoint holds {REFUSED[method]}", hint=hint)
     raise Unsupported(
         "quant-method",
         f"quantization method {method or config!r} is not known",

@@ -356,8 +356,8 @@ def _spelled(runs: _Runs, rows: slice, table: Tensor | None, dtype: torch.dtype)
     """Values of some rows, (n, K / width, width)."""
     codes = runs.codes[rows]
     values = codes.to(dtype) if table is None else table.to(dtype).index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape)
-    spelled: Tensor = values.unflatten(-1, (-1, runs.width))
-    return spelled
+    made: Tensor = values.unflatten(-1, (-1, runs.width))
+    return made
 
 
 def _in_pieces(runs: _Runs, dtype: torch.dtype, some: Callable[[slice], Tensor]) -> Tensor:

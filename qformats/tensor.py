@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qformats import entries as learned
 from qformats import grids, steps
+from qformats.entries import index_of
 from qformats.errors import BadFile, Unsupported
 from qformats.real import Real, product, round_once
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Learned, ParamSpec, Scheme, Table, Tile, whole
@@ -66,7 +68,8 @@ class Order:
 # Sources: ggml-quants.c (float32 product, then float32 sum); GPTQModel 7.7 ``TorchLinear`` and AutoAWQ 0.2.9 ``dequantize_gemm`` (half);
 # bitsandbytes 0.50.2 ``dequantize_4bit`` and ``int8_vectorwise_dequant``; hqq 0.2.8 ``Quantizer.dequantize``; optimum-quanto 0.2.7
 # ``QBytesTensor`` and ``QBitsTensor``; compressed-tensors 0.20 ``lifecycle/forward_helpers``; torchao 0.18 ``dequantize`` of its tensors;
-# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``
+# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``; mlx 0.32 ``dequantize``; aqlm 1.1.7
+# ``_dequantize_weight``
 ORDERS = {
     "ggml": Order(torch.float32),
     "gptqmodel": Order(torch.float16),
@@ -76,6 +79,8 @@ ORDERS = {
     "hqq": Order(None),
     "quanto": Order(None),
     "torchao": Order(None),
+    "mlx": Order(None),
+    "aqlm": Order(None),
     "transformers": Order(torch.float32),
     "modelopt": Order(torch.float32),
 }
@@ -219,9 +224,9 @@ class QuantizedTensor:
             return _book_values(self.codes, self.codebook, self.grid, self.shape)
         if isinstance(self.grid, Float):
             values = grids.float_values(self.grid.name).to(self.codes.device)
-            return Real.of(values).map(lambda v: v[_index(self.codes, len(values), wrap=256)])
+            return Real.of(values).map(lambda v: v[index_of(self.codes, len(values), wrap=256)])
         entries = grids.table_values(self.grid.name).to(self.codes.device)  # (entries,) or (entries, v_in)
-        return Real.of(entries).map(lambda v: v[_index(self.codes, len(entries), wrap=0)].reshape(self.shape))
+        return Real.of(entries).map(lambda v: v[index_of(self.codes, len(entries), wrap=0)].reshape(self.shape))
 
     def _centred(self) -> Real:
         """sign * (sum of the codes' values - zero_point), shape ``shape``."""
@@ -244,7 +249,7 @@ class QuantizedTensor:
         ``like`` instead reproduces an owner's own order of rounding (``ORDERS``); ``Unsupported('like')`` for other names.
         """
         if like is None:
-            made = steps.exact(self, dtype)
+            made = (learned.exact if isinstance(self.grid, Learned) else steps.exact)(self, dtype)
             return round_once(self.real(), dtype) if made is None else made
         order = ORDERS.get(like)
         if order is None:
@@ -254,6 +259,8 @@ class QuantizedTensor:
 
     def stepped(self, step: torch.dtype, *, by_factor: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """``evaluate_in(step, by_factor=by_factor)``, then rounded to ``dtype``; without float64 where that gives the same."""
+        if isinstance(self.grid, Learned) and (found := learned.rounded(self, step)) is not None:
+            return found.to(dtype or step)
         made = steps.rounded(self, step, dtype or step, by_factor=by_factor)
         return self.evaluate_in(step, by_factor=by_factor).to(dtype or step) if made is None else made
 
@@ -290,22 +297,12 @@ def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
     return (*rows, k // v_in, grid.books) if isinstance(grid, Learned) else (*rows, k // v_in)
 
 
-def _index(codes: Tensor, entries: int, wrap: int) -> Tensor:
-    """Codes as int64 indices, negative ones plus ``wrap``; ``BadFile('codes-range')`` where one names no entry."""
-    if codes.numel():
-        low, high = int(codes.min()), int(codes.max())
-        if high >= entries or (low < 0 and not 0 <= low + wrap < entries):
-            raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {entries} entries")
-    index = codes.to(torch.int64)
-    return torch.where(index < 0, index + wrap, index) if codes.dtype != torch.uint8 else index
-
-
 def _book_values(codes: Tensor, codebook: Tensor | None, grid: Learned, shape: tuple[int, ...]) -> Real:
     if codebook is None:
         raise BadFile("codebook", "a learned grid needs its codebook")
     total: Real | None = None
     for book in range(grid.books):
-        index = _index(codes[..., book], grid.entries, wrap=grid.entries)
+        index = index_of(codes[..., book], grid.entries, wrap=grid.entries)
         picked = codebook[book].to(torch.float64)[index]  # (..., N/vo, K/vi, vo, vi)
         spread = Real(picked.transpose(-2, -3).reshape(shape))
         total = spread if total is None else total + spread

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from qformats.architectures.fields import Field, number, partial_rotary, positiv
 from qformats.architectures.longrope import long_factors, recover_longrope
 from qformats.architectures.mapping import Mapped, Parts, Rule, TensorMap, map_to_gguf, map_to_hf
 from qformats.architectures.rope import DEFAULT_THETA, frequency_factors, full_rope, recover_llama3, rope_parameters, rope_to_config
+from qformats.architectures.splits import INPUTS_AS_ROWS
 from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
@@ -218,10 +219,15 @@ class Binding:
             raise Unsupported("rope", f"llama.cpp's {self.architecture.gguf!r} has no place for the factors of rope type {kind!r}")
         return {"rope_freqs": factors}
 
-    def to_gguf(self, parts: Parts) -> Mapped:
-        """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order."""
+    def to_gguf(self, parts: Parts, by_outputs: Container[str] | None = None) -> Mapped:
+        """Map HF modules ({module: {leaf: logical shape}}) to GGUF tensors, in llama.cpp's converter's order.
+
+        ``by_outputs``: modules whose weight has outputs as rows even where floats have inputs; None for those named like packed experts.
+        """
         dropped = self._ignored()
-        tensors = map_to_gguf(self.rules, self.dims, parts, tied=self.tied, dropped=dropped, left_out=self._left_out())
+        tensors = map_to_gguf(
+            self.rules, self.dims, parts, tied=self.tied, dropped=dropped, left_out=self._left_out(), by_outputs=by_outputs
+        )
         made = [TensorMap(name, "weight", (len(values),), (), 0.0, "rope", values) for name, values in self.factors().items()]
         return Mapped((*made, *tensors), dropped)
 
@@ -235,14 +241,31 @@ class Binding:
 
     def in_features(self, module: str) -> int | None:
         """The columns of the matrix ``module`` holds in HF, None where the family has no such matrix or has it in a shape of its own."""
+        for rule in self._rules_of(module):
+            plain = rule.split is None or rule.split.layout in ("runs", "groups")
+            if plain and not rule.transposed and len(rule.shape) > 1:
+                return rule.sizes(self.dims, hf=True)[-1]
+        return None
+
+    def inputs_as_rows(self, module: str, leaf: str = "weight") -> bool:
+        """Whether the floats ``module.leaf`` have inputs as rows: GPT-2's matrices (K, N), the experts (E, K, N) of gpt-oss and Llama 4."""
+        if leaf == "weight" and any(rule.transposed for rule in self._rules_of(module)):
+            return True
+        splits = [rule.split for rule in self._rules_of(module) if rule.split is not None and len(rule.shape) == 3]
+        return any(split.leaf == leaf and split.layout in INPUTS_AS_ROWS for split in splits)
+
+    @property
+    def packs_experts(self) -> bool:
+        """Whether HF has a layout for its experts as packed codes (``splits``)."""
+        return any(rule.split is not None and rule.split.layout == "alternate" for rule in self.rules)
+
+    def _rules_of(self, module: str) -> list[Rule]:
         words = module.removeprefix("language_model.").replace("model.language_model.", "model.", 1).split(".")
         letters = iter(("{i}", "{e}"))
         name = ".".join(next(letters, word) if word.isdecimal() else word for word in words)
-        for rule in self.rules:
-            plain = rule.split is None or rule.split.layout in ("runs", "groups")
-            if rule.hf == name and plain and not rule.transposed and len(rule.shape) > 1:
-                return rule.sizes(self.dims, hf=True)[-1]
-        return None
+        first = self.rules[0].hf.partition(".")[0]
+        found = [rule for rule in self.rules if rule.hf == name]
+        return found or [rule for rule in self.rules if rule.hf == f"{first}.{name}"]
 
     def producers(self, module: str) -> tuple[tuple[str, str], ...]:
         """Name the modules whose output rows may be reordered to reorder the input columns of ``module``: act-order absorption.

@@ -10,7 +10,7 @@ a norm, so it applies to packed codes and to their parameters alike. Facts: llam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from types import MappingProxyType
 
 from qformats.architectures.parts import FUNCTIONS, Mapped, Parts, Shape, SourceRows, TensorMap
@@ -24,6 +24,8 @@ __all__ = ["Mapped", "Parts", "Rule", "SourceRows", "TensorMap", "map_to_gguf", 
 # never weights (llama.cpp, conversion/base.py prepare_tensors skips them too)
 _BUFFERS = (
     ".rotary_emb.inv_freq", "embeddings.position_ids", ".attention.masked_bias", ".attention.bias", ".attn.masked_bias", ".attn.bias")
+# the linear layers of one expert whose matrices a stack holds
+_ONE_BY_ONE = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
 # the other halves of a multimodal checkpoint; only the text model is converted
 _OTHER_TOWERS = ("vision_tower.", "vision_model.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -47,8 +49,9 @@ def _layers(rules: tuple[Rule, ...], dims: Mapping[str, int], block_order: bool)
 class _Sources:
     """The source tensors not yet used, looked up by canonical module name."""
 
-    def __init__(self, parts: Parts, canonical: Mapping[str, str]) -> None:
+    def __init__(self, parts: Parts, canonical: Mapping[str, str], by_outputs: Container[str] | None = None) -> None:
         self._parts = parts
+        self.by_outputs = by_outputs
         self._module = canonical
         self._left = {(module, leaf) for module, leaves in parts.items() for leaf in leaves}
         self._dropped: set[str] = set()
@@ -150,10 +153,11 @@ def map_to_gguf(
     tied: bool,
     dropped: dict[str, str],
     left_out: Mapping[str, str] = MappingProxyType({}),
+    by_outputs: Container[str] | None = None,
 ) -> tuple[TensorMap, ...]:
     """Map HF modules to GGUF tensors; raises ``BadFile`` (``unmapped-tensor``, ``missing-tensor``, ``tensor-shape``).
 
-    ``left_out``: beginnings of plain names that have no place in a GGUF, with the reason.
+    ``left_out``: beginnings of plain names that have no place in a GGUF, with the reason. ``by_outputs``: see ``Binding.to_gguf``.
     """
     buffers = {m: s for m, s in parts.items() if not m.startswith(_OTHER_TOWERS)}
     for module, leaves in parts.items():
@@ -167,7 +171,7 @@ def map_to_gguf(
             else:
                 kept.setdefault(module, {})[leaf] = shape
     names = _canonical_hf(kept, rules)
-    sources = _Sources(kept, names)
+    sources = _Sources(kept, names, by_outputs)
     for name in names:
         if (why := next((reason for start, reason in left_out.items() if name.startswith(start)), None)) is not None:
             sources.drop(name, why, dropped)
@@ -196,7 +200,7 @@ def _one_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sour
     name, target = rule.hf.format(i=layer), rule.gguf.format(i=layer)
     leaf, bias = (sources.stored(name, own) if rule.kind == "norm" else own for own in (rule.leaf, "bias"))
     found = sources.take(name, leaf)
-    if found is not None and rule.transposed:
+    if found is not None and rule.transposed and found[0] not in (sources.by_outputs or ()):
         _check_shape(f"{found[0]}.weight", found[1], rule.sizes(dims)[::-1])
         made.append(_transposed(target, found[0], rule.sizes(dims), rule.kind))
     elif found is not None:
@@ -235,15 +239,35 @@ def _split_to_gguf(
     """One part of an HF tensor, which is ``module.leaf`` or, packed, the weight of a module of that name."""
     name, leaf = rule.hf.format(i=layer), split.leaf
     found = sources.take(name, leaf)
-    packed = found is None
+    packed = False
     if found is None:
         found, leaf = sources.take(f"{name}.{leaf}", "weight"), "weight"
+        packed = found is not None and (sources.by_outputs is None or found[0] in sources.by_outputs)
     if found is None:
-        return []
+        return _one_by_one_to_gguf(rule, split, layer, dims, sources)
     shapes = [other.sizes(dims) for other in _siblings(rule, split, rules)]
     _check_shape(f"{found[0]}.{leaf}", found[1], joined_shape(split, shapes, packed))
     pieces = take_apart(split, found[0], leaf, shapes, packed)
     return [TensorMap(rule.gguf.format(i=layer), rule.gguf_leaf, rule.sizes(dims), pieces, 0.0, rule.kind)]
+
+
+def _one_by_one_to_gguf(rule: Rule, split: Split, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:
+    """A stack out of linear layers, ``experts.3.gate_proj``: llm-compressor and AutoRound take stacks apart to quantize their experts."""
+    leaf = "bias" if split.leaf.endswith("_bias") else "weight"
+    names = _ONE_BY_ONE.get(split.leaf.removesuffix("_bias"), ())
+    expected, base = rule.sizes(dims), rule.hf.format(i=layer)
+    pieces: list[SourceRows] = []
+    for expert in range(expected[0] if names else 0):
+        found = sources.take(f"{base}.{expert}.{names[split.part]}", leaf)
+        if found is None:
+            break
+        _check_shape(f"{found[0]}.{leaf}", found[1], expected[1:])
+        pieces.append(SourceRows(found[0], leaf, 0, _rows(expected[1:])))
+    if not pieces:
+        return []
+    if len(pieces) != expected[0]:
+        _missing([f"{base}.{len(pieces)}.{names[split.part]}.{leaf}"])
+    return [TensorMap(rule.gguf.format(i=layer), rule.gguf_leaf, expected, tuple(pieces), 0.0, rule.kind)]
 
 
 def _experts_to_gguf(rule: Rule, layer: int, dims: Mapping[str, int], sources: _Sources) -> list[TensorMap]:

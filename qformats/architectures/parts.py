@@ -56,6 +56,7 @@ class TensorMap:
     ``experts``, ``embedding``, ``output``, ``norm``, ``router``, ``positions``, ``bias``, ``rope``, ``conv``, ``conv1d`` (inputs
     as rows). ``constant``: the float32 values of a computed tensor, which has no sources. ``weave``: sources come in pairs of equal
     size whose ``rows``, or ``columns``, take turns, or that stand ``beside`` each other. ``function``: empty, or a word of ``FUNCTIONS``.
+    ``floats``: the same tensor as it stands where it is floats, if it then has another name, or inputs as rows.
     """
 
     target: str
@@ -68,6 +69,7 @@ class TensorMap:
     weave: str = ""
     factor: float = 1.0
     function: str = ""
+    floats: TensorMap | None = None
 
     @property
     def name(self) -> str:

@@ -27,7 +27,9 @@ from qformats.architectures.parts import Shape, SourceRows, TensorMap
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Split", "join", "joined_shape", "take_apart"]
+__all__ = ["INPUTS_AS_ROWS", "Split", "join", "joined_shape", "take_apart"]
+
+INPUTS_AS_ROWS = ("alternate", "runs of columns")  # layouts whose floats are (E, K, N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +63,7 @@ def joined_shape(split: Split, shapes: list[Shape], packed: bool) -> Shape:
     if len(shape) == 2:
         return shape[0], shape[1] * split.parts
     experts, rows, columns = shape
-    return (experts, rows * split.parts, columns) if packed and split.layout == "alternate" else (experts, columns, rows * split.parts)
+    return (experts, rows * split.parts, columns) if packed else (experts, columns, rows * split.parts)
 
 
 def take_apart(split: Split, module: str, leaf: str, shapes: list[Shape], packed: bool) -> tuple[SourceRows, ...]:
@@ -72,7 +74,7 @@ def take_apart(split: Split, module: str, leaf: str, shapes: list[Shape], packed
         return _one_of_groups(split, module, leaf, shapes)
     shape = shapes[split.part]
     if split.layout.startswith("runs"):
-        return _one_of_runs(split, module, leaf, shape)
+        return _one_of_runs(split, module, leaf, shape, packed)
     if len(shape) == 2:
         return (SourceRows(module, leaf, 0, shape[0], columns=(split.part, split.parts)),)
     experts, rows, columns = shape
@@ -100,9 +102,9 @@ def _one_of_heads(part: int, module: str, leaf: str, shapes: list[Shape]) -> tup
     return tuple(SourceRows(module, leaf, start + keys, start + keys + values) for start in starts)
 
 
-def _one_of_runs(split: Split, module: str, leaf: str, shape: Shape) -> tuple[SourceRows, ...]:
+def _one_of_runs(split: Split, module: str, leaf: str, shape: Shape, packed: bool) -> tuple[SourceRows, ...]:
     experts, rows, columns = prod(shape[:-2]), *shape[-2:]
-    if split.layout == "runs of columns":
+    if split.layout == "runs of columns" and not packed:
         own = split.part * rows, (split.part + 1) * rows
         return tuple(SourceRows(module, leaf, *own, transposed=(e * columns, (e + 1) * columns)) for e in range(experts))
     if split.parts == 1:

@@ -32,8 +32,10 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
+    "BARE",
     "EXTRAS",
     "GLUED",
+    "KEEPS_AXES",
     "NAME",
     "SUFFIXES",
     "can_store",
@@ -53,6 +55,8 @@ __all__ = [
 NAME = "fbgemm_fp8"
 SUFFIXES: frozenset[str] = frozenset({"weight_scale", "_scale"})
 GLUED = frozenset({"_scale", ""})
+BARE = frozenset({""})
+KEEPS_AXES = True
 EXTRAS = frozenset({"input_scale_ub"})
 UPPER_BOUND = 1200.0
 _FUSED = ("gate_up_proj_scale", "down_proj_scale")

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
+    "BARE",
     "EXTRAS",
     "GLUED",
     "NAME",
@@ -60,6 +61,7 @@ METHODS = ("fp8", "mxfp8")
 SCALES = ("weight_scale_inv", "_scale_inv", "qscale_weight", "weight_scale", "scale")
 SUFFIXES: frozenset[str] = frozenset({*SCALES, "_activation_scale"})
 GLUED = frozenset({"_scale_inv", "_activation_scale", ""})
+BARE = frozenset({""})
 EXTRAS = frozenset({"activation_scale", "_activation_scale", "input_scale", "qscale_act", "k_scale", "v_scale"})
 BLOCK = (128, 128)
 MX_BLOCK = (1, 32)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
+    "BARE",
     "GLUED",
     "NAME",
     "PACKED_EXPERTS",
@@ -46,6 +47,7 @@ __all__ = [
 NAME = "mxfp4"
 SUFFIXES: frozenset[str] = frozenset({"_blocks", "_scales"})
 GLUED = SUFFIXES  # to the weight's name
+BARE = SUFFIXES
 PACKED_EXPERTS = True  # it holds stacked experts and nothing else; their floats have inputs as rows
 BLOCK = 32
 _STORAGE = Storage("mxfp4", Float("e2m1"), BLOCK, 4.25, k_multiple=BLOCK, scale_grid=Float("e8m0"))

@@ -33,6 +33,9 @@ What a format may have beside, where it needs it:
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
   (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
+- ``BARE``: suffixes of a weight that is a parameter, not a module, and bears its module's whole name where it is floats (stacked experts).
+  ``KEEPS_AXES = True``: codes have the rows of their floats, inputs too; else outputs are rows whatever the floats have.
+  ``CONV1D = True``: its owner quantizes transformers' ``Conv1D`` (GPT-2), as (N, K) like any other matrix.
 
 Checkpoints of ``torch.save`` (read only with ``allow_pickle``) reach a format as raw tensors by full name, like any other. A format whose
 pickles hold more than a plain state dict may add:

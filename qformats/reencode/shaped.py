@@ -139,10 +139,12 @@ def _same_values(held: QuantizedTensor, name: str) -> Tensor:
 
 def _factor(rest: tuple[Param, ...], t: QuantizedTensor, form: Factor, rounding: bool, rounded: list[str]) -> Param:
     """The scales after the first as one number in ``form``."""
-    dtype = getattr(torch, form.dtype)
+    dtype, rest = getattr(torch, form.dtype), tuple(_one_number(p, t) for p in rest)
     if len(rest) == 1 and isinstance(rest[0].values, Tensor) and rest[0].values.dtype == dtype and rest[0].inverse == form.inverse:
         return rest[0]
-    if len(rest) > 1 or any(p.values.shape != (1,) * len(t.shape) for p in rest):
+    single = all(p.values.shape == (1,) * len(t.shape) for p in rest)
+    each_row = len(rest) == 1 and rest[0].values.shape == (t.shape[0], 1)  # that of each expert, along its rows
+    if len(rest) > 1 or not (single or each_row):
         raise Refused("its factor is not one number for the tensor")
     known = rest[0].real() if rest else Real.of(torch.ones((1,) * len(t.shape), dtype=torch.float64))
     turned = bool(rest) and rest[0].inverse != form.inverse
@@ -154,4 +156,15 @@ def _factor(rest: tuple[Param, ...], t: QuantizedTensor, form: Factor, rounding:
         raise Refused(f"the factor of the tensor is no {form.dtype} number{' as a reciprocal' if turned else ''}")
     if wrong:
         rounded.append(f"the factor of the tensor rounds to {form.dtype} ({bound(form.dtype)})")
-    return Param(stored, whole(t.shape), form.inverse)
+    return Param(stored, whole(t.shape) if single else rest[0].block, form.inverse)
+
+
+def _one_number(param: Param, t: QuantizedTensor) -> Param:
+    """The factor of each row as that of the tensor, where all rows (those of one expert of a stack) have the same."""
+    values = param.values
+    if not isinstance(values, Tensor) or values.shape != (t.shape[0], 1):
+        return param
+    bits = bit_view(values.contiguous())
+    if not bool((bits == bits[:1]).all()):
+        return param
+    return Param(values[:1], whole(t.shape), param.inverse)

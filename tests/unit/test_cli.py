@@ -68,6 +68,13 @@ def test_every_command_has_help_with_an_example_and_the_output_flags(name: str) 
     assert "--json" in text and "--quiet" in text and f"Example: qconvert {name}" in text
 
 
+@pytest.mark.parametrize(("word", "name"), [(alias, row.name) for row in registry.ROWS for alias in row.aliases])
+def test_other_words_for_a_format_make_commands_too(word: str, name: str) -> None:
+    other = "awq" if name != "awq" else "gptq"
+    for word_first, name_first in ((f"{word}-to-{other}", f"{name}-to-{other}"), (f"{other}-to-{word}", f"{other}-to-{name}")):
+        assert name_first in ran(word_first, "--help").output
+
+
 @pytest.mark.parametrize(("typed", "meant"), [("inspekt", "inspect"), ("awq-to-guff", "awq-to-gguf"), ("hf-to-gpt", "hf-to-gptq")])
 def test_a_mistyped_command_is_suggested(typed: str, meant: str) -> None:
     found = run(typed)

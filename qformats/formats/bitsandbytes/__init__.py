@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
+    "CONV1D",
     "NAME",
     "SUFFIXES",
     "can_store",
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 SUFFIXES = fourbit.SUFFIXES | int8.SUFFIXES
+CONV1D = True  # transposed before they are quantized: transformers, ``integrations/bitsandbytes.py``
 
 
 def _is_int8(module: Module) -> bool:

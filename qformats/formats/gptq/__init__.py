@@ -39,8 +39,10 @@ from qformats.formats.gptq.shapes import SUFFIXES, scheme
 from qformats.formats.gptq.weights import ROW_MULTIPLE, can_store, layout, module_warnings, read, storage_of, storages, write
 
 NAME = "gptq"
+CONV1D = True
 
 __all__ = [
+    "CONV1D",
     "NAME",
     "ROW_MULTIPLE",
     "SUFFIXES",

@@ -31,9 +31,13 @@ from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, layout, st
 from qformats.formats.torchao.weights import read, write
 
 NAME = "torchao"
+BARE = frozenset({"_qdata"})
+KEEPS_AXES = True
 
 __all__ = [
+    "BARE",
     "EXTRAS",
+    "KEEPS_AXES",
     "NAME",
     "PICKLED_CLASSES",
     "ROW_MULTIPLE",
