@@ -79,11 +79,11 @@ def _bfloat16(packed: Array, scale: Array, table: Array, out: Array, width: int)
     for b in range(len(scale)):
         _to_bfloat16(table, scale[b], line)
         w0, w1, w2, w3 = _four(line, 0), _four(line, 4), _four(line, 8), _four(line, 12)
-        first = b * width
-        for i in range(first, min(first + width, len(packed))):
-            byte = u64(packed[i])
+        pairs, target = packed[b * width : (b + 1) * width], out[b * width : (b + 1) * width]
+        for i in range(len(pairs)):
+            byte = u64(pairs[i])
             even, odd = _look(u64(byte >> u64(4)), w0, w1, w2, w3), _look(u64(byte & u64(15)), w0, w1, w2, w3)
-            out[i] = u32(even | u64(odd << u64(16)))
+            target[i] = u32(even | u64(odd << u64(16)))
 
 
 @compiled
@@ -93,11 +93,11 @@ def _float16(packed: Array, scale: Array, table: Array, out: Array, width: int) 
     for b in range(len(scale)):
         _to_float16(table, scale[b], line)
         w0, w1, w2, w3 = _four(line, 0), _four(line, 4), _four(line, 8), _four(line, 12)
-        first = b * width
-        for i in range(first, min(first + width, len(packed))):
-            byte = u64(packed[i])
+        pairs, target = packed[b * width : (b + 1) * width], out[b * width : (b + 1) * width]
+        for i in range(len(pairs)):
+            byte = u64(pairs[i])
             even, odd = _look(u64(byte >> u64(4)), w0, w1, w2, w3), _look(u64(byte & u64(15)), w0, w1, w2, w3)
-            out[i] = u32(even | u64(odd << u64(16)))
+            target[i] = u32(even | u64(odd << u64(16)))
 
 
 @compiled
