@@ -20,8 +20,6 @@ from converters.jobs import Job
 from converters.verify import verify
 from qformats.errors import QFormatError
 
-pytestmark = pytest.mark.real
-
 # the most that new codes of so many bits a weight may be off, relative to normal weights' root mean square
 WORST = ((1.9, 1.3), (2.9, 0.8), (3.9, 0.35), (5.0, 0.2), (6.0, 0.1), (7.5, 0.06), (33.0, 0.06))
 STORED_ROUNDING = 2.0**-7  # a scale or an offset rounded to bfloat16, and an offset of up to 15 steps
@@ -39,8 +37,18 @@ def floats(source: Path, work: Path) -> dict[str, np.ndarray]:
             if dtype == "F32"}  # fmt: skip
 
 
-@pytest.mark.parametrize("target", walk.TARGETS)
-@pytest.mark.parametrize("name", walk.sources())
+def pairs() -> list[Any]:
+    """Every source and target; one type of each format in the short tier."""
+    found = []
+    for name in walk.sources():
+        form, _, kind = name.partition(":")
+        usual = kind in ("", "q4_0", "bf16", registry.row(form).default_type)
+        mark = pytest.mark.real if usual else pytest.mark.real_full
+        found += [pytest.param(name, target, marks=mark) for target in walk.TARGETS]
+    return found
+
+
+@pytest.mark.parametrize(("name", "target"), pairs())
 def test_pair(name: str, target: str, work: Path, tmp_path: Path) -> None:
     try:
         source = walk.make(name, work)
