@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
+from converters.kept_planes import Extra, find_earlier
 from converters.merging import MergedCheckpoint, merged_into
 from converters.mixing import NO_MIX, Mix
 from converters.options import FLOAT_WORDS, NEEDS_CONSENT, REFERENCE, PlanOptions
+from converters.planes import Kept
 from converters.sources import SCAN_WEIGHTS, Slab, first_rows, in_source_order, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
@@ -30,10 +32,11 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Chooser"]
+__all__ = ["IGNORED", "Chooser"]
 
 _TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 _MATRIX_KINDS = ("linear", "experts", "embedding", "output")
+IGNORED = "is not what the parameters in its provenance record became: they are ignored"
 BETTER = "rounded with the least error found"
 _SAFE_TYPE = "q8_0"  # where codes cannot be kept: relative error about 0.4 % of a block's largest weight
 
@@ -45,7 +48,8 @@ class Chooser:
     ``storages_of``: storages from a provenance record by target module, ``hints`` likewise; ``dtypes``: float dtypes by target
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
-    ``orders_before``: act-orders that would be absorbed if no adapter were merged.
+    ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
+    that a record gives back, ``extras`` its tensors that are no weights by module and leaf.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +62,8 @@ class Chooser:
     orders: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     mix: Mix = NO_MIX
     orders_before: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    extras: Mapping[tuple[str, str], Extra] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @cached_property
@@ -68,12 +74,6 @@ class Chooser:
     def _gguf(self) -> bool:
         return registry.row(self.options.target.format).container == "gguf"
 
-    @property
-    def _usual(self) -> str:
-        """The type for new codes where none is named: ``int4`` where the format has it, else its first."""
-        types = registry.row(self.options.target.format).types
-        return _SAFE_TYPE if self._gguf else types[0] if types and "int4" not in types else "int4"
-
     def decide(self, tensor: TensorMap) -> Job:
         """The job of one target tensor."""
         job = self._decide(tensor)
@@ -82,6 +82,11 @@ class Chooser:
         return self._decide(tensor.floats)
 
     def _decide(self, tensor: TensorMap) -> Job:
+        if tensor.kind == "extra" and not tensor.sources:
+            extra = self.extras[tensor.target, tensor.leaf]
+            why, content = "kept in the provenance record", {tensor.leaf: extra.data or b""}
+            form = self.options.target.format
+            return Job(tensor, "parts", "exact", why, extra.info.dtype, {tensor.leaf: extra.info}, True, format=form, content=content)
         if tensor.kind == "extra":
             raw = self.checkpoint.modules[tensor.target].parts[tensor.leaf]
             part = {tensor.leaf: PartInfo(raw.dtype, raw.shape)}
@@ -94,10 +99,17 @@ class Chooser:
             return self._transposed(tensor, quantized[0])
         weight = all(s.leaf == "weight" for s in tensor.sources if s.module)
         if weight and quantized and len(quantized) == len(modules):
-            return self._from_codes(tensor)
+            return self._with_content(self._from_codes(tensor))
         if weight and quantized:
             return self._float(tensor, "F32", "dequantized", "its parts are stored in different ways")
         return self._from_floats(tensor)
+
+    def _with_content(self, job: Job) -> Job:
+        """What a record holds of the parts that the format writes beside every weight."""
+        written = getattr(registry.format_module(job.format), "WRITTEN", ()) if job.action == "codes" else ()
+        known = {leaf: self.extras.get((job.map.target, leaf)) for leaf in written if leaf in job.parts}
+        content = {leaf: e.data for leaf, e in known.items() if e is not None and e.data is not None and e.info == job.parts[leaf]}
+        return replace(job, content=content) if content else job
 
     def _merged(self, tensor: TensorMap, checkpoint: MergedCheckpoint, names: tuple[str, ...]) -> Job:
         """New numbers, in the type that the tensor would have without the adapters."""
@@ -317,15 +329,34 @@ class Chooser:
             return self._dequantize(tensor, named)
         if getattr(registry.format_module(row.name), "PACKED_EXPERTS", False) and tensor.kind != "experts":
             return self._dequantize(tensor, named)
+        again = self._as_it_was(tensor, row.name)
+        if again is not None:
+            return again
         storages = self._storages(tensor, named)
         best, refusals = self._best(tensor, storages, row.name)
+        if best is None and tensor.target in self.storages_of:
+            storages = registry.format_module(row.name).storages(self._target(named), self._scheme(tensor))
+            best, refusals = self._best(tensor, storages, row.name)
         if best is not None:
-            return replace(best, notes=self._savings(tensor, best, storages))
+            ignored = (IGNORED,) if tensor.target in self.kept and not self.options.header_only else ()
+            return replace(best, notes=(*self._savings(tensor, best, storages), *ignored))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
         if (named is not None and not self.mix.asks) or self.options.allow_requantize:
             return self._quantize(tensor, named or self._default_type(), reason)
         job = self._quantize(tensor, named or self._default_type(), reason)
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
+
+    def _as_it_was(self, tensor: TensorMap, format_name: str) -> Job | None:
+        """The codes under the parameters that a record has kept, where these are proven to have become the source's."""
+        storage, kept = self.storages_of.get(tensor.target), self.kept.get(tensor.target)
+        if storage is None or kept is None or self.options.header_only or len(tensor.shape) != 2 or self._orders(tensor):
+            return None
+        parts = registry.format_module(format_name).layout(storage, tensor.shape)
+        kind = storage.type.upper() if self._gguf else storage.type
+        reason = "codes kept; the parameters are those of the record, which the source's are the rounding of"
+        job = Job(tensor, "codes", "codes-exact", reason, kind, parts, False, None, storage, format_name)
+        earlier = find_earlier(kept, job, self.checkpoint)
+        return None if earlier is None else replace(job, earlier=(earlier, kept.held))
 
     def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
         """The recorded storage, else those of the named type, else whatever fits this shape."""
@@ -353,7 +384,8 @@ class Chooser:
         as_it_is = not (target.options or self.checkpoint.match.options)  # read otherwise than labelled, bytes would be mislabelled again
         if not whole or target.format != self.checkpoint.format or not as_it_is or tensor.target in self.storages_of:
             return None
-        own = {"weight", *registry.format_module(target.format).SUFFIXES}
+        form = registry.format_module(target.format)
+        own = {"weight", *form.SUFFIXES, *getattr(form, "WRITTEN", ())}
         kept = {leaf: raw for leaf, raw in module.parts.items() if leaf in own}
         if any(raw.big_endian for raw in kept.values()) or (source.start, source.stop) != (0, row_count(tensor.shape)):
             return None

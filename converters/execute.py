@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from converters import digests
 from converters.jobs import Job
+from converters.kept_planes import earlier_rows
 from converters.outputs import OutputPart
 from converters.plan import Plan
 from converters.rounding import new_codes
@@ -214,7 +215,7 @@ def _tasks(plan: Plan, job: Job) -> list[_Task]:
     if job.action == "parts" or job.map.constant is not None:
         return [_Task(job, [])]
     rows = None
-    if job.action in ("copy", "float") or registry.row(plan.options.target.format).container == "gguf":
+    if job.earlier is None and (job.action in ("copy", "float") or registry.row(plan.options.target.format).container == "gguf"):
         job, rows = in_source_order(job)
     return [_Task(job, ranges, rows) for ranges in tasks(job, plan.checkpoint)]
 
@@ -226,7 +227,12 @@ def _run_task(plan: Plan, task: _Task, sink: Sink, errors: _Errors) -> int:
         if job.action == "parts":
             return _copy_parts(plan, job, sink)
         nbytes = 0
+        for leaf, data in job.content.items() if task.ranges and task.ranges[0][0] == 0 else ():
+            nbytes += len(data)
+            sink.put(plan.output.parts[job.part_name(leaf)], 0, memoryview(data))
         for piece in _pieces(plan, task, errors):
+            if piece.leaf in job.content:
+                continue
             part = plan.output.parts[job.part_name(piece.leaf)]
             nbytes += _put(part, piece, sink) if task.rows is None else _put_rows(part, piece, task.rows, sink)
         return nbytes
@@ -239,6 +245,10 @@ def _run_task(plan: Plan, task: _Task, sink: Sink, errors: _Errors) -> int:
 
 def _copy_parts(plan: Plan, job: Job, sink: Sink) -> int:
     """Stored planes byte by byte."""
+    if job.content:
+        for leaf, data in job.content.items():
+            sink.put(plan.output.parts[job.part_name(leaf)], 0, memoryview(data))
+        return sum(map(len, job.content.values()))
     module, total = plan.checkpoint.modules[job.map.sources[0].module], 0
     for leaf in job.parts:
         raw, part = module.parts[leaf], plan.output.parts[job.part_name(leaf)]
@@ -341,6 +351,12 @@ def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, err
     assert job.storage is not None
     if job.action == "quantize":
         yield from _new_codes(task, value, start, stop, errors)
+        return
+    if job.earlier is not None:
+        tensor = earlier_rows(job, job.earlier, value, start, stop, plan.checkpoint.format)
+        if tensor is None:
+            raise Refused("it is not what the recorded parameters became")
+        yield from form.write(job.storage, tensor, start, job.map.shape)
         return
     decision = fit(value, job.storage, hint=_hint(job, start, stop), rounding=job.rounding, own=partial(form.can_store, job.storage))
     tensor = finish(value, decision, reuse=True)

@@ -69,12 +69,12 @@ def build_output(
     if options.metadata:
         hint = "leave --set-metadata out, or name the target gguf"
         raise UsageError("metadata-target", f"{options.target.format} has no keys of a GGUF to set", hint=hint)
-    own = _own_metadata(checkpoint, options, jobs)
+    own = _own_metadata(checkpoint, options, jobs, restore)
     return safetensors_output(jobs, small, lambda names: {"format": "pt", **own, PROVENANCE_KEY: record, DIGESTS_KEY: placeholder(names)})
 
 
-def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]) -> dict[str, str]:
-    """What the target format says of its tensors in the ``__metadata__`` of safetensors files."""
+def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None) -> dict[str, str]:
+    """What the target format says of its tensors in ``__metadata__`` of safetensors files, as it was said before of the same tensors."""
     make = getattr(registry.format_module(options.target.format), "metadata_out", None)
     if make is None:
         return {}
@@ -82,7 +82,10 @@ def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[J
     modules = {j.map.target: (storages[j.map.target], j.map.shape) for j in jobs if j.map.leaf == "weight" and j.map.target in storages}
     others = {job.name: job.dtype or "" for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)}
     made: dict[str, str] = make(modules, others)
-    return made
+    said: Mapping[str, str] = {} if restore is None or not _restores_all(jobs, restore) else restore.said
+    if checkpoint.format == options.target.format and all(job.kind == "copied" for job in jobs):
+        said = {key: value for key, value in checkpoint.metadata.items() if not key.startswith("qformats.")}
+    return dict(said) if said.keys() | {"format"} == made.keys() | {"format"} else made
 
 
 def _storages(checkpoint: Checkpoint, name: str, jobs: Sequence[Job]) -> dict[str, Storage]:
@@ -144,15 +147,16 @@ def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job],
     for name in _BESIDE:
         files.pop(name, None)
     inner = config.get("text_config")
-    config.pop("quantization_config", None)
-    if isinstance(inner, dict):
-        inner.pop("quantization_config", None)
+    for key in ("quantization_config", "quantization"):
+        config.pop(key, None)
+        if isinstance(inner, dict):
+            inner.pop(key, None)
     _set_dtype(config, jobs)
     quantization = _quantization_config(checkpoint, options, jobs, restore)
     if quantization:
         module = registry.format_module(options.target.format)
         if getattr(module, "CONFIG_INSIDE", True):
-            config["quantization_config"] = quantization
+            config.update(dict.fromkeys(getattr(module, "CONFIG_KEYS", ("quantization_config",)), quantization))
         if hasattr(module, "side_files"):
             files.update(module.side_files(quantization))
     files["config.json"] = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
@@ -211,7 +215,8 @@ def _quantization_config(
     skipped = sorted(linear - storages.keys())
     original = None
     if restore is not None and "config.json" in restore.files:
-        original = json.loads(restore.files["config.json"]).get("quantization_config")
+        before = json.loads(restore.files["config.json"])
+        original = before.get("quantization_config", before.get("quantization"))
     elif checkpoint.format == row.name:
         original = dict(checkpoint.match.config)
     target = Target(row.name, options.target.type, options.target.options)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from qformats.reencode import Hint
+    from qformats.tensor import QuantizedTensor
 
 __all__ = ["Job", "storage_from_json", "storage_to_json"]
 
@@ -28,7 +29,8 @@ class Job:
     ``action``: ``parts`` (stored planes as they are), ``copy`` (same dtype, rows maybe reordered), ``float`` (to ``dtype``),
     ``codes`` (codes kept, written as ``storage``) or ``quantize`` (new codes). ``orders``: column order of each act-order source
     module that was absorbed. ``importance``: float32 (1, K), or (E, K) of experts, that weighs the errors of new codes.
-    ``search``: how they are found. ``merged``: the adapters that have a part in it.
+    ``search``: how they are found. ``merged``: the adapters that have a part in it. ``earlier``: the parameters that the weight had
+    before it was converted to the storage beside them, to be given back. ``content``: the bytes of parts that a record holds.
     ``lossless``: the stored numbers are the source's real numbers. ``parts``: leaf → dtype and shape as stored.
     """
 
@@ -50,6 +52,8 @@ class Job:
     importance: np.ndarray[Any, Any] | None = None
     search: str = "reference"
     merged: tuple[str, ...] = ()
+    earlier: tuple[QuantizedTensor, Storage] | None = None
+    content: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -161,6 +165,7 @@ def storage_from_json(data: Mapping[str, Any]) -> Storage:
 
 
 _ONCE_WITH_OFFSETS = ("q3_k", "q6_k")  # types of which the first records said, wrongly, that they have sub-offsets
+_MAX_DEPTH = 4
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -172,15 +177,6 @@ def _is_grid(grid: Grid) -> bool:
     if isinstance(grid, Learned):
         return all(type(size) is int and 1 <= size <= 1 << 16 for size in (grid.entries, grid.v_out, grid.v_in, grid.books))
     return isinstance(grid, Float) and grid.name in FLOAT_NAMES
-
-
-def _is_plain(value: object) -> bool:
-    """Whether it is what JSON holds, with words as keys."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(one) for key, one in value.items())
-    if isinstance(value, list | tuple):
-        return all(_is_plain(one) for one in value)
-    return isinstance(value, str | int | float | None)
 
 
 def _is_storage(s: Storage) -> bool:
@@ -205,3 +201,12 @@ def _is_storage(s: Storage) -> bool:
         and (bool(s.scale_dtypes) or s.scale_grid is not None) and all(word in _FLOATS for word in s.scale_dtypes)
         and _is_plain(s.options)
     )  # fmt: skip
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether a storage's options are words, numbers, and lists and objects of them."""
+    if isinstance(value, dict):
+        return depth < _MAX_DEPTH and all(isinstance(key, str) and _is_plain(held, depth + 1) for key, held in value.items())
+    if isinstance(value, list | tuple):
+        return depth < _MAX_DEPTH and all(_is_plain(held, depth + 1) for held in value)
+    return isinstance(value, str | int | float | None)

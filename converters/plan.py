@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters import absorb, budget, files, provenance
-from converters.choose import Chooser
+from converters.choose import IGNORED, Chooser
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
+from converters.kept_planes import Extra, with_extras
 from converters.mapping import map_tensors
 from converters.merging import MergedCheckpoint, merge
 from converters.mixing import Mix, meant, mix_of
@@ -112,8 +113,11 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     orders, row_orders = _absorb(checkpoint, options, warnings)
     tensors = [absorb.apply_row_orders(t, row_orders) for t in mapped.tensors]
     unsorted: dict[str, Any] = {}
+    extras: Sequence[Extra] = ()
     if restore is not None:
         tensors, unsorted = _restore_orders(tensors, restore)
+        tensors, gone = with_extras(tensors, restore.extras)
+        dropped, extras = {**dropped, **gone}, restore.extras or ()
     chooser = Chooser(
         checkpoint,
         options,
@@ -122,6 +126,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         hints={} if restore is None else _sorted_hints(restore.hints, unsorted),
         dtypes={} if restore is None else restore.dtypes,
         blocks={} if restore is None else restore.blocks,
+        kept={} if restore is None else restore.kept,
+        extras={(extra.module, extra.leaf): extra for extra in extras},
         orders=orders,
         orders_before=_orders_before(checkpoint, options),
         mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
@@ -156,7 +162,8 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     kept = {} if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
-    warnings = (*rest.warnings, *told)
+    ignored = [f"{job.name} {IGNORED}" for job in jobs if IGNORED in job.notes]
+    warnings = (*rest.warnings, *told, *ignored)
     return Plan(checkpoint, options, tuple(jobs), output, rest.dropped, warnings, not options.header_only, rest.unsorted)
 
 
@@ -293,7 +300,7 @@ def _decide(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     chooser.options = _with_option(asked, "group", _GROUPS[-1])
     try:
         return _decide_together(chooser, tensors)
-    except UsageError:  # types that have one group alone
+    except UsageError:  # a type that has one group alone
         chooser.options = asked
         return _decide_together(chooser, tensors)
 

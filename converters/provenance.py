@@ -7,11 +7,9 @@ and float dtypes; byte planes are zlib-compressed and base64-encoded.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from converters import gguf_record
 from converters.jobs import Job, storage_from_json, storage_to_json
+from converters.kept_planes import Extra, collect_extras, kept_planes, parse_extras, parse_kept, source_storage
+from converters.planes import MAX_NBYTES, Kept, pack, unpack
 from qformats import registry
 from qformats.checkpoint import Checkpoint
 from qformats.errors import BadFile
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 __all__ = ["Restore", "build", "collect", "is_intact", "plan_digest", "read_restore", "speaks_of", "tool_version"]
 
 RECORD_VERSION = 1
-_KEPT_FILES = ("config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "generation_config.json")
-_MAX_PLANE_NBYTES = 1 << 31
+_MAX_METADATA_NBYTES = 4 << 20
+_MAX_PLANES_NBYTES = 48 << 20  # of all kept planes together: the header of a safetensors file may have 100 MB
+_KEPT_FILES = ("config.json", "generation_config.json", *(name for row in registry.ROWS for name in row.configs))
 
 
 def tool_version() -> str:
@@ -46,22 +47,17 @@ def tool_version() -> str:
         return "0"
 
 
-def _pack(data: bytes) -> str:
-    squeeze = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)  # runs and entropy: no longer matches in zero points
-    return base64.b64encode(squeeze.compress(data) + squeeze.flush()).decode("ascii")
-
-
 def _pack_zeros(plane: Tensor) -> str:
     """Zero points as nibbles where all fit, else as bytes, else (z = 256 of 8-bit v1 files) as 16-bit words."""
     import torch
 
     if int(plane.max()) > 255:
-        return "16:" + _pack(plane.reshape(-1).numpy().astype("<i2").tobytes())
+        return "16:" + pack(plane.reshape(-1).numpy().astype("<i2").tobytes())
     flat = plane.reshape(-1).to(torch.uint8)
     if int(plane.max()) > 15:
-        return "8:" + _pack(flat.numpy().tobytes())
+        return "8:" + pack(flat.numpy().tobytes())
     flat = torch.cat((flat, flat.new_zeros(len(flat) % 2)))
-    return "4:" + _pack((flat[::2] | (flat[1::2] << 4)).numpy().tobytes())
+    return "4:" + pack((flat[::2] | (flat[1::2] << 4)).numpy().tobytes())
 
 
 def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
@@ -71,11 +67,11 @@ def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
     count = _element_count(shape)
     bits, _, packed = str(text).partition(":")
     if bits == "16":
-        flat = np.frombuffer(_unpack(packed, 2 * count), "<i2")
+        flat = np.frombuffer(unpack(packed, 2 * count), "<i2")
     elif bits == "8":
-        flat = np.frombuffer(_unpack(packed, count), "u1")
+        flat = np.frombuffer(unpack(packed, count), "u1")
     else:
-        pairs = np.frombuffer(_unpack(packed, (count + 1) // 2), "u1")
+        pairs = np.frombuffer(unpack(packed, (count + 1) // 2), "u1")
         flat = np.stack((pairs & 15, pairs >> 4), 1).reshape(-1)[:count]
     return torch.from_numpy(flat.reshape(shape).astype("i2"))
 
@@ -83,7 +79,7 @@ def _unpack_zeros(text: Any, shape: Sequence[int]) -> Tensor:
 def _element_count(shape: Sequence[int]) -> int:
     """Rows times groups; ``ValueError`` for what is no shape of a plane."""
     rows, groups = shape
-    if not (type(rows) is int and type(groups) is int and 0 < rows <= _MAX_PLANE_NBYTES and 0 < groups <= _MAX_PLANE_NBYTES):
+    if not (type(rows) is int and type(groups) is int and 0 < rows <= MAX_NBYTES and 0 < groups <= MAX_NBYTES):
         raise ValueError("no shape of a plane")
     return rows * groups
 
@@ -92,24 +88,10 @@ def _unpack_order(text: Any, count: Any) -> np.ndarray[Any, Any]:
     """A permutation of ``count`` indices; ``ValueError`` if it is none."""
     import numpy as np
 
-    order = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+    order = np.frombuffer(unpack(text, 4 * count), "<i4").astype(np.int64)
     if not np.array_equal(np.sort(order), np.arange(count)):
         raise ValueError("no permutation")
     return order
-
-
-def _unpack(text: Any, nbytes: int) -> bytes:
-    try:
-        if not 0 <= nbytes <= _MAX_PLANE_NBYTES:
-            raise ValueError
-        inflate = zlib.decompressobj()
-        data = inflate.decompress(base64.b64decode(text, validate=True), nbytes + 1)
-        if len(data) != nbytes:
-            raise ValueError
-    except (ValueError, TypeError, zlib.error):
-        hint = "name a type, as in awq:int4, to convert without it"
-        raise BadFile("provenance", "a plane of the provenance record is damaged", hint=hint) from None
-    return data
 
 
 @dataclass(frozen=True)
@@ -117,6 +99,8 @@ class Restore:
     """What a record says of the earlier format: its name, per-module storages, hints and orders, dtypes and configuration files.
 
     Of a GGUF also ``blocks`` (block types of modules that are floats now) and ``metadata`` (see ``converters.gguf_record``).
+    ``kept``: parameters that the other format rounded (see ``converters.planes``). ``extras``: tensors that are no weights.
+    ``said``: what its safetensors files said in ``__metadata__``.
     """
 
     format: str
@@ -130,6 +114,9 @@ class Restore:
     quantized: int = 0
     blocks: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] | None = None
+    kept: Mapping[str, Kept] = field(default_factory=dict)
+    extras: tuple[Extra, ...] | None = None
+    said: Mapping[str, str] = field(default_factory=dict)
 
 
 def build(checkpoint: Checkpoint, jobs: Sequence[Job], options: Mapping[str, Any], restore: Mapping[str, Any]) -> str:
@@ -183,30 +170,46 @@ def collect(
         found = dict(zip(kept, pool.map(lambda item: _module_entry(checkpoint, *item), kept.items())))
     storages: list[str] = []
     modules: dict[str, Any] = {}
+
+    def number(storage: Storage) -> int:
+        text = json.dumps(storage_to_json(storage), sort_keys=True)
+        if text not in storages:
+            storages.append(text)
+        return storages.index(text)
+
+    budget = _MAX_PLANES_NBYTES
     for name, (storage, entry) in found.items():
-        if storage is not None:
-            if storage not in storages:
-                storages.append(storage)
-            entry = {"storage": storages.index(storage), **entry}
-        modules[name] = entry
+        numbers = {} if storage is None else {"storage": number(storage)}
+        planes = entry.pop("planes", None)
+        if planes is not None and (budget := budget - len(json.dumps(planes))) > 0:
+            held = kept[name].storage
+            assert held is not None
+            entry = {**entry, "planes": {**planes, "held": number(held)}}
+        modules[name] = {**numbers, **entry}
     gguf = {} if checkpoint.gguf is None or not side else gguf_record.collect(checkpoint, jobs, side)
+    extras = collect_extras(checkpoint, jobs)
+    speaks = checkpoint.gguf is None and hasattr(registry.format_module(checkpoint.format), "metadata_out")
+    said = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("qformats.")} if speaks else {}
     return {
         **gguf,
+        **({"extras": extras} if extras else {}),
+        **({"metadata_words": said} if said and len(json.dumps(said)) <= _MAX_METADATA_NBYTES else {}),
         "quantized": sum(checkpoint.is_quantized(name) for name in checkpoint.modules),
         "storages": [json.loads(text) for text in storages],
         "modules": modules,
-        "orders": {name: [_pack(order.astype("<i4").tobytes()), len(order)] for name, order in orders.items()},
+        "orders": {name: [pack(order.astype("<i4").tobytes()), len(order)] for name, order in orders.items()},
         "dtypes": {name: raw.dtype for name, raw in checkpoint.raw.items() if raw.dtype in ("F32", "F16", "BF16", "F64")},
     }
 
 
-def _module_entry(checkpoint: Checkpoint, name: str, job: Job) -> tuple[str | None, dict[str, Any]]:
-    """A source module's storage as JSON text, where its format can tell, and its planes."""
-    form = registry.format_module(checkpoint.format)
-    storage = None
-    if hasattr(form, "storage_of"):
-        storage = json.dumps(storage_to_json(form.storage_of(checkpoint.modules[name])), sort_keys=True)
-    return storage, _planes(checkpoint, name, job)
+def _module_entry(checkpoint: Checkpoint, name: str, job: Job) -> tuple[Storage | None, dict[str, Any]]:
+    """A source module's storage, where its format can tell, and its planes."""
+    storage, entry = source_storage(checkpoint, name), _planes(checkpoint, name, job)
+    if storage is not None:
+        hint = None if "zero_point" not in entry else _unpack_zeros(*entry["zero_point"])
+        planes = kept_planes(checkpoint, name, job, storage, hint, bool(entry.get("positive")))
+        entry.update({} if planes is None else {"planes": planes})
+    return storage, entry
 
 
 def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
@@ -224,7 +227,7 @@ def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
     if isinstance(scale, torch.Tensor):
         entry["positive"] = not bool(torch.signbit(scale).any())
     if tensor.group_index is not None and name in job.orders:
-        entry["group_index"] = [_pack(tensor.group_index.to(torch.int32).numpy().astype("<i4").tobytes()), tensor.shape[-1]]
+        entry["group_index"] = [pack(tensor.group_index.to(torch.int32).numpy().astype("<i4").tobytes()), tensor.shape[-1]]
     zero = None if tensor.zero_point is None else tensor.zero_point.values
     if isinstance(zero, torch.Tensor) and zero.numel() > 1 and not isinstance(job.storage and job.storage.zero_point, tuple):
         plane = zero.to(torch.int16)  # in the source's group order; the way back reorders it by the group index
@@ -260,13 +263,15 @@ def _parse(record: Mapping[str, Any]) -> Restore:
 
     restore, source = record["restore"], record["source"]
     kinds = [storage_from_json(entry) for entry in restore["storages"]]
-    storages, hints, orders, groups = {}, {}, {}, {}
+    storages, hints, orders, groups, kept = {}, {}, {}, {}, {}
     for name, entry in restore["modules"].items():
         if "storage" in entry:
             storages[name] = kinds[entry["storage"]]
         if "group_index" in entry:
             text, count = entry["group_index"]
-            groups[name] = np.frombuffer(_unpack(text, 4 * count), "<i4").astype(np.int64)
+            groups[name] = np.frombuffer(unpack(text, 4 * count), "<i4").astype(np.int64)
+        if "planes" in entry:
+            kept[name] = parse_kept(entry["planes"], kinds)
         zero = None
         if "zero_point" in entry:
             text, shape = entry["zero_point"]
@@ -283,4 +288,8 @@ def _parse(record: Mapping[str, Any]) -> Restore:
         raise ValueError("no float dtype")
     dtypes, options, quantized = dict(restore["dtypes"]), dict(record["options"]), int(restore["quantized"])
     blocks, metadata = gguf_record.parse(restore)
-    return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized, blocks, metadata)
+    said = dict(restore.get("metadata_words", {}))
+    if not all(isinstance(word, str) for word in said.values()):
+        raise ValueError("no metadata")
+    return Restore(str(source["format"]), storages, hints, orders, dtypes, files, groups, options, quantized, blocks, metadata, kept,
+                   parse_extras(restore.get("extras", [])), said)  # fmt: skip

@@ -213,6 +213,8 @@ def unpack_words(words: Array, bits: int, count: int) -> Array:
     """32-bit words (n, W) with ``32 // bits`` whole values each, the first in the low bits -> uint8 codes (n, count)."""
     import numpy as np
 
+    if 32 % bits == 0:  # without unused bits it is one stream
+        return unpack_rows(np.ascontiguousarray(words), bits, count)
     each, fields = 32 // bits, words.view("<u4")
     out = np.empty((*words.shape, each), np.uint8)
     for at in range(each):
@@ -226,6 +228,8 @@ def pack_words(codes: Array, bits: int) -> Array:
     import numpy as np
 
     each = 32 // bits
+    if 32 % bits == 0 and codes.shape[1] % each == 0:
+        return pack_rows(codes, bits)
     width = -(-codes.shape[1] // each)
     padded = np.zeros((codes.shape[0], width * each), np.uint8)
     padded[:, : codes.shape[1]] = codes

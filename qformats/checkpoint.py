@@ -35,8 +35,9 @@ __all__ = ["FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "open
 PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
 INTEGER_TYPES = ("I8", "I16", "I32", "I64")
+_BESIDE = tuple(dict.fromkeys(name for row in registry.ROWS for name in row.configs))  # where a format says what it is
 SIDE_FILES = (
-    "config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json", "tokenizer.json",
+    "config.json", "generation_config.json", *_BESIDE, "tokenizer.json",
     "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "modules.json",
     "1_Pooling/config.json",
@@ -357,6 +358,8 @@ def _with_config(
 def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     holders = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
     inner = next((h[key] for h in holders for key in ("quantization_config", "compression_config") if h.get(key) is not None), None)
+    if inner is None and isinstance(config.get("quantization"), dict):  # mlx-lm
+        inner = config["quantization"]
     if inner is not None and not isinstance(inner, dict):
         raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
     return registry.config_beside(inner, lambda name: _read_json(directory / name))

@@ -18,6 +18,7 @@ from qformats.errors import Unsupported, UsageError
 from qformats.formats.protocol import Match, Target
 
 __all__ = [
+    "REFUSED",
     "ROWS",
     "Row",
     "config_beside",
@@ -101,10 +102,37 @@ ROWS: tuple[Row, ...] = (
         ("compressed-tensors", "compressed_tensors", "sparseml"),
         ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
         ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing"), aliases=("ct",)),
+    Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
+        source_options=("layout",)),
+    Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
+    Row("mlx", "qformats.formats.mlx", "MLX (mlx-lm; metal of transformers)", "safetensors", ("mlx", "metal"),
+        ("int1", "int2", "int3", "int4", "int5", "int6", "int8", "mxfp4", "mxfp8", "nvfp4"), ("group", "dtype", "metal")),
+    Row("aqlm", "qformats.formats.aqlm", "AQLM (additive codebooks)", "safetensors", ("aqlm",)),
+    Row("gemma", "qformats.formats.gemma_int", "transformers' gemma method (2, 4, 8 bits by rows)", "safetensors", ("gemma",),
+        ("int4", "int8", "int2")),
     Row("hf", "qformats.formats.dense", "plain transformers checkpoint in floats", "safetensors", (), ("f32", "f16", "bf16"),
         aliases=("safetensors", "dense", "transformers")),
 )  # fmt: skip
 
+# Methods that are known and not read: what each is, and what to do instead.
+REFUSED = {
+    "vptq": "VPTQ (vector quantization with residual and outlier codebooks), which only the vptq package on a GPU decodes",
+    "spqr": "SpQR (3-bit tiles with sparse outliers), which only the spqr_quant package decodes",
+    "higgs": "HIGGS (FLUTE tiles made for one GPU, rows turned by a Hadamard transform), which only the flute package decodes",
+    "fp_quant": "FP-Quant (MXFP4 or NVFP4 turned by Hadamard matrices), which only the fp_quant package decodes",
+    "sinq": "SINQ (codes with scales of rows and of columns), which only the sinq package decodes",
+    "quark": "AMD Quark, whose orders of packing only the amd-quark package knows",
+    "quip": "QuIP# (lattice codebooks between random transforms), which only its own code decodes",
+    "quip_sharp": "QuIP# (lattice codebooks between random transforms), which only its own code decodes",
+    "exl2": "ExLlamaV2 (mixed widths in rows put in order), which only the exllamav2 package decodes",
+    "exl3": "ExLlamaV3 (trellis codes between transforms), which only the exllamav3 package decodes",
+    "fouroversix": "Four Over Six (NVFP4 or MXFP4 under adaptive scales), which only the fouroversix package decodes",
+    "ipex": "weights repacked for Intel Extension for PyTorch, which only that package decodes",
+    "owq": "OWQ (3 and 4 bits with columns left in floats), which only its own code decodes",
+    "squeezellm": "SqueezeLLM (a table for each row, with sparse outliers), which only its own code decodes",
+    "deepspeedfp": "DeepSpeed FP6 and FP8, which are made when a model is loaded",
+    "nvfp4": "NVFP4 made when a model is loaded, whose blocks are arranged for one GPU; the file's weights should be floats",
+}
 def names() -> list[str]:
     """All format names in table order."""
     return [r.name for r in ROWS]
@@ -169,6 +197,9 @@ def detect(config: Mapping[str, Any], tensor_names: Iterable[str]) -> Match:
             return match
     if not config:
         return Match("hf", {})
+    if method in REFUSED:
+        hint = "dequantize it with its own package and convert the floats, or take another quantization of the same model"
+        raise Unsupported("quant-method", f"the checkpoint holds {REFUSED[method]}", hint=hint)
     raise Unsupported(
         "quant-method",
         f"quantization method {method or config!r} is not known",

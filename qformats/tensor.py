@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformats import grids
+from qformats import entries as learned
+from qformats import grids, steps
+from qformats.entries import index_of
 from qformats.errors import BadFile, Unsupported
 from qformats.real import Real, product, round_once
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Learned, ParamSpec, Scheme, Table, Tile, whole
@@ -42,7 +44,7 @@ class Param:
         if not isinstance(self.values, QuantizedTensor):
             return Real.of(self.values)
         if self.rounded_to is not None:
-            return Real.of(self.values.evaluate_in(self.rounded_to))
+            return Real.of(self.values.stepped(self.rounded_to))
         return self.values.real()
 
     def spec(self) -> ParamSpec:
@@ -53,37 +55,6 @@ class Param:
 
     def with_values(self, values: Tensor | QuantizedTensor) -> Param:
         return replace(self, values=values)
-
-
-_STEP = 1 << 17  # weights evaluated at once: they stay in a core's cache
-
-
-def _run_plane(param: Param, shape: tuple[int, ...]) -> tuple[Tensor, int] | None:
-    """A plain plane on runs of one row and the runs' width; None for any other block."""
-    if isinstance(param.values, QuantizedTensor) or not isinstance(param.block, Tile):
-        return None
-    width = min(param.block.sizes[-1], shape[-1])
-    single = param.values.numel() == 1
-    if single or (all(size == 1 for size in param.block.sizes[:-1]) and shape[-1] % width == 0):
-        return param.values, shape[-1] if single else width
-    return None
-
-
-def _spread_runs(plane: Tensor, width: int, shape: tuple[int, ...]) -> Tensor:
-    return plane if plane.numel() == 1 else plane.repeat_interleave(width, -1) if width > 1 else plane
-
-
-_CACHED = 1 << 17  # weights that are worked on at a time
-
-
-def _each_run(w: Tensor, plane: tuple[Tensor, int], start: int, change: Any) -> None:
-    """``change`` the rows ``w`` from ``start`` on in place by a plane of one number a run."""
-    values, width = plane
-    if values.numel() > 1:
-        values = values[start : start + len(w)].to(w.dtype)
-        change(w.view(len(w), -1, width), values.unsqueeze(-1))
-    else:
-        change(w, values.reshape(()).to(w.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +68,8 @@ class Order:
 # Sources: ggml-quants.c (float32 product, then float32 sum); GPTQModel 7.7 ``TorchLinear`` and AutoAWQ 0.2.9 ``dequantize_gemm`` (half);
 # bitsandbytes 0.50.2 ``dequantize_4bit`` and ``int8_vectorwise_dequant``; hqq 0.2.8 ``Quantizer.dequantize``; optimum-quanto 0.2.7
 # ``QBytesTensor`` and ``QBitsTensor``; compressed-tensors 0.20 ``lifecycle/forward_helpers``; torchao 0.18 ``dequantize`` of its tensors;
-# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``
+# transformers 5.23 ``Fp8Dequantize``; ModelOpt 0.47 ``NVFP4QTensor.dequantize``; mlx 0.32 ``dequantize``; aqlm 1.1.7
+# ``_dequantize_weight``
 ORDERS = {
     "ggml": Order(torch.float32),
     "gptqmodel": Order(torch.float16),
@@ -107,6 +79,8 @@ ORDERS = {
     "hqq": Order(None),
     "quanto": Order(None),
     "torchao": Order(None),
+    "mlx": Order(None),
+    "aqlm": Order(None),
     "transformers": Order(torch.float32),
     "modelopt": Order(torch.float32),
 }
@@ -250,9 +224,9 @@ class QuantizedTensor:
             return _book_values(self.codes, self.codebook, self.grid, self.shape)
         if isinstance(self.grid, Float):
             values = grids.float_values(self.grid.name).to(self.codes.device)
-            return Real.of(values).map(lambda v: v[_index(self.codes, len(values), wrap=256)])
+            return Real.of(values).map(lambda v: v[index_of(self.codes, len(values), wrap=256)])
         entries = grids.table_values(self.grid.name).to(self.codes.device)  # (entries,) or (entries, v_in)
-        return Real.of(entries).map(lambda v: v[_index(self.codes, len(entries), wrap=0)].reshape(self.shape))
+        return Real.of(entries).map(lambda v: v[index_of(self.codes, len(entries), wrap=0)].reshape(self.shape))
 
     def _centred(self) -> Real:
         """sign * (sum of the codes' values - zero_point), shape ``shape``."""
@@ -275,44 +249,20 @@ class QuantizedTensor:
         ``like`` instead reproduces an owner's own order of rounding (``ORDERS``); ``Unsupported('like')`` for other names.
         """
         if like is None:
-            plain = self._affine_in_float64()
-            return round_once(self.real() if plain is None else Real(plain), dtype)
+            made = (learned.exact if isinstance(self.grid, Learned) else steps.exact)(self, dtype)
+            return round_once(self.real(), dtype) if made is None else made
         order = ORDERS.get(like)
         if order is None:
             raise Unsupported("like", f"no rounding order is known for {like!r}", hint=f"use one of {', '.join(sorted(ORDERS))}")
         step = self._scale_dtype() if order.dtype is None else order.dtype
-        plain = self._runs_in(step, dtype)
-        if plain is not None:
-            return plain
-        return self.evaluate_in(step, by_factor=order.by_factor).to(dtype)
+        return self.stepped(step, by_factor=order.by_factor, dtype=dtype)
 
-    def _runs_in(self, step: torch.dtype, dtype: torch.dtype) -> Tensor | None:
-        """``evaluate_in(step).to(dtype)`` of bytes under one scale for each run of a row, a few rows at a time so that they stay in cache.
-
-        None for any other form. Differences of two bytes are exact in every ``step``.
-        """
-        scale = _run_plane(self.scales[0], self.shape) if len(self.scales) == 1 and not self.scales[0].inverse else None
-        zero = None if self.zero_point is None else _run_plane(self.zero_point, self.shape)
-        small = isinstance(self.grid, Float) and step == torch.float32 and self.codes.dtype == torch.uint8
-        float8 = self.grid.name if small and isinstance(self.grid, Float) and self.grid.name in ("e4m3fn", "e5m2") else None
-        bytes_ = isinstance(self.grid, Integer) and self.codes.dtype in (torch.int8, torch.uint8)
-        plain = self.signs is None and self.group_index is None and self.offset is None and len(self.shape) == 2
-        if scale is None or not plain or not (bytes_ or float8) or (self.zero_point is not None and (zero is None or bool(float8))):
-            return None
-        if zero is not None and zero[0].dtype not in (torch.int8, torch.uint8):
-            return None
-        codes, out = self.codes, torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        table = None if float8 is None else grids.float_values(float8).to(codes.device, torch.float32)
-        wide = torch.float64 if step == torch.float64 else torch.float32  # products of a byte and a half are exact in float32
-        rows = max(1, _CACHED // max(1, self.shape[1]))
-        for start in range(0, self.shape[0], rows):
-            part = codes[start : start + rows]
-            w = part.to(wide) if table is None else table.index_select(0, part.reshape(-1).to(torch.int32)).view(part.shape)
-            if zero is not None:
-                _each_run(w, zero, start, torch.Tensor.sub_)
-            _each_run(w, scale, start, torch.Tensor.mul_)
-            out[start : start + rows] = w if dtype == step or step == wide else w.to(step)
-        return out
+    def stepped(self, step: torch.dtype, *, by_factor: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """``evaluate_in(step, by_factor=by_factor)``, then rounded to ``dtype``; without float64 where that gives the same."""
+        if isinstance(self.grid, Learned) and (found := learned.rounded(self, step)) is not None:
+            return found.to(dtype or step)
+        made = steps.rounded(self, step, dtype or step, by_factor=by_factor)
+        return self.evaluate_in(step, by_factor=by_factor).to(dtype or step) if made is None else made
 
     def _scale_dtype(self) -> torch.dtype:
         """The dtype in which the owner multiplies: the widest of the scales, float32 where one is codes and rounded to no dtype."""
@@ -320,106 +270,6 @@ class QuantizedTensor:
         plain += [s.rounded_to for s in self.scales if s.rounded_to is not None]
         nested = any(isinstance(s.values, QuantizedTensor) and s.rounded_to is None for s in self.scales)
         return torch.float32 if nested or not plain else max(plain, key=lambda d: torch.finfo(d).bits)
-
-    def _affine_in_float64(self) -> Tensor | None:
-        """Every weight in float64 where that is known to be exact: codes, integer zero points and half-precision scales on runs of a row.
-
-        A product has at most 9 + 11 significant bits down to 2^-24, an offset 11 bits, so their sum fits 53 bits.
-        """
-        if not isinstance(self.grid, Integer) or self.signs is not None or self.group_index is not None or len(self.scales) != 1:
-            return None
-        planes = [_run_plane(p, self.shape) for _, p in self.params()]
-        if any(plane is None for plane in planes) or self.scales[0].inverse:
-            return None
-        half = (torch.float16,)
-        if self.scales[0].values.dtype not in half or (self.offset is not None and self.offset.values.dtype not in half):  # type: ignore[union-attr]
-            return None
-        if self.zero_point is not None and self.zero_point.values.dtype.is_floating_point:  # type: ignore[union-attr]
-            return None
-        spread = [_spread_runs(plane, width, self.shape) for plane, width in planes]  # type: ignore[misc]
-        scale, rest = spread[0], spread[1:]
-        w = self.codes.to(torch.float32)
-        if self.zero_point is not None:
-            w = w - rest.pop(0).to(torch.float32)
-        w = (w * scale.to(torch.float32)).to(torch.float64)  # 20 significant bits: exact in float32 too
-        return w if self.offset is None else w + rest.pop(0).to(torch.float64)
-
-    def _in_steps(self, dtype: torch.dtype) -> Tensor | None:
-        """``evaluate_in`` by torch's own operations, which round as it does: integer codes and parameters of ``dtype`` on runs of a row.
-
-        Whole zero points are at most 256, so that their difference to a code is exact in any float type. None for every other form.
-        """
-        if not isinstance(self.grid, Integer) or self.signs is not None or self.group_index is not None or len(self.scales) != 1:
-            return None
-        planes = {name: _run_plane(param, self.shape) for name, param in self.params()}
-        if len(self.shape) != 2 or self.scales[0].inverse or dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            return None
-        for name, plane in planes.items():
-            whole_zero = plane is not None and name == "zero_point" and not plane[0].is_floating_point()
-            if plane is None or not (plane[0].dtype == dtype or (whole_zero and int(plane[0].abs().max()) <= 256)):
-                return None
-        widths = {plane[1] for plane in planes.values() if plane is not None and plane[0].numel() > 1}
-        width = widths.pop() if widths else self.shape[-1]
-        if widths or self.grid.bits > 8:
-            return None
-        values = {name: plane[0].to(dtype).unsqueeze(-1) for name, plane in planes.items() if plane is not None}
-        if 2 << self.grid.bits < width and self.codes.dtype == torch.uint8 and self.codes.is_contiguous():
-            table = self._group_table(values, width, dtype)
-            if (spelled := _spelled(self.codes.reshape(-1, width), table)) is not None:
-                return spelled.reshape(self.shape)
-        out = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        step = max(1, _STEP // self.shape[-1])
-        for at in range(0, self.shape[0], step):
-            rows = slice(at, at + step)
-            w = out[rows].unflatten(-1, (-1, width))
-            w.copy_(self.codes[rows].unflatten(-1, (-1, width)))
-            for name, apply in (("zero_point", w.sub_), ("scale", w.mul_), ("offset", w.add_)):
-                if name in values:
-                    apply(values[name] if values[name].shape[0] == 1 else values[name][rows])
-        return out
-
-    def _group_table(self, values: dict[str, Tensor], width: int, dtype: torch.dtype) -> Tensor:
-        """What each code stands for in each group of ``width`` columns, (groups, codes): in float32, each step rounded to ``dtype``."""
-        assert isinstance(self.grid, Integer)
-        groups, step = self.codes.numel() // width, _STEP >> self.grid.bits
-        entries = torch.arange(1 << self.grid.bits, device=self.codes.device).to(torch.float32)
-        columns = {name: plane.reshape(-1, 1).to(torch.float32).expand(groups, 1) for name, plane in values.items()}
-        table = torch.empty(groups, len(entries), dtype=dtype, device=self.codes.device)
-        for at in range(0, groups, step):
-            rows = slice(at, at + step)
-            part = entries.expand(len(table[rows]), -1).clone()
-            for name, apply in (("zero_point", part.sub_), ("scale", part.mul_), ("offset", part.add_)):
-                if name in columns:
-                    apply(columns[name][rows])
-                    part.copy_(part.to(dtype))
-            table[rows] = part
-        return table
-    def _in_runs(self, dtype: torch.dtype) -> Tensor | None:
-        """``evaluate_in`` without float64 where each step is one operation of ``dtype``: one plain scale of that dtype on runs of a row.
-
-        Codes of up to eight bits, e4m3fn values and differences of integers of up to 256 are exact in every float dtype.
-        """
-        integers = isinstance(self.grid, Integer) and self.grid.bits <= 8 and self.codes.dtype != torch.int16
-        if not integers and not (self.grid == Float("e4m3fn") and self.codes.dtype == torch.uint8 and self.zero_point is None):
-            return None
-        if self.signs is not None or self.group_index is not None or self.offset is not None or len(self.scales) != 1:
-            return None
-        planes = [_run_plane(param, self.shape) for _, param in self.params()]
-        if self.scales[0].inverse or any(plane is None for plane in planes) or self.scales[0].values.dtype != dtype:  # type: ignore[union-attr]
-            return None
-        if self.zero_point is not None and self.zero_point.values.dtype not in (torch.uint8, torch.int8, torch.int16):  # type: ignore[union-attr]
-            return None
-        w = (self.codes if integers else self.codes.contiguous().view(torch.float8_e4m3fn)).to(dtype)
-        for at, (plane, width) in reversed(list(enumerate(planes))):  # type: ignore[misc]
-            values = plane.to(dtype)
-            if at and int(plane.to(torch.int32).abs().max()) > 256:
-                return None
-            if plane.numel() == 1:
-                w = w - values if at else w * values
-            else:
-                runs = w.unflatten(-1, (-1, width))
-                w = (runs - values.unsqueeze(-1) if at else runs * values.unsqueeze(-1)).flatten(-2)
-        return w
 
     def evaluate_in(self, dtype: torch.dtype, *, by_factor: bool = False) -> Tensor:
         """The formula step by step in ``dtype``: the difference, the factors' product, their product and the sum are each rounded.
@@ -431,30 +281,10 @@ class QuantizedTensor:
             for factor in self.scales:
                 w = round_once(product(Real.of(w), ((self._spread(factor), factor.inverse),)), dtype)
             return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
-        stepped = self._in_steps(dtype)
-        if stepped is not None:
-            return stepped
-        quick = self._in_runs(dtype)
-        if quick is not None:
-            return quick
         one = Real.of(torch.ones((), dtype=torch.float64, device=self.codes.device))
         scale = product(one, ((self._spread(factor), factor.inverse) for factor in self.scales))
         w = round_once(self._centred(), dtype) * round_once(scale, dtype)
         return w if self.offset is None else w + round_once(self._spread(self.offset), dtype)
-
-
-def _spelled(codes: Tensor, table: Tensor) -> Tensor | None:
-    """``table.gather(1, codes)`` by the compiled loop; None where there is no numba, or the tensors are not on a CPU."""
-    try:
-        from qformats.loops.lookup import spell
-    except ImportError:
-        return None
-    if codes.device.type != "cpu":
-        return None
-    word = torch.int16 if table.element_size() == 2 else torch.int32
-    out = torch.empty(codes.shape, dtype=table.dtype)
-    spell(codes.numpy(), table.view(word).numpy(), out.view(word).numpy())
-    return out
 
 
 def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
@@ -467,22 +297,12 @@ def _codes_shape(shape: tuple[int, ...], grid: Grid) -> tuple[int, ...]:
     return (*rows, k // v_in, grid.books) if isinstance(grid, Learned) else (*rows, k // v_in)
 
 
-def _index(codes: Tensor, entries: int, wrap: int) -> Tensor:
-    """Codes as int64 indices, negative ones plus ``wrap``; ``BadFile('codes-range')`` where one names no entry."""
-    if codes.numel():
-        low, high = int(codes.min()), int(codes.max())
-        if high >= entries or (low < 0 and not 0 <= low + wrap < entries):
-            raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {entries} entries")
-    index = codes.to(torch.int64)
-    return torch.where(index < 0, index + wrap, index) if codes.dtype != torch.uint8 else index
-
-
 def _book_values(codes: Tensor, codebook: Tensor | None, grid: Learned, shape: tuple[int, ...]) -> Real:
     if codebook is None:
         raise BadFile("codebook", "a learned grid needs its codebook")
     total: Real | None = None
     for book in range(grid.books):
-        index = _index(codes[..., book], grid.entries, wrap=grid.entries)
+        index = index_of(codes[..., book], grid.entries, wrap=grid.entries)
         picked = codebook[book].to(torch.float64)[index]  # (..., N/vo, K/vi, vo, vi)
         spread = Real(picked.transpose(-2, -3).reshape(shape))
         total = spread if total is None else total + spread

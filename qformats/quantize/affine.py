@@ -52,7 +52,8 @@ def checked(weights: Tensor) -> Tensor:
 def fits(storage: Storage) -> bool:
     """Whether ``quantize`` is for ``storage``: integers under one plain scale for a run of columns, a tile or the whole tensor."""
     one = storage.sub_scale is None and storage.scale_grid is None and storage.factor is None and not storage.doubled
-    return isinstance(storage.grid, Integer) and one and not (storage.offset is not None and storage.zero_point is not None)
+    few = isinstance(storage.grid, Integer) and storage.grid.bits <= 8 and bool(storage.scale_dtypes)
+    return few and one and not (storage.offset is not None and storage.zero_point is not None)
 
 
 def bounded(weights: Tensor, largest: float, name: str) -> Tensor:
@@ -96,11 +97,10 @@ def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
     between, zero, param, offset = storage.zero_point, None, None, None
     if storage.offset is not None:
         scale = _scale((hi - lo) / (high - low), storage)
-        least = lo.to(getattr(torch, storage.offset))
+        least = half(lo, "minimum") if storage.offset == "float16" else _bounded_scale(lo, storage.offset)
         zero, offset = -least.to(torch.float32) / _step(scale, storage) + low, Param(least, block)
     elif storage.zero_dtype is not None:
-        scale = _scale((hi - lo) / (high - low), storage)
-        stored = (-lo / _step(scale, storage) + low).to(getattr(torch, storage.zero_dtype))
+        scale, stored = _free(lo, hi, storage)
         zero, param = stored.to(torch.float32), Param(stored, block)
     elif isinstance(between, tuple):
         lo, hi = lo.clamp(max=0), hi.clamp(min=0)
@@ -117,6 +117,22 @@ def quantize(weights: Tensor, storage: Storage) -> QuantizedTensor:
     codes = torch.round(ratio) + zero.unsqueeze(-1) if apart else torch.round(ratio + zero.unsqueeze(-1))
     codes = _unblocked(codes.clamp(low, high), storage, n, k).to(torch.int8 if storage.integers.signed else torch.uint8)
     return QuantizedTensor((n, k), codes.contiguous(), storage.grid, (Param(scale, block, storage.inverse),), param, offset)
+
+
+def _free(lo: Tensor, hi: Tensor, storage: Storage) -> tuple[Tensor, Tensor]:
+    """Scales and float zero points; of a narrow range far from zero, whose own no dtype holds, those of the range with zero in it."""
+    import torch
+
+    assert storage.zero_dtype is not None
+    low, high, dtype = storage.integers.lowest, storage.top, getattr(torch, storage.zero_dtype)
+    for _ in range(2):
+        scale = _scale((hi - lo) / (high - low), storage)
+        stored = (-lo / _step(scale, storage) + low).to(dtype)
+        good = torch.isfinite(stored)
+        if bool(good.all()):
+            break
+        lo, hi = torch.where(good, lo, lo.clamp(max=0)), torch.where(good, hi, hi.clamp(min=0))
+    return scale, stored
 
 
 def _tile(storage: Storage, n: int, k: int) -> tuple[int, int]:
@@ -173,9 +189,22 @@ def _scale(scale: Tensor, storage: Storage) -> Tensor:
     import torch
 
     name = storage.scale_dtypes[0]
+    dtype = getattr(torch, name)
+    ends = torch.finfo(dtype)
     if storage.inverse:
-        return (1 / torch.where(scale == 0, 1, scale)).to(getattr(torch, name))
-    rounded = half(scale, "scale") if name == "float16" else scale.to(getattr(torch, name))
-    tiny = 2.0**-24 if name == "float16" else torch.finfo(rounded.dtype).tiny
-    rounded = torch.where(rounded == 0, torch.tensor(tiny, dtype=rounded.dtype), rounded)
-    return torch.where(scale == 0, torch.ones((), dtype=rounded.dtype), rounded)
+        return (1 / torch.where(scale == 0, 1, scale)).clamp(ends.tiny, ends.max).to(dtype)
+    rounded = half(scale, "scale") if name == "float16" else _bounded_scale(scale, name)
+    tiny = 2.0**-24 if name == "float16" else ends.tiny
+    rounded = torch.where(rounded == 0, torch.tensor(tiny, dtype=rounded.dtype, device=scale.device), rounded)
+    return torch.where(scale == 0, torch.ones((), dtype=rounded.dtype, device=scale.device), rounded)
+
+
+def _bounded_scale(scale: Tensor, name: str) -> Tensor:
+    """Round to a dtype; ``WouldLose('f16-overflow')`` instead of an infinity."""
+    import torch
+
+    rounded = scale.to(getattr(torch, name))
+    if not finite(rounded):
+        message = f"the range of a group exceeds the largest {name}"
+        raise WouldLose("f16-overflow", message, hint="write bf16 or f32 instead")
+    return rounded

@@ -14,17 +14,25 @@ Source: the ops ``quantize_4bit``, ``quantize_blockwise`` and ``int8_vectorwise_
 
 With importances (``WEIGHTED``), absmax of a block is instead that of ``FACTORS`` times it under which the sum of importance * error^2 is
 smallest, the first of equal ones; 1 is tried first, so no block gets worse than bitsandbytes' own. Double quantization follows after.
+
+With the search ``best``, importances or not, those are tried too that put the largest magnitude on every other level, and the one of least
+squares for the codes found; of a double-quantized absmax the codes around its own, under the scales and the offset that the reference
+makes of all blocks. What is found is taken where the error in float64 is truly lower than the reference's. LLM.int8() is searched as any
+type of integers (``affine_search``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from math import gcd
 from typing import TYPE_CHECKING
 
 from qformats import grids
-from qformats.errors import UsageError
 from qformats.quantize.affine import checked, half
+from qformats.quantize.affine_search import improved
+from qformats.quantize.groups import halved
+from qformats.quantize.kquants import importance_of
 from qformats.scheme import Integer, Storage, Table, Tile, whole
 
 if TYPE_CHECKING:
@@ -32,14 +40,16 @@ if TYPE_CHECKING:
 
     from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["FACTORS", "NEEDY", "TYPES", "WEIGHTED", "fits", "quantize"]
+__all__ = ["FACTORS", "NEEDY", "SEARCHES_ITSELF", "TYPES", "WEIGHTED", "fits", "quantize"]
 
 TYPES = frozenset({"nf4", "fp4", "int8"})
 WEIGHTED = frozenset({"nf4", "fp4"})
 NEEDY: frozenset[str] = frozenset()
+SEARCHES_ITSELF = True
 FACTORS = (1.0, *(0.70 + 0.02 * i for i in range(15)), 1.02, 1.04, 1.06, 1.08, 1.10)
 _SMALLEST = 1e-38
 _CHUNK = 1 << 18  # blocks' weights in one go of the search
+_MOVES = (0, *(sign * move for move in range(1, 7) for sign in (1, -1)))  # from a scale's code of ``dynamic`` to others, by size
 
 
 def fits(storage: Storage) -> bool:
@@ -51,17 +61,18 @@ def fits(storage: Storage) -> bool:
     return eight and storage.factor is not None and storage.factor.constant is not None and storage.type == "int8"
 
 
-def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None) -> QuantizedTensor:
+def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None, search: str = "reference") -> QuantizedTensor:
     """float (N, K) -> the canonical form of ``storage``; see the module. ``BadFile('not-finite')`` for NaN and infinities.
 
     ``UsageError('importance')`` for importances that are not (K,).
     """
     w = checked(weights)
+    q = importance_of(importance, int(w.shape[1]))
     if isinstance(storage.grid, Integer):
-        return _eight_bits(w, storage)
-    if importance is not None and tuple(importance.shape) != (w.shape[1],):
-        raise UsageError("importance", f"importances have shape {tuple(importance.shape)}, expected {(w.shape[1],)}")
-    return _four_bits(w, storage, importance)
+        made = _eight_bits(w, storage)
+        return improved(w, made, storage, q) if search == "best" else made
+    made = _four_bits(w, storage, q)
+    return _better(w, made, storage, q) if search == "best" else made
 
 
 # ---------------------------------------------------------------- 4 bits
@@ -149,41 +160,142 @@ def _double(absmax: Tensor, index: Tensor, every: int, step: int, run: int) -> P
     return Param(held, Tile((1, run)), rounded_to=torch.float32)
 
 
+def _rows(plane: Tensor, size: int) -> Tensor:
+    """A vector as blocks (n, size), the last one filled up with zeros."""
+    import torch
+
+    return torch.nn.functional.pad(plane.reshape(-1), (0, -plane.numel() % size)).reshape(-1, size)
+
+
 def _searched(w: Tensor, importance: Tensor, size: int, name: str, absmax: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
     """absmax and codes of less weighted error where a block has them."""
     import torch
 
-    flat, heavy = w.reshape(-1), importance.to(torch.float32).expand(w.shape).reshape(-1)
-    short = -flat.numel() % size
-    x = torch.nn.functional.pad(flat, (0, short)).reshape(-1, size)
-    weight = torch.nn.functional.pad(heavy, (0, short)).reshape(-1, size)
-    held = torch.nn.functional.pad(codes, (0, short)).reshape(-1, size)
-    parts = [
-        _best_of(x[at : at + step], weight[at : at + step], absmax[at : at + step], held[at : at + step], name)
-        for step in (max(1, _CHUNK // size),)
-        for at in range(0, len(x), step)
-    ]
-    return torch.cat([scale for scale, _ in parts]), torch.cat([code for _, code in parts]).reshape(-1)[: flat.numel()]
+    x, weight, held = _rows(w, size), _rows(importance.to(torch.float32).expand(w.shape), size), _rows(codes, size)
+    step, parts = max(1, _CHUNK // size), []
+    for at in range(0, len(x), step):
+        some = slice(at, at + step)
+        found = _Best(name, x[some], weight[some], absmax[some], held[some])
+        for factor in FACTORS[1:]:
+            found.offer(absmax[some] * factor)
+        parts.append((found.scale, found.codes))
+    return torch.cat([scale for scale, _ in parts]), torch.cat([code for _, code in parts]).reshape(-1)[: w.numel()]
 
 
-def _best_of(x: Tensor, weight: Tensor, absmax: Tensor, codes: Tensor, name: str) -> tuple[Tensor, Tensor]:
+class _Best:
+    """The scale (n,) and codes (n, size) of least error so far of blocks x (n, size)."""
+
+    def __init__(self, name: str, x: Tensor, weight: Tensor | None, scale: Tensor, codes: Tensor) -> None:
+        import torch
+
+        self.name, self.x, self.weight, self.scale, self.codes = name, x, weight, scale, codes
+        self.levels = grids.table_values(name).to(torch.float32).to(x.device)
+        self.least = self.error(scale, codes)
+
+    def error(self, scale: Tensor, found: Tensor) -> Tensor:
+        """float64 (n,)."""
+        import torch
+
+        apart = (self.levels[found.to(torch.int32)] * scale.unsqueeze(1) - self.x).double()
+        apart.mul_(apart)
+        return halved(apart if self.weight is None else apart.mul_(self.weight))
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The codes nearest to x under a scale of either sign."""
+        import torch
+
+        size = torch.where(scale.abs() < _SMALLEST, _SMALLEST, scale)
+        return _codes(torch.clamp(self.x * (1.0 / size).unsqueeze(1), -1, 1), self.name)
+
+    def offer(self, scale: Tensor) -> Tensor:
+        """Take a scale where its error is lower; bool (n,)."""
+        import torch
+
+        found = self.nearest(scale)
+        now = self.error(scale, found)
+        better = now < self.least
+        self.scale, self.least = torch.where(better, scale, self.scale), torch.where(better, now, self.least)
+        self.codes = torch.where(better.unsqueeze(1), found, self.codes)
+        return better
+
+
+def _better(w: Tensor, start: QuantizedTensor, storage: Storage, importance: Tensor | None) -> QuantizedTensor:
+    """``start`` with other scales and codes where they have less error."""
     import torch
 
-    levels = grids.table_values(name).to(torch.float32).to(x.device)
+    from qformats.tensor import QuantizedTensor as Coded
 
-    def error(scale: Tensor, found: Tensor) -> Tensor:
-        apart = levels[found.to(torch.int64)] * scale.unsqueeze(1) - x
-        return (weight * apart * apart).to(torch.float64).sum(1)
+    assert isinstance(storage.grid, Table) and storage.group is not None
+    name, size, shape, param = storage.grid.name, storage.group, start.shape, start.scales[0]
+    if not w.numel():
+        return start
+    x, held = _rows(w, size), _rows(start.codes, size)
+    short = bool(w.numel() % size)
+    weight = None
+    if importance is not None or short:
+        q = torch.ones(shape[1], device=w.device) if importance is None else importance.to(w.device)
+        weight = _rows(q.expand(shape), size)
+    run = gcd(shape[1], size)
+    index = torch.arange(w.numel() // run, device=w.device) * run // size  # the block of each run
+    first = torch.searchsorted(index, torch.arange(len(x), device=w.device))
+    double = isinstance(param.values, Coded)
+    near, scales = _neighbours(param) if double else ([], [param.values.reshape(-1)])  # type: ignore[union-attr]
+    near, scales = [plane[first] for plane in near], [plane[first] for plane in scales]
+    step, parts = max(1, _CHUNK // size), []
+    for at in range(0, len(x), step):
+        some = slice(at, at + step)
+        found = _Best(name, x[some], None if weight is None else weight[some], scales[0][some], held[some])
+        place = _nested(found, [plane[some] for plane in near], [plane[some] for plane in scales]) if double else _plain(found)
+        parts.append((found.codes, place))
+    codes, places = (torch.cat(plane) for plane in zip(*parts, strict=True))
+    plane = places[index].reshape(param.values.shape)
+    values = param.values.replace(codes=plane) if isinstance(param.values, Coded) else plane
+    return start.replace(codes=codes.reshape(-1)[: w.numel()].reshape(shape), scales=(param.with_values(values),))
 
-    best_scale, best_codes, least = absmax, codes, error(absmax, codes)
+
+def _plain(best: _Best) -> Tensor:
+    """The best scale of float32."""
+    import torch
+
+    largest = best.x.abs().amax(1)
+    best.offer(best.scale)
     for factor in FACTORS[1:]:
-        scale = absmax * factor
-        found = _codes(torch.clamp(x * (1.0 / scale.clamp(min=_SMALLEST)).unsqueeze(1), -1, 1), name)
-        now = error(scale, found)
-        better = now < least
-        best_scale, least = torch.where(better, scale, best_scale), torch.where(better, now, least)
-        best_codes = torch.where(better.unsqueeze(1), found, best_codes)
-    return best_scale, best_codes
+        best.offer(largest * factor)
+    for level in sorted({float(v.abs()) for v in best.levels if 0 < abs(float(v)) < 1}):
+        best.offer(largest / level)
+    for _ in range(2):
+        levels = best.levels[best.codes.to(torch.int64)]
+        weighted = levels if best.weight is None else levels * best.weight
+        fitted = halved(weighted * best.x) / halved(weighted * levels)
+        best.offer(torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, best.scale))
+    return best.scale
+
+
+def _nested(best: _Best, codes: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """The best of some codes of double-quantized scales, each with the scale that it stands for; the reference's come first."""
+    import torch
+
+    taken = codes[0]
+    for code, scale in zip(codes, scales, strict=True):
+        better = best.offer(torch.where(scale > 0, scale, best.scale))
+        taken = torch.where(better, code, taken)
+    return taken
+
+
+def _neighbours(param: Param) -> tuple[list[Tensor], list[Tensor]]:
+    """Codes around those of a double-quantized scale, by size, and the float32 numbers they stand for, all (runs,)."""
+    import torch
+
+    from qformats.real import round_once
+    from qformats.tensor import QuantizedTensor
+
+    held = param.values
+    assert isinstance(held, QuantizedTensor)
+    order = torch.argsort(grids.table_values("dynamic").to(torch.float32), stable=True).to(held.codes.device)
+    place = torch.argsort(order)[held.codes.to(torch.int64)]
+    codes = [order[(place + move).clamp(0, 255)].to(torch.uint8) for move in _MOVES]
+    scales = [round_once(param.with_values(held.replace(codes=code)).real(), torch.float32) for code in codes]
+    return [code.reshape(-1) for code in codes], [scale.reshape(-1) for scale in scales]
 
 
 # ---------------------------------------------------------------- 8 bits

@@ -14,8 +14,9 @@ the factor as a divisor), ``NVFP4QTensor`` of NVIDIA ModelOpt (the factor as a m
 stored and rounded to nearest even on the grid, saturating; blocks of zeros get the scale 1. Error of a weight that does not saturate:
 half the grid's step at w / scale, times scale.
 
-With the search ``best`` other scales are tried for every block (``FACTORS`` of a plain one, neighbouring codes of the others), and the
-first of the least squared errors is taken, each weight's error weighed by the importance of its column. The reference is among them.
+With the search ``best`` other scales are tried for every block: ``FACTORS`` of a plain one, neighbouring codes of the others, and those
+that put the largest magnitude on each of the grid's upper levels (``_levels_below``). The first of the least squared errors is taken, each
+weight's error weighed by the importance of its column, but only where that is truly lower than the reference's in float64.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ from functools import cache
 from math import frexp
 from typing import TYPE_CHECKING, Any
 
-from qformats.errors import UsageError, WouldLose
+from qformats.errors import WouldLose
 from qformats.quantize.affine import checked
+from qformats.quantize.groups import halved
+from qformats.quantize.kquants import importance_of
 from qformats.scheme import Float, Storage, Tile, whole
 
 if TYPE_CHECKING:
@@ -49,7 +52,10 @@ _ENDS = {"e8m0": (0, 254), "e4m3fn": (1, 0x7E), "ue4m3": (1, 0x7E)}  # the least
 
 
 def fits(storage: Storage) -> bool:
-    """Whether ``quantize`` is for ``storage``. Not for ggml's MXFP4 and NVFP4, whose bytes are llama.cpp's."""
+    """Whether ``quantize`` is for ``storage``.
+
+    Not for MXFP4 in blocks of a row, of any format (llama.cpp's rounding, ``tables``), nor for NVFP4 with llama.cpp's own scales (ue4m3).
+    """
     if not isinstance(storage.grid, Float) or storage.grid.name not in TYPES or storage.flat:
         return False
     if storage.zero_point is not None or storage.offset is not None or storage.sub_scale is not None:
@@ -57,7 +63,7 @@ def fits(storage: Storage) -> bool:
     small = storage.scale_grid
     if small is not None and (small.name not in NEIGHBOURS or storage.inverse):
         return False
-    of_ggml = storage.type == ("mxfp4" if small == Float("e8m0") else "nvfp4") and storage.factor is None
+    of_ggml = (storage.type, small) in (("mxfp4", Float("e8m0")), ("nvfp4", Float("ue4m3"))) and storage.factor is None
     return not (of_ggml and storage.rows == 1)
 
 
@@ -103,6 +109,21 @@ def _levels(name: str) -> tuple[Tensor, Tensor]:
     return levels.to(torch.float32), ((levels[1:] + levels[:-1]) / 2).to(torch.float32)
 
 
+@cache
+def _levels_below(name: str) -> tuple[float, ...]:
+    """Levels under the largest: of a grid of 8 bits those of one octave, which then repeat, else all."""
+    from qformats import grids
+
+    values = grids.float_values(name)
+    top = _largest(name)
+    least = top / 2 if _bits(name) == 8 else 0.0
+    return tuple(sorted({float(v) for v in values[values.isfinite()] if least < float(v) < top}, reverse=True))[:16]
+
+
+def _bits(name: str) -> int:
+    return 8 if name.startswith(("e4m3", "e5m2")) else 1 + int(name[1]) + int(name[3])
+
+
 class _Blocks:
     """Some whole tile rows (n, K) of a weight, as float32 tiles (n / rows, rows, K / group, group), padded with zeros."""
 
@@ -133,15 +154,15 @@ class _Blocks:
         return whole_tiles[:n, :k].contiguous()
 
     def error(self, codes: Tensor, scale: Tensor, name: str) -> Tensor:
-        """float32 (n / rows, K / group): the weighted squared error of codes under ``scale`` (what they are multiplied by)."""
+        """(n / rows, K / group), in the dtype of ``scale``: the weighted squared error of codes under it (what they are multiplied by)."""
         import torch
 
         from qformats import grids
 
         values = grids.float_values(name).to(torch.float32).to(codes.device)
-        off = self.x - values[codes.to(torch.int32)] * _spread(scale)
-        squared = off * off
-        return (squared if self.weight is None else squared * self.weight).sum((1, 3))
+        off = self.x.to(scale.dtype) - values[codes.to(torch.int32)].to(scale.dtype) * _spread(scale)
+        squared = off.mul_(off)
+        return halved(halved(squared if self.weight is None else squared.mul_(self.weight), 3), 1)
 
 
 def _spread(scale: Tensor) -> Tensor:
@@ -171,7 +192,7 @@ def _plain(blocks: _Blocks, storage: Storage, unit: Tensor | float) -> Iterator[
     dtype = getattr(torch, storage.scale_dtypes[0])
     top, largest = _largest(storage.grid.name), blocks.largest / unit
     ends = torch.finfo(dtype)
-    for factor in (1.0, *FACTORS):
+    for factor in (1.0, *FACTORS, *(top / level for level in _levels_below(storage.grid.name))):
         value = largest * factor if factor != 1.0 else largest
         value = top / value if storage.inverse else value / top
         if storage.inverse:
@@ -199,8 +220,11 @@ def _small(blocks: _Blocks, storage: Storage, unit: Tensor | float) -> Iterator[
     largest = blocks.largest / unit
     first = _powers(largest, storage.grid.name) if name == "e8m0" else _eighths(largest / _largest(storage.grid.name))
     values = grids.float_values(name).to(torch.float32).to(largest.device)
-    for step in (0, *NEIGHBOURS[name]):
-        code = torch.where(blocks.largest == 0, _ONE[name], (first + step).clamp(low, high))
+    starts = [first + step for step in (0, *NEIGHBOURS[name])]
+    if name != "e8m0":  # under powers of two a smaller scale loses nothing
+        starts += [_eighths(largest / level) for level in _levels_below(storage.grid.name)]
+    for start in starts:
+        code = torch.where(blocks.largest == 0, _ONE[name], start.clamp(low, high))
         yield code.to(torch.uint8), values[code]
 
 
@@ -233,7 +257,8 @@ def _rows(blocks: _Blocks, storage: Storage, factor: Tensor | None, search: str)
     name = storage.grid.name
     inverse_factor = storage.factor is not None and storage.factor.inverse
     unit: Tensor | float = 1.0 if factor is None else 1.0 / factor if inverse_factor else factor
-    best: tuple[Tensor, Tensor, Tensor] | None = None
+    best: tuple[Tensor, ...] | None = None
+    given: tuple[Tensor, ...] = ()
     for stored, number in (_plain if storage.scale_grid is None else _small)(blocks, storage, unit):
         if storage.inverse:
             number = number / unit
@@ -242,20 +267,17 @@ def _rows(blocks: _Blocks, storage: Storage, factor: Tensor | None, search: str)
         codes = blocks.codes(number, name, times=storage.inverse)
         if search == "reference":
             return blocks.flat(codes), stored
-        error = blocks.error(codes, 1 / number if storage.inverse else number, name)
+        times = 1 / number if storage.inverse else number
+        error = blocks.error(codes, times, name)
         if best is None:
-            best = codes, stored, error
+            best = given = codes, stored, error, times
             continue
         better = error < best[2]
-        best = torch.where(_spread(better), codes, best[0]), torch.where(better, stored, best[1]), torch.where(better, error, best[2])
+        best = (torch.where(_spread(better), codes, best[0]), *(torch.where(better, new, old) for new, old in
+                zip((stored, error, times), best[1:], strict=True)))  # fmt: skip
     assert best is not None
-    return blocks.flat(best[0]), best[1]
-
-
-def _importance(importance: Tensor | None, k: int) -> Tensor | None:
-    if importance is not None and tuple(importance.shape) != (k,):
-        raise UsageError("importance", f"importances have shape {tuple(importance.shape)}, expected {(k,)}")
-    return importance
+    won = blocks.error(best[0], best[3].double(), name) < blocks.error(given[0], given[3].double(), name)
+    return blocks.flat(torch.where(_spread(won), best[0], given[0])), torch.where(won, best[1], given[1])
 
 
 def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None, search: str = "reference") -> QuantizedTensor:
@@ -272,7 +294,7 @@ def quantize(weights: Tensor, storage: Storage, importance: Tensor | None = None
     block = storage.scale_block((n, k))
     assert isinstance(block, Tile)
     rows, group = max(1, block.sizes[0]), max(1, block.sizes[1])
-    q, factor = _importance(importance, k), _factor(x, storage)
+    q, factor = importance_of(importance, k), _factor(x, storage)
     step = max(rows, CHUNK // max(k, 1) // rows * rows)
     parts = [_rows(_Blocks(x[at : at + step], (rows, group), q), storage, factor, search) for at in range(0, max(n, 1), step)]
     codes, scales = (torch.cat(plane) for plane in zip(*parts, strict=True))

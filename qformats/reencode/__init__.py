@@ -275,13 +275,14 @@ def _to_offset(a: Affine, storage: Storage, rounding: bool) -> Fit:
     group = min(storage.group or a.k, a.k)
     dtype = getattr(torch, storage.offset or "float16")
     top = storage.top
-    if a.grid.signed:
-        raise Refused("signed codes have no place in an unsigned grid with offset")
     width = _working_width(a, group)
     if group > width:
         raise Refused(f"groups of {width} are finer than the target's {group}")
-    fits = a.grid.highest <= top
-    scale, offset, shift, flip, (left, wrong, moved, flipped) = offset_blocks(a, width, top, dtype)
+    unsigned, low = _unsigned(a)
+    fits = unsigned.grid.highest <= top
+    scale, offset, shift, flip, (left, wrong, moved, flipped) = offset_blocks(unsigned, width, top, dtype)
+    if low:
+        shift = torch.where(flip, shift + low, shift - low)
     if left and (not rounding or not fits):
         raise Refused(f"scale x zero point is not {storage.offset} in {left} of {flip.numel()} blocks, in any flip or shift")
     if wrong:
@@ -291,6 +292,19 @@ def _to_offset(a: Affine, storage: Storage, rounding: bool) -> Fit:
     a.notes.append(f"zero point to offset, {moved} blocks flipped or shifted" if moved else "zero point to offset")
     reason = "" if left else "scale x zero point is representable in every block"
     return _done(a, storage, width, shift, flip if flipped else None, scale, reason, offset=_param(offset, a.shape, group))
+
+
+def _unsigned(a: Affine) -> tuple[Affine, int]:
+    """The same on the unsigned grid, and the lowest of the codes it had, which is to be subtracted from them."""
+    low, ranges = a.grid.lowest, a.ranges
+    if not low:
+        return a, 0
+
+    def moved(width: int) -> tuple[Tensor, Tensor]:
+        least, most = ranges(width)
+        return least.to(torch.int16) - low, most.to(torch.int16) - low
+
+    return replace(a, grid=Integer(a.grid.bits), zero=a.zero.to(torch.int16) - low, ranges=moved), low
 
 
 def _to_zero_range(a: Affine, storage: Storage, hint: Hint | None) -> Fit:

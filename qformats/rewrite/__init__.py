@@ -31,6 +31,7 @@ from qformats.rewrite.rows import (
     pad_columns,
     permute_column_groups,
     select_rows,
+    single_row_entries,
 )
 from qformats.rewrite.scales import fold_scales, round_scale, unnest_scale
 from qformats.rewrite.whole import is_whole, whole_codes
@@ -58,6 +59,7 @@ __all__ = [
     "relabel_definition",
     "round_scale",
     "select_rows",
+    "single_row_entries",
     "split_groups",
     "spread_runs",
     "stepped",

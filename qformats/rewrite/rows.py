@@ -21,6 +21,7 @@ __all__ = [
     "pad_columns",
     "permute_column_groups",
     "select_rows",
+    "single_row_entries",
 ]
 
 
@@ -71,6 +72,7 @@ def select_rows(t: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
     def take(values: Tensor) -> Tensor:
         return values[rows] if isinstance(rows, slice) else values.index_select(0, rows)
 
+    t = single_row_entries(t)
     codes = take(t.codes)
     if len(t.shape) < 2 or not len(codes):
         raise Refused("a vector has no rows" if len(codes) else "no rows are selected")
@@ -86,11 +88,24 @@ def select_rows(t: QuantizedTensor, rows: Tensor | slice) -> QuantizedTensor:
             return replace(param, values=select_rows(param.values, rows))
         return param.with_values(take(param.values))
 
-    if isinstance(t.grid, Learned) and t.grid.v_out != 1:
-        raise Refused("codebook entries span several rows")
     signs = None if t.signs is None else take(t.signs)
     index = take(t.group_index) if t.group_index is not None and t.group_index.ndim == 2 else t.group_index
     return t.replace(shape=(codes.shape[0], *t.shape[1:]), codes=codes, signs=signs, group_index=index, **map_params(t, change))
+
+
+def single_row_entries(t: QuantizedTensor) -> QuantizedTensor:
+    """A learned grid of entries of one row: row p of entry e becomes entry p * entries + e. ``Refused`` where 16 bits do not count them."""
+    if not isinstance(t.grid, Learned) or t.grid.v_out == 1:
+        return t
+    high, entries = t.grid.v_out, t.grid.entries
+    count = high * entries
+    if t.codebook is None or (count > 1 << 15 and count != 1 << 16):
+        raise Refused(f"codebook entries span {high} rows, and {count} entries of one row are too many")
+    index = t.codes.to(torch.int32)
+    index = torch.where(index < 0, index + entries, index).repeat_interleave(high, 0)
+    place = (torch.arange(len(index), dtype=torch.int32) % high * entries).reshape(-1, *(1 for _ in index.shape[1:]))
+    book = t.codebook.transpose(1, 2).reshape(t.grid.books, count, 1, t.grid.v_in)
+    return t.replace(codes=(index + place).to(torch.int16), grid=replace(t.grid, entries=count, v_out=1), codebook=book)
 
 
 def concatenate_rows(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:

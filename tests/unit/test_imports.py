@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ORDER = (
     ("errors",),
     ("grids", "bits", "loops"),
-    ("scheme", "real", "tensor", "rewrite"),
+    ("scheme", "real", "steps", "entries", "tensor", "rewrite"),
     ("containers",),
     ("formats", "quantize"),
     ("registry", "architectures"),

@@ -275,9 +275,9 @@ def test_targets_refuse_what_they_do_not_know() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("zero", ["float", "int", "offset"])
-def test_values_by_table_are_those_of_the_formula(dtype: torch.dtype, zero: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of each group, with and without the compiled loop, against torch's own operations on all weights."""
-    from qformats import tensor as module
+def test_values_on_runs_are_those_of_the_formula(dtype: torch.dtype, zero: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of columns, with and without the compiled loop, and the definition, against torch's own operations on all weights."""
+    from qformats import steps
     from qformats.tensor import Param
 
     generator = torch.Generator().manual_seed(6)
@@ -291,7 +291,7 @@ def test_values_by_table_are_those_of_the_formula(dtype: torch.dtype, zero: str,
     point_wide = point.values.to(dtype).repeat_interleave(64, 1)  # type: ignore[union-attr]
     wanted = codes.to(dtype) * spread[0] + spread[1] if zero == "offset" else (codes.to(dtype) - point_wide) * spread[0]
     assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)
-    monkeypatch.setattr(module, "_spelled", lambda codes, table: None)
+    monkeypatch.setattr(steps, "_loops", lambda codes: None)
     assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)
-    monkeypatch.setattr(QuantizedTensor, "_in_steps", lambda self, dtype: None)
+    monkeypatch.setattr(steps, "rounded", lambda *args, **options: None)
     assert torch.equal(t.dequantize(dtype, like="hqq"), wanted)

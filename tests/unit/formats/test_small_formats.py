@@ -1,0 +1,358 @@
+"""EETQ, BitNet, MLX, AQLM and transformers' gemma method: the owners' values, bytes by hand, there and back, refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from qformats import registry, rewrite
+from qformats.checkpoint import open_checkpoint
+from qformats.containers.raw import RawTensor
+from qformats.containers.safetensors import open_safetensors
+from qformats.errors import BadFile, QFormatError, Unsupported, UsageError
+from qformats.formats import bitnet, eetq, mlx
+from qformats.formats.dense import read_float
+from qformats.formats.protocol import Match, Module, Target
+from qformats.quantize import rtn
+from qformats.scheme import Integer, Scheme, Storage
+from qformats.tensor import QuantizedTensor
+
+FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
+FORMATS = ("eetq", "bitnet", "mlx", "aqlm", "gemma")
+CASES = [f"{form}/{path.name}" for form in FORMATS for path in sorted((FIXTURES / form).iterdir())]
+LIKE = {"mlx": "mlx", "aqlm": "aqlm"}  # what rounds in its own dtype; the others' values are exact in float32, or rounded once
+
+
+def modules(case: str) -> dict[str, Module]:
+    with open_checkpoint(FIXTURES / case) as checkpoint:
+        assert checkpoint.format == case.split("/")[0]
+        config, names = checkpoint.match.config, list(checkpoint.raw)
+        claims = [row.name for row in registry.ROWS if registry.format_module(row.name).detect(config, names) is not None]
+        assert claims == [checkpoint.format]
+        return {name: held(m) for name, m in checkpoint.modules.items() if checkpoint.is_quantized(name)}
+
+
+def held(module: Module) -> Module:
+    parts = {leaf: memory(raw, raw.dtype, raw.shape, raw.read()) for leaf, raw in module.parts.items()}
+    return Module(module.name, parts, module.match)
+
+
+def memory(like: RawTensor | str, dtype: str, shape: tuple[int, ...], data: bytes) -> RawTensor:
+    from qformats.containers.source import MemorySource
+
+    name = like if isinstance(like, str) else like.name
+    return RawTensor(name, dtype, shape, MemorySource(data, "memory"), 0, len(data))
+
+
+def made(module: Module, storage: Storage, tensor: QuantizedTensor, step: int) -> dict[str, RawTensor]:
+    """The parts that ``write`` makes of ``tensor`` in ranges of ``step`` rows."""
+    form = registry.format_module(module.match.format)
+    parts = {}
+    step = tensor.shape[0] if storage.together else step
+    pieces = []
+    for start in range(0, tensor.shape[0], step):
+        stop = min(tensor.shape[0], start + step)
+        rows = form.read(module, start, stop) if module.parts else rewrite.select_rows(tensor, torch.arange(start, stop))
+        pieces += form.write(storage, rows, start, tensor.shape)
+    for leaf, info in form.layout(storage, tensor.shape).items():
+        mine = [p if p.array.ndim == 2 else replace(p, array=p.array.reshape(1, -1)) for p in pieces if p.leaf == leaf]
+        plane = np.zeros((max(p.row + p.array.shape[0] for p in mine), max(p.column + p.array.shape[1] for p in mine)), mine[0].array.dtype)
+        for p in mine:
+            plane[p.row : p.row + p.array.shape[0], p.column : p.column + p.array.shape[1]] = p.array
+        parts[leaf] = memory(f"m.{leaf}", info.dtype, info.shape, plane.tobytes())
+        assert parts[leaf].nbytes == module.parts[leaf].nbytes if leaf in module.parts else True
+    return parts
+
+
+def unvalued(scheme: Scheme) -> Scheme:
+    """Without the value of a scale of one number, which no header tells."""
+    return replace(scheme, scales=tuple(replace(s, constant=None) for s in scheme.scales))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_values_are_the_owners(case: str) -> None:
+    found, oracle = modules(case), open_safetensors(FIXTURES / case / "oracle.safetensors").tensors
+    assert len(oracle) > 0
+    for name, raw in oracle.items():
+        module, wanted = found[name.removesuffix(".weight")], read_float(raw)
+        form = registry.format_module(module.match.format)
+        tensor = form.read(module)
+        assert unvalued(form.scheme(module)) == unvalued(tensor.scheme)
+        like = LIKE.get(module.match.format) if module.match.dialect != "metal" else None
+        gemma = module.match.format == "gemma"  # both sides rounded to the model's dtype, and their product
+        values = tensor.evaluate_in(wanted.dtype) if gemma else tensor.dequantize(wanted.dtype, like=like)
+        assert torch.equal(values, wanted), name
+        rows = form.read(module, 3, tensor.shape[0] - 5)
+        assert torch.equal(rows.dequantize(torch.float64), tensor.dequantize(torch.float64)[3:-5])
+        blank = form.read(module, 1, 2, codes=False)
+        assert blank.shape == (1, tensor.shape[1]) and (case.startswith("aqlm") or not bool(blank.codes.any()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_written_again_the_bytes_are_the_same(case: str) -> None:
+    for name, module in modules(case).items():
+        form = registry.format_module(module.match.format)
+        storage, tensor = form.storage_of(module), form.read(module)
+        assert form.can_store(storage, tensor.scheme), form.can_store(storage, tensor.scheme)
+        parts = made(module, storage, tensor, 16)
+        assert {leaf: raw.read() for leaf, raw in parts.items()} == {leaf: module.parts[leaf].read() for leaf in parts}, name
+        assert {leaf: (raw.dtype, raw.shape) for leaf, raw in parts.items()} == {
+            leaf: (module.parts[leaf].dtype, module.parts[leaf].shape) for leaf in parts
+        }
+        assert {"bias", *parts} >= set(module.parts) - getattr(form, "EXTRAS", frozenset())
+
+
+def written(form: Any, target: str, shape: tuple[int, int] = (64, 128)) -> tuple[QuantizedTensor, Module]:
+    """New codes of random weights, and the module they become."""
+    parsed = registry.parse_target(target)
+    storage = form.storages(parsed, Scheme(shape, Integer(16, signed=True)))[0]
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(5)) * 0.05
+    tensor = rtn(weights, storage)
+    config = form.config_out(parsed, {"m": storage}, [], None)
+    module = Module("m", {}, Match(form.NAME, config))
+    module = replace(module, parts=made(module, storage, tensor, 64))
+    match = registry.detect(config, [f"m.{leaf}" for leaf in module.parts])
+    return tensor, replace(module, match=match)
+
+
+NEW = ["eetq:int8", "bitnet:ternary", "bitnet:ternary,class=bitlinear"] + [
+    f"mlx:int{bits},group={group}{dtype}" for bits, group, dtype in ((2, 32, ""), (3, 64, ""), (4, 64, ""), (5, 32, ",dtype=bf16"),
+                                                                   (6, 128, ""), (8, 64, ",dtype=f32"))
+] + ["mlx:int4,metal,group=16", "mlx:nvfp4", "mlx:mxfp8", "mlx:mxfp4", "gemma:int2", "gemma:int4", "gemma:int8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", NEW)
+def test_new_codes_are_read_again(target: str) -> None:
+    form = registry.format_module(target.split(":")[0])
+    tensor, module = written(form, target)
+    again = form.read(module)
+    assert torch.equal(again.codes, tensor.codes) and torch.equal(again.dequantize(torch.float64), tensor.dequantize(torch.float64))
+
+
+# ---------------------------------------------------------------- bytes by hand
+
+
+def test_eetq_takes_even_bytes_for_the_first_eight_inputs() -> None:
+    stored = np.arange(128, dtype=np.uint8).reshape(2, 64).view(np.int8)  # two outputs, one tile
+    codes = eetq.unpack(stored)
+    assert codes[0, :16].tolist() == [b - 128 for b in (0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15)]
+    assert codes[1, 0] == 64 - 128
+    assert np.array_equal(eetq.pack(codes), stored)
+
+
+def test_eetq_loops_equal_their_definitions() -> None:
+    codes = np.random.default_rng(1).integers(-128, 128, (64, 192)).astype(np.int8)
+    assert np.array_equal(eetq.pack(codes), eetq.pack_definition(codes))
+    assert np.array_equal(eetq.unpack(codes), eetq.unpack_definition(codes))
+
+
+def test_eetq_of_sm70_is_the_matrix_by_rows() -> None:
+    codes = np.array([[1, 2, 3, 4, 5, 6, 7, 8]], np.int8).repeat(3, 0)  # (K, N): all inputs alike
+    data = (codes[:, [0, 2, 1, 3, 4, 6, 5, 7]].view(np.uint8) ^ 0x80).tobytes()
+    parts = {
+        "weight": memory("m.weight", "I8", (3, 8), data),
+        "weight_scales": memory("m.weight_scales", "F16", (8,), np.ones(8, np.float16).tobytes()),
+    }
+    config = {"quant_method": "eetq", "weights": "int8"}
+    module = Module("m", parts, Match("eetq", config, options={"layout": "sm70"}))
+    tensor = eetq.read(module)
+    assert tensor.codes.tolist() == codes.T.tolist()
+    assert eetq.read(module, 3, 6).codes.tolist() == codes.T[3:6].tolist()
+    assert made(module, eetq.storage_of(module), tensor, 4)["weight"].read() == data
+    with pytest.raises(Unsupported, match="layout=sm70"):
+        eetq.scheme(replace(module, match=Match("eetq", config)))
+
+
+def test_bitnet_slabs_of_a_byte() -> None:
+    def values(**config: str) -> list[float]:
+        parts = {
+            "weight": memory("m.weight", "U8", (1, 1), b"\xa1"),
+            "weight_scale": memory("m.weight_scale", "F32", (1,), np.float32(4).tobytes()),
+        }
+        match = bitnet.detect({"quant_method": "bitnet", **config}, [])
+        assert match is not None
+        return bitnet.read(Module("m", parts, match)).dequantize(torch.float32).flatten().tolist()
+
+    assert values() == values(linear_class="bitlinear") == [0, -0.25, 0.25, 0.25]
+    assert values(linear_class="autobitlinear") == [0, -4, 4, 4]
+
+
+def test_bitnet_codes_that_transformers_saved_as_floats() -> None:
+    module = next(iter(modules("bitnet/autobitlinear").values()))
+    tensor = bitnet.read(module)
+    floats = (tensor.codes.to(torch.float32) - 1).to(torch.float16)
+    parts = {**module.parts, "weight": memory("m.weight", "F16", tuple(floats.shape), floats.numpy().tobytes())}
+    again = replace(module, parts=parts)
+    assert torch.equal(bitnet.read(again, 2, 9).codes, tensor.codes[2:9])
+    with pytest.raises(Unsupported) as caught:
+        bitnet.storage_of(again)
+    assert caught.value.code == "bitnet-floats"
+    broken = floats.clone()
+    broken[1, 1] = 0.5
+    with pytest.raises(BadFile) as found:
+        bitnet.read(replace(module, parts={**parts, "weight": memory("m.weight", "F16", tuple(floats.shape), broken.numpy().tobytes())}))
+    assert found.value.code == "codes-range"
+
+
+def test_bitnet_rounds_as_the_paper_says() -> None:
+    storage = bitnet.storages(Target("bitnet", None, {"class": "autobitlinear"}), Scheme((4, 8), Integer(2)))[0]
+    weights = torch.tensor([[1.0, -1.0, 0.5, -0.5, 0.25, -0.25, 0.0, 0.5]] * 4)
+    tensor = rtn(weights, storage)
+    assert float(tensor.scales[0].values) == 0.5  # type: ignore[arg-type]
+    assert (tensor.codes.to(torch.int8) - 1).tolist() == [[1, -1, 1, -1, 0, 0, 0, 1]] * 4
+
+
+def test_mlx_first_code_in_the_lowest_bits() -> None:
+    parts = {
+        "weight": memory("m.weight", "U32", (1, 4), np.array([0x87654321] + [0] * 3, "<u4").tobytes()),
+        "scales": memory("m.scales", "F16", (1, 1), np.float16(0.5).tobytes()),
+        "biases": memory("m.biases", "F16", (1, 1), np.float16(-1).tobytes()),
+    }
+    module = Module("m", parts, Match("mlx", {"group_size": 32, "bits": 4}))
+    assert mlx.read(module).dequantize()[0, :8].tolist() == [-0.5, 0, 0.5, 1, 1.5, 2, 2.5, 3]
+
+
+def test_mlx_config_says_what_most_layers_have_and_names_the_others() -> None:
+    four, eight = (mlx.storages(registry.parse_target(f"mlx:int{bits},group=32"), Scheme((64, 64), Integer(4)))[0] for bits in (4, 8))
+    made = mlx.config_out(Target("mlx"), {"a": four, "b": four, "c": eight}, [], None)
+    assert made == {"group_size": 32, "bits": 4, "mode": "affine", "c": {"group_size": 32, "bits": 8, "mode": "affine"}}
+    assert mlx.config_out(Target("mlx"), {"a": four}, [], {"group_size": 32, "bits": 4, "x": 1}) == {"group_size": 32, "bits": 4, "x": 1}
+    assert mlx.config_out(Target("mlx"), {"a": eight}, [], {"group_size": 32, "bits": 4})["bits"] == 8
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def without(leaf: str) -> Callable[[Module], Module]:
+    return lambda m: replace(m, parts={k: v for k, v in m.parts.items() if k != leaf})
+
+
+def changed(leaf: str, **what: Any) -> Callable[[Module], Module]:
+    return lambda m: replace(m, parts={**m.parts, leaf: replace(m.parts[leaf], **what)})
+
+
+def filled(leaf: str, value: float) -> Callable[[Module], Module]:
+    def change(m: Module) -> Module:
+        raw = m.parts[leaf]
+        word = {"F16": np.float16, "F32": np.float32, "U8": np.uint8}.get(raw.dtype)
+        size = int(np.prod(raw.shape))
+        data = (np.full(size, value, np.float32).view(np.uint32) >> 16).astype(np.uint16) if word is None else np.full(size, value, word)
+        return replace(m, parts={**m.parts, leaf: memory(raw, raw.dtype, raw.shape, data.tobytes())})
+
+    return change
+
+
+def says(**config: Any) -> Callable[[Module], Module]:
+    return lambda m: replace(m, match=replace(m.match, config={**m.match.config, **config}))
+
+
+NAN, INF = float("nan"), float("inf")
+REFUSED: list[tuple[str, Callable[[Module], Module], str]] = [
+    ("eetq/int8", without("weight_scales"), "missing-weight-scales"),
+    ("eetq/int8", without("weight"), "missing-weight"),
+    ("eetq/int8", changed("weight", dtype="U8"), "wrong-dtype"),
+    ("eetq/int8", changed("weight_scales", dtype="F32"), "wrong-dtype"),
+    ("eetq/int8", changed("weight_scales", shape=(32,)), "wrong-shape"),
+    ("eetq/int8", changed("weight", shape=(4096,)), "wrong-shape"),
+    ("eetq/int8", changed("weight", nbytes=7), "size"),
+    ("eetq/int8", filled("weight_scales", NAN), "not-finite"),
+    ("eetq/int8", filled("weight_scales", INF), "not-finite"),
+    ("bitnet/bitlinear", without("weight"), "missing-weight"),
+    ("bitnet/bitlinear", changed("weight", dtype="I8"), "wrong-dtype"),
+    ("bitnet/bitlinear", changed("weight", dtype="F32", shape=(1, 1), nbytes=4), "wrong-dtype"),
+    ("bitnet/bitlinear", changed("weight_scale", shape=(2,)), "wrong-shape"),
+    ("bitnet/bitlinear", changed("weight_scale", dtype="F64"), "wrong-dtype"),
+    ("bitnet/bitlinear", filled("weight_scale", INF), "not-finite"),
+    ("bitnet/bitlinear", filled("weight_scale", 0), "not-finite"),
+    ("bitnet/autobitlinear", says(quantization_mode="online"), "config-disagrees"),
+    ("mlx/4b-g64", without("biases"), "missing-biases"),
+    ("mlx/4b-g64", without("scales"), "missing-scales"),
+    ("mlx/4b-g64", changed("weight", dtype="I32"), "wrong-dtype"),
+    ("mlx/4b-g64", changed("scales", dtype="BF16"), "wrong-dtype"),
+    ("mlx/4b-g64", changed("scales", shape=(1, 64)), "wrong-shape"),
+    ("mlx/4b-g64", changed("weight", shape=(64, 7), nbytes=1792), "wrong-shape"),
+    ("mlx/4b-g64", says(bits=7), "config-value"),
+    ("mlx/4b-g64", says(bits=8), "wrong-shape"),
+    ("mlx/4b-g64", says(group_size=0.5), "config-value"),
+    ("mlx/4b-g64", says(mode="q4k"), "mlx-mode"),
+    ("mlx/4b-g64", says(mode="mxfp4"), "config-value"),
+    ("mlx/4b-g64", filled("scales", NAN), "not-finite"),
+    ("mlx/4b-g64", filled("biases", INF), "not-finite"),
+    ("mlx/metal-8b-g32", without("qbiases"), "missing-qbiases"),
+    ("aqlm/2x8", without("codebooks"), "missing-codebooks"),
+    ("aqlm/2x8", without("codes"), "missing-codes"),
+    ("aqlm/2x8", without("scales"), "missing-scales"),
+    ("aqlm/2x8", changed("codes", dtype="I16"), "wrong-dtype"),
+    ("aqlm/2x8", changed("codes", shape=(32, 2, 4)), "wrong-shape"),
+    ("aqlm/2x8", changed("codebooks", shape=(2, 255, 1, 8), nbytes=8160), "wrong-shape"),
+    ("aqlm/2x8", changed("scales", dtype="F32"), "wrong-dtype"),
+    ("aqlm/2x8", changed("scales", shape=(32, 1)), "wrong-shape"),
+    ("aqlm/2x8", says(num_codebooks=1), "config-disagrees"),
+    ("gemma/mixed", without("weight"), "missing-weight"),
+    ("gemma/mixed", changed("weight", dtype="I8"), "wrong-dtype"),
+    ("gemma/mixed", changed("weight_scale", shape=(16, 2)), "wrong-shape"),
+    ("gemma/mixed", says(module_quant_configs={"q_proj": {"num_bits": 3}}), "config-value"),
+    ("gemma/mixed", says(module_quant_configs={"(": {"num_bits": 4}}), "config-value"),
+    ("gemma/mixed", filled("weight_scale", NAN), "not-finite"),
+    ("aqlm/2x8", filled("scales", NAN), "not-finite"),
+    ("aqlm/2x8", filled("codebooks", INF), "not-finite"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "code"), REFUSED)
+def test_broken_modules(case: str, change: Callable[[Module], Module], code: str) -> None:
+    module = change(next(m for name, m in modules(case).items() if name.endswith("q_proj")))
+    form = registry.format_module(module.match.format)
+    with pytest.raises(QFormatError) as caught:
+        form.scheme(module)
+        form.read(module)
+    assert caught.value.code == code, caught.value
+
+
+def test_float_scales_that_are_nan() -> None:
+    for name, leaf in (("gate_proj", 0xFF), ("down_proj", 0x7F)):
+        module = filled("scales", leaf)(next(m for n, m in modules("mlx/mixed-bf16").items() if n.endswith(name)))
+        with pytest.raises(BadFile) as caught:
+            mlx.read(module)
+        assert caught.value.code == "not-finite"
+
+
+@pytest.mark.parametrize(
+    ("target", "code"),
+    [("eetq:int8,layout=sm99", "option"), ("eetq:int8,leaf=w", "option"), ("bitnet:ternary,class=linear", "option"),
+     ("mlx:int4,group=48", "option"), ("mlx:int4,dtype=f8", "option"), ("mlx:int3,metal", "type")],
+)  # fmt: skip
+def test_targets_that_are_refused(target: str, code: str) -> None:
+    parsed = registry.parse_target(target)
+    with pytest.raises(UsageError) as caught:
+        registry.format_module(parsed.format).storages(parsed, Scheme((64, 64), Integer(4)))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [({"quant_method": "eetq", "weights": "int4"}, "eetq-weights"), ({"quant_method": "bitnet", "linear_class": "linear"}, "config-value")],
+)
+def test_configs_that_are_refused(config: dict[str, Any], code: str) -> None:
+    with pytest.raises(QFormatError) as caught:
+        registry.detect(config, [])
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("method", sorted(registry.REFUSED))
+def test_known_methods_are_refused_by_name(method: str) -> None:
+    with pytest.raises(Unsupported) as caught:
+        registry.detect({"quant_method": method}, ["m.weight"])
+    assert caught.value.code == "quant-method" and registry.REFUSED[method] in caught.value.message and caught.value.hint
+
+
+def test_an_unknown_method_lists_the_known_ones() -> None:
+    with pytest.raises(Unsupported) as caught:
+        registry.detect({"quant_method": "magic"}, ["m.weight"])
+    assert caught.value.code == "quant-method" and "aqlm" in str(caught.value.hint) and "gptq" in str(caught.value.hint)
