@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from qformats import registry
 from qformats.checkpoint import open_checkpoint
 from qformats.errors import Unsupported, WouldLose
 from qformats.formats.protocol import Target
+from qformats.scheme import Storage
 from qformats.tensor import QuantizedTensor
 
 Array = np.ndarray[Any, Any]
@@ -314,7 +316,10 @@ def test_every_storage_of_every_format_survives_a_record() -> None:
     for row in (row for row in registry.ROWS if row.writes and row.name != "hf"):
         form = registry.format_module(row.name)
         for kind in (kind for kind in row.types or (None,) if kind not in ("f32", "f16", "bf16")):
-            for storage in form.storages(Target(row.name, kind), float_scheme((256, 512))):
+            storages: list[Storage] = []
+            with suppress(Unsupported):  # a format without new codes
+                storages = form.storages(Target(row.name, kind), float_scheme((256, 512)))
+            for storage in storages:
                 assert storage_from_json(json.loads(json.dumps(storage_to_json(storage)))) == storage, (row.name, kind)
 
 
