@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from checkpoints import converted, load, planned
 
 from converters.jobs import Job
 from converters.verify import verify
+from qformats import registry
 from qformats.errors import QFormatError
 
 # the most that new codes of so many bits a weight may be off, relative to normal weights' root mean square
