@@ -147,7 +147,8 @@ def test_into_another(case: Case, checkpoint: Any, workshop: Workshop, figure: A
     folder, report = workshop.convert(source, case.to, **options(case))
     assert verify(source, folder, allow_pickle="-qmodel-" in case.name).ok
     kinds, worst = {line.name.removesuffix(".weight"): line.kind for line in report.tensors}, 0.0
-    owner, dtype = case.to.partition(":")[0], torch.bfloat16
+    owner = case.to.partition(":")[0]
+    dtype = torch.float16 if case.name.startswith("hqq") else torch.bfloat16  # what the parameters are stored in
     model = owners_model(folder, owner, dtype)
     logits = forward(model)  # compressed-tensors unpacks in the first pass
     with open_checkpoint(folder) as made:
