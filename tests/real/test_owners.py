@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes, HQQ, Quanto, torchao and compressed-tensors made themselves: into GGUF, into another format, and back.
+"""Checkpoints that bitsandbytes, HQQ, Quanto, torchao and compressed-tensors made themselves: into GGUF and into another format.
 
 The floats beside each checkpoint (``make_owner_checkpoints.py``) are the owner's own values of every quantized weight; what is exact has
 those numbers before the owner's last rounding, what has new codes is judged by the type's own rounding.
