@@ -209,7 +209,10 @@ def _of_type(kind: str, target: Target, scheme: Scheme, dtype: str) -> list[Stor
     if sym and asym:
         raise UsageError("option", "sym and asym exclude each other")
     forms = _forms(target, bits)
-    if forms == ("pack-quantized",) and rows != 1 and (asym or rows is not None):
+    clash = forms == ("pack-quantized",) and rows != 1 and (asym or rows is not None)
+    if clash and not target.options.keys() & {"group", "channel", "tensor", "block"}:  # the source's tiles, which nobody asked for
+        rows, group = 1, None if scheme.shape[-1] <= 128 else 128
+    elif clash:
         what = "one asymmetric scale" if rows is None else "tiles of several rows"
         raise UsageError("option", f"packed integers cannot have {what}", hint="use format=int or groups")
     packing = target.options.get("packing", "stream")

@@ -12,6 +12,7 @@ from checkpoints import DENSE, ENTRIES, PACKED, Tensors, array, converted, edit,
 from reference import expected_gguf, gguf_tensors, hf_values
 
 from converters.verify import verify
+from qformats.errors import BadFile
 
 EXACT = ("copied", "exact")
 
@@ -65,8 +66,8 @@ def test_a_dense_model_comes_back(path: str, work: Path) -> None:
     assert json.loads((back / "config.json").read_text()) == json.loads((source / "config.json").read_text())
 
 
-@pytest.mark.parametrize("bits", [0x7E01, 0x7C00, 0xFC00, 0x8000, 0x0001])
-def test_scales_that_are_not_numbers_are_kept_bit_for_bit(bits: int, work: Path, tmp_path: Path) -> None:
+def with_scale(bits: int, work: Path, tmp_path: Path) -> Path:
+    """A checkpoint one of whose scales has these bits."""
     source = Path(shutil.copytree(ready("gptq/4b-g32-sym", work), tmp_path / "source"))
     name = "model.layers.0.self_attn.v_proj.scales"
 
@@ -76,6 +77,19 @@ def test_scales_that_are_not_numbers_are_kept_bit_for_bit(bits: int, work: Path,
         put(tensors, name, values.view("<f2"))
 
     edit(source, change)
+    return source
+
+
+@pytest.mark.parametrize("bits", [0x7E01, 0x7C00, 0xFC00])
+def test_scales_that_are_not_numbers_are_refused(bits: int, work: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadFile, match="no finite number") as caught:
+        converted(with_scale(bits, work, tmp_path), tmp_path / "there.gguf", "gguf")
+    assert caught.value.code == "not-finite" and not (tmp_path / "there.gguf").exists()
+
+
+@pytest.mark.parametrize("bits", [0x8000, 0x0001])
+def test_negative_zero_and_the_smallest_scale_are_kept_bit_for_bit(bits: int, work: Path, tmp_path: Path) -> None:
+    source = with_scale(bits, work, tmp_path)
     converted(source, tmp_path / "there.gguf", "gguf", exact=True)
     converted(tmp_path / "there.gguf", tmp_path / "back", "gptq")
     assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")

@@ -43,9 +43,9 @@ EXACT = {
     "IQ1_S": ("Q6_K",),
     "IQ4_NL": ("IQ4_NL", "Q8_0"),
     "IQ4_XS": ("IQ4_XS",),
-    "MXFP4": ("MXFP4", "Q5_0", "Q8_0"),
+    "MXFP4": ("MXFP4", "Q5_0", "Q5_1", "Q8_0"),
     "NVFP4": ("NVFP4",),
-    "Q1_0": ("Q1_0", "Q2_0", "Q4_0", "Q5_0", "Q8_0"),
+    "Q1_0": ("Q1_0", "Q2_0", *LEGACY),
     "Q2_0": ("Q2_0", *LEGACY),
     "TQ1_0": ("TQ1_0", "TQ2_0", "Q2_0", *LEGACY, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     "TQ2_0": ("Q2_0", *LEGACY, "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),  # random blocks hold a code 3, which TQ1_0 lacks
@@ -55,8 +55,8 @@ CODES_EXACT = {
     "Q5_K": ("Q5_1",),
     "IQ2_XXS": ("Q8_0",),
     "IQ3_XXS": ("Q8_0",),
-    "IQ3_S": ("Q5_0", "Q8_0"),
-    "IQ1_S": ("Q5_0", "Q8_0"),
+    "IQ3_S": ("Q5_0", "Q5_1", "Q8_0"),
+    "IQ1_S": ("Q5_0", "Q5_1", "Q8_0"),
     "IQ4_XS": ("IQ4_NL", "Q8_0"),
 }
 
