@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# torch's matrix tiles (AMX) must stay unused: llama.cpp configures those of a thread once and dies where another library changed them
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+
 import llamacpp
 import pytest
 from lab import CHECKPOINTS, LAB, MODELS, checkpoint_python, log_tail, owners_python, why_missing
