@@ -34,45 +34,44 @@ OWNERS = {"bnb": "bitsandbytes", "hqq": "hqq", "quanto": "quanto", "torchao": "t
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, a target, the worst kind that a linear weight may become, and whether it is in the quick tier."""
+    """A checkpoint, a target, and the worst kind that a linear weight may become."""
 
     name: str
     to: str
     kind: str
-    often: bool = False  # one of the first to run by hand
 
     def param(self) -> Any:
         return pytest.param(self, marks=pytest.mark.real_full, id=f"{self.name} {self.to}")
 
 
 INTO_GGUF = (
-    Case("bnb-nf4-slice", "gguf:q8_0", "requantized", True), Case("bnb-nf4-double-slice", "gguf:q8_0", "requantized"),
+    Case("bnb-nf4-slice", "gguf:q8_0", "requantized"), Case("bnb-nf4-double-slice", "gguf:q8_0", "requantized"),
     Case("bnb-fp4-slice", "gguf:q8_0", "requantized"), Case("bnb-nf4-wide", "gguf:q6_k", "requantized"),
-    Case("bnb-int8-slice", "gguf", "codes-exact", True), Case("bnb-nf4-double-whole", "gguf:q8_0", "requantized"),
-    Case("hqq-4-g64-ax1-slice", "gguf", "codes-exact", True), Case("hqq-3-g64-ax1-slice", "gguf", "codes-exact"),
+    Case("bnb-int8-slice", "gguf", "codes-exact"), Case("bnb-nf4-double-whole", "gguf:q8_0", "requantized"),
+    Case("hqq-4-g64-ax1-slice", "gguf", "codes-exact"), Case("hqq-3-g64-ax1-slice", "gguf", "codes-exact"),
     Case("hqq-4-g64-ax0-slice", "gguf:q8_0", "requantized"), Case("hqq-qmodel-4-g64-ax1-slice", "gguf", "codes-exact"),
     Case("hqq-4-g64-ax1-whole", "gguf", "codes-exact"), Case("hqq-4-g64-ax1-wide", "gguf:q6_k", "requantized"),
-    Case("quanto-qint8-slice", "gguf", "codes-exact"), Case("quanto-qint4-slice", "gguf", "codes-exact", True),
+    Case("quanto-qint8-slice", "gguf", "codes-exact"), Case("quanto-qint4-slice", "gguf", "codes-exact"),
     Case("quanto-qfloat8-slice", "gguf:q8_0", "requantized"), Case("quanto-qint4-whole", "gguf", "codes-exact"),
-    Case("torchao-int8-slice", "gguf", "codes-exact"), Case("torchao-int4-g32-slice", "gguf", "codes-exact", True),
-    Case("torchao-int4-g64-asym-slice", "gguf", "codes-exact"), Case("torchao-fp8-slice", "gguf:q8_0", "requantized", True),
+    Case("torchao-int8-slice", "gguf", "codes-exact"), Case("torchao-int4-g32-slice", "gguf", "codes-exact"),
+    Case("torchao-int4-g64-asym-slice", "gguf", "codes-exact"), Case("torchao-fp8-slice", "gguf:q8_0", "requantized"),
     Case("torchao-int4-g32-whole", "gguf", "codes-exact"), Case("torchao-fp8-wide", "gguf:q6_k", "requantized"),
-    Case("ct-nvfp4-slice", "gguf", "codes-exact", True), Case("ct-mxfp4-slice", "gguf", "exact", True),
+    Case("ct-nvfp4-slice", "gguf", "codes-exact"), Case("ct-mxfp4-slice", "gguf", "exact"),
     Case("ct-fp8-block-slice", "gguf:q8_0", "requantized"), Case("ct-w8a8-slice", "gguf", "codes-exact"),
     Case("ct-nvfp4-whole", "gguf", "codes-exact"),
 )  # fmt: skip
 INTO_ANOTHER = (
     Case("bnb-nf4-slice", "fp8:fp8,block=64x64", "requantized"), Case("bnb-nf4-double-slice", "torchao:int8", "requantized"),
-    Case("bnb-fp4-slice", "compressed-tensors:int8", "requantized"), Case("bnb-int8-slice", "torchao", "codes-exact", True),
-    Case("hqq-4-g64-ax1-slice", "torchao", "codes-exact", True), Case("hqq-3-g64-ax1-slice", "torchao", "codes-exact"),
+    Case("bnb-fp4-slice", "compressed-tensors:int8", "requantized"), Case("bnb-int8-slice", "torchao", "codes-exact"),
+    Case("hqq-4-g64-ax1-slice", "torchao", "codes-exact"), Case("hqq-3-g64-ax1-slice", "torchao", "codes-exact"),
     Case("hqq-4-g64-ax0-slice", "bitsandbytes:nf4", "requantized"), Case("hqq-qmodel-4-g64-ax1-slice", "torchao", "codes-exact"),
-    Case("quanto-qint8-slice", "compressed-tensors", "exact"), Case("quanto-qint4-slice", "hqq", "codes-exact", True),
-    Case("quanto-qfloat8-slice", "torchao", "exact"), Case("torchao-int8-slice", "compressed-tensors", "exact", True),
-    Case("torchao-int4-g32-slice", "compressed-tensors", "exact"), Case("torchao-fp8-slice", "quanto", "exact", True),
-    Case("torchao-fp8-slice", "compressed-tensors", "exact"), Case("torchao-int8-slice", "bitsandbytes", "codes-exact", True),
-    Case("ct-fp8-block-slice", "fp8", "exact", True), Case("ct-w8a8-slice", "bitsandbytes", "codes-exact"),
+    Case("quanto-qint8-slice", "compressed-tensors", "exact"), Case("quanto-qint4-slice", "hqq", "codes-exact"),
+    Case("quanto-qfloat8-slice", "torchao", "exact"), Case("torchao-int8-slice", "compressed-tensors", "exact"),
+    Case("torchao-int4-g32-slice", "compressed-tensors", "exact"), Case("torchao-fp8-slice", "quanto", "exact"),
+    Case("torchao-fp8-slice", "compressed-tensors", "exact"), Case("torchao-int8-slice", "bitsandbytes", "codes-exact"),
+    Case("ct-fp8-block-slice", "fp8", "exact"), Case("ct-w8a8-slice", "bitsandbytes", "codes-exact"),
     Case("ct-w8a8-slice", "torchao", "exact"), Case("ct-nvfp4-slice", "torchao", "codes-exact"),
-    Case("ct-mxfp4-slice", "torchao", "exact", True), Case("torchao-int8-whole", "compressed-tensors", "exact"),
+    Case("ct-mxfp4-slice", "torchao", "exact"), Case("torchao-int8-whole", "compressed-tensors", "exact"),
 )  # fmt: skip
 LOSSES = ("copied", "exact", "dequantized", "codes-exact", "requantized")
 

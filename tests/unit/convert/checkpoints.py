@@ -16,6 +16,7 @@ from converters.execute import execute
 from converters.options import PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from qformats import registry
+from qformats.checkpoint import PROVENANCE_KEY, open_checkpoint
 from qformats.containers.gguf import TensorInfo, Value, layout_gguf
 
 FIXTURES = Path(__file__).parents[3] / "fixtures"
@@ -126,6 +127,20 @@ def digest(path: Path) -> str:
 
 def names_in(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir())
+
+
+def stripped_gguf(origin: Path, output: Path) -> Path:
+    """The same file without its record."""
+    with open_checkpoint(origin) as opened:
+        metadata = {k: v for k, v in opened.metadata.items() if k != PROVENANCE_KEY}
+        infos = [TensorInfo(t.name, t.dtype, t.shape) for t in opened.raw.values()]
+        layout = layout_gguf(metadata, infos)
+        data = bytearray(layout.size)
+        data[: len(layout.header)] = layout.header
+        for name, raw in opened.raw.items():
+            data[layout.offsets[name] : layout.offsets[name] + raw.nbytes] = raw.read()
+    output.write_bytes(bytes(data))
+    return output
 
 
 def float_gguf(path: Path, arrays: dict[str, np.ndarray[Any, Any]]) -> Path:

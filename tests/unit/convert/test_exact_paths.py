@@ -10,8 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from builder import Llama
-from checkpoints import converted
-from test_verify import stripped_gguf
+from checkpoints import converted, stripped_gguf
 
 from converters.jobs import storage_from_json, storage_to_json
 from qformats.formats.ggml import BLOCK_TYPES

@@ -8,27 +8,24 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import walk
 from builder import Llama
-from checkpoints import DENSE, ENTRIES, PACKED, converted, edit_json, load, planned, ready
+from checkpoints import DENSE, ENTRIES, PACKED, converted, edit_json, load, ready, stripped_gguf
 from reference import Packed, expected_gguf, floats, gguf_tensors, hf_values
-from test_verify import stripped_gguf
 
-from converters.plan import Plan
 from converters.verify import verify
-from qformats.errors import QFormatError
 
 TABLE: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("pairs.json").read_text())
 TARGETS = ("gptq", "gptq:int8", "awq", "awq:int4,version=gemv", "gguf", "gguf:q4_0", "gguf:q4_1", "gguf:q5_0", "gguf:q5_1", "gguf:q8_0",
            "gguf:q4_k", "gguf:f16", "gguf:bf16", "hf", "hf:f16")  # fmt: skip
 GGUF_TYPES = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "f16", "bf16", "f32")
 SOURCES = (*PACKED, *DENSE, *(f"made/gguf-{kind}" for kind in GGUF_TYPES))
-ASKS = "needs --allow-requantize or a named type"
+MATRICES = (*walk.LINEAR, "output")
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +44,6 @@ def source_of(name: str, work: Path) -> Path:
     return made
 
 
-def summary(plan: Plan) -> str:
-    """Kinds and types of the linear weights and the head, with a mark where consent is needed."""
-    matrices = [j for j in plan.jobs if j.map.leaf == "weight" and len(j.map.shape) > 1 and j.map.kind in ("linear", "experts", "output")]
-    counts = Counter(f"{job.kind} {job.type}" for job in matrices)
-    asks = ", asks" if any(ASKS in job.notes for job in plan.jobs) else ""
-    return ", ".join(sorted(counts)) + asks
-
-
-def outcome(source: Path, to: str) -> str:
-    try:
-        plan = planned(source, to)
-    except QFormatError as error:
-        return f"refused: {error.code}"
-    plan.checkpoint.close()
-    return summary(plan)
-
-
 def test_the_table_is_complete() -> None:
     assert set(TABLE) == set(SOURCES) and all(set(row) == set(TARGETS) for row in TABLE.values())
 
@@ -71,7 +51,7 @@ def test_the_table_is_complete() -> None:
 @pytest.mark.parametrize("name", SOURCES)
 def test_kinds_of_every_pair(name: str, work: Path) -> None:
     source = source_of(name, work)
-    assert {to: outcome(source, to) for to in TARGETS} == TABLE[name]
+    assert {to: walk.outcome(source, to, MATRICES) for to in TARGETS} == TABLE[name]
 
 
 # ---------------------------------------------------------------- exact pairs, on values

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from checkpoints import converted, header, load, planned, ready, store
+from checkpoints import converted, header, load, planned, ready, store, stripped_gguf
 
 from converters.digests import DIGESTS_KEY
 from converters.verify import VerifyResult, verify
 from qformats.checkpoint import PROVENANCE_KEY, open_checkpoint
-from qformats.containers.gguf import TensorInfo, layout_gguf
 from qformats.errors import BadFile, Mismatch, QFormatError
 
 SYM, ASYM = "gptq/4b-g32-sym", "gptq/4b-g32-asym-v1"
@@ -212,20 +211,6 @@ def test_the_place_of_a_difference_is_named(work: Path, source: Path, tmp_path: 
 
 
 # ---------------------------------------------------------------- without a record
-
-
-def stripped_gguf(origin: Path, output: Path) -> Path:
-    """The same file without its record."""
-    with open_checkpoint(origin) as opened:
-        metadata = {k: v for k, v in opened.metadata.items() if k != PROVENANCE_KEY}
-        infos = [TensorInfo(t.name, t.dtype, t.shape) for t in opened.raw.values()]
-        layout = layout_gguf(metadata, infos)
-        data = bytearray(layout.size)
-        data[: len(layout.header)] = layout.header
-        for name, raw in opened.raw.items():
-            data[layout.offsets[name] : layout.offsets[name] + raw.nbytes] = raw.read()
-    output.write_bytes(bytes(data))
-    return output
 
 
 def stripped_directory(origin: Path, output: Path) -> Path:

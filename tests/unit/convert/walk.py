@@ -18,17 +18,16 @@ import numpy as np
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
 
-from checkpoints import FIXTURES, Tensors, header, load, planned, ready, store  # noqa: E402
+from checkpoints import FIXTURES, Tensors, header, load, planned, ready, store, stripped_gguf  # noqa: E402
 
 from converters.execute import execute  # noqa: E402
 from converters.plan import Plan  # noqa: E402
 from qformats import registry  # noqa: E402
-from qformats.checkpoint import PROVENANCE_KEY, open_checkpoint  # noqa: E402
-from qformats.containers.gguf import TensorInfo, layout_gguf  # noqa: E402
 from qformats.errors import QFormatError  # noqa: E402
 
 KINDS = Path(__file__).parents[3] / "docs" / "kinds.json"
 GGUF = ("q4_0", "q4_1", "q5_0", "q8_0", "q4_k", "q6_k", "iq4_nl", "mxfp4", "nvfp4", "tq2_0", "f16")
+LINEAR = ("linear", "experts")
 ASKS = "needs --allow-requantize or a named type"
 HIDDEN, INNER, HEADS, KV = 256, 512, 4, 2
 TARGETS = tuple(row.name for row in registry.ROWS if row.writes)
@@ -91,32 +90,24 @@ def stripped(made: Path, out: Path) -> Path:
         for file in out.glob("*.safetensors"):
             store(file, load(file), {k: v for k, v in header(file)["__metadata__"].items() if not k.startswith("qformats")})
         return out
-    with open_checkpoint(made) as opened:
-        metadata = {k: v for k, v in opened.metadata.items() if k != PROVENANCE_KEY}
-        layout = layout_gguf(metadata, [TensorInfo(t.name, t.dtype, t.shape) for t in opened.raw.values()])
-        data = bytearray(layout.size)
-        data[: len(layout.header)] = layout.header
-        for name, raw in opened.raw.items():
-            data[layout.offsets[name] : layout.offsets[name] + raw.nbytes] = raw.read()
-    out.write_bytes(bytes(data))
-    return out
+    return stripped_gguf(made, out)
 
 
-def summary(plan: Plan) -> str:
-    """Kind and type of the linear weights, with a mark where consent is needed."""
-    matrices = [j for j in plan.jobs if j.map.leaf == "weight" and len(j.map.shape) > 1 and j.map.kind in ("linear", "experts")]
+def summary(plan: Plan, kinds: tuple[str, ...] = LINEAR) -> str:
+    """Kind and type of the matrices of these kinds, with a mark where consent is needed."""
+    matrices = [j for j in plan.jobs if j.map.leaf == "weight" and len(j.map.shape) > 1 and j.map.kind in kinds]
     counts = Counter(f"{job.kind} {job.type}" for job in matrices)
     asks = ", asks" if any(ASKS in job.notes for job in plan.jobs) else ""
     return ", ".join(sorted(counts)) + asks
 
 
-def outcome(source: Path, target: str) -> str:
+def outcome(source: Path, target: str, kinds: tuple[str, ...] = LINEAR) -> str:
     try:
         plan = planned(source, target)
     except QFormatError as error:
         return f"refused: {error.code}"
     plan.checkpoint.close()
-    return summary(plan)
+    return summary(plan, kinds)
 
 
 def row_of(name: str, directory: Path) -> dict[str, str]:
