@@ -21,6 +21,7 @@ from converters.jobs import Job
 from converters.verify import verify
 from qformats import registry
 from qformats.errors import QFormatError
+from qformats.scheme import Integer
 
 # the most that new codes of so many bits a weight may be off, relative to normal weights' root mean square
 WORST = ((1.9, 1.3), (2.9, 0.8), (3.9, 0.35), (5.0, 0.2), (6.0, 0.1), (7.5, 0.06), (33.0, 0.06))
@@ -77,5 +78,8 @@ def limit_of(job: Job) -> float:
         return 0.0
     if job.kind == "codes-exact":
         return STORED_ROUNDING
-    bits = 32.0 if job.storage is None else job.storage.bits_per_weight
+    if job.storage is None:
+        return WORST[-1][1]
+    grid, bits = job.storage.grid, job.storage.bits_per_weight
+    bits = min(bits, grid.bits) if isinstance(grid, Integer) else bits  # torchao keeps 4-bit codes in bytes
     return next(limit for width, limit in WORST if bits < width)
