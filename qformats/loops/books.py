@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from qformats.loops.compiled import compiled
+from qformats.loops.lookups import LANES, look_up
 
 __all__ = ["DEQUANTIZE", "pack_pairs", "unpack_pairs"]
 
 Array = np.ndarray[Any, Any]
-u8, u16, u32, u64, i32, f32 = np.uint8, np.uint16, np.uint32, np.uint64, np.int32, np.float32
+u8, u32, f32 = np.uint8, np.uint32, np.float32
 _HALF, _ONE = f32(0.5), u32(1)
 
 
@@ -39,9 +40,10 @@ def pack_pairs(codes: Array, packed: Array) -> None:
 @compiled
 def _to_bfloat16(table: Array, scale: Any, line: Array) -> None:
     """The bits of each table entry times ``scale``, rounded to float32 and then to bfloat16."""
-    for c in range(16):
+    for c in range(len(line)):  # not the number 16: the loop would be unrolled and then not vectorized
         bits = f32(table[c] * scale).view(u32)
-        line[c] = u32(u32(bits + u32(0x7FFF)) + u32(u32(bits >> u32(16)) & _ONE)) >> u32(16)
+        even = u32(u32(bits >> u32(16)) & _ONE)
+        line[c] = u32(u32(u32(bits + u32(0x7FFF)) + even) >> u32(16))
 
 
 @compiled
@@ -58,18 +60,15 @@ def _to_float16(table: Array, scale: Any, line: Array) -> None:
 
 
 @compiled
-def _four(line: Array, at: int) -> Any:
-    """Four 16-bit numbers as one word, the first lowest."""
-    low, high = u64(line[at]) | u64(u64(line[at + 1]) << u64(16)), u64(line[at + 2]) | u64(u64(line[at + 3]) << u64(16))
-    return u64(low | u64(high << u64(32)))
-
-
-@compiled
-def _look(code: Any, w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
-    """The 16-bit number of ``code`` out of four words: a shift by a variable runs in SIMD lanes, a load does not."""
-    low, high = (w1 if code & u64(4) else w0), (w3 if code & u64(4) else w2)
-    held = high if code & u64(8) else low
-    return u64(u64(held >> u64(u64(code & u64(3)) << u64(4))) & u64(0xFFFF))
+def _pairs(packed: Array, first: int, last: int, line: Array, out: Array) -> None:
+    """Both numbers of each of the bytes ``first:last`` under one scale, ``line`` uint32 (16,), as one word: the first in the low half."""
+    i = first
+    while i + LANES <= last:
+        look_up(packed, i, line, out)
+        i += LANES
+    while i < last:
+        out[i] = line[packed[i] >> u8(4)] | u32(line[packed[i] & u8(15)] << u32(16))
+        i += 1
 
 
 @compiled
@@ -78,12 +77,7 @@ def _bfloat16(packed: Array, scale: Array, table: Array, out: Array, width: int)
     line = np.empty(16, u32)
     for b in range(len(scale)):
         _to_bfloat16(table, scale[b], line)
-        w0, w1, w2, w3 = _four(line, 0), _four(line, 4), _four(line, 8), _four(line, 12)
-        pairs, target = packed[b * width : (b + 1) * width], out[b * width : (b + 1) * width]
-        for i in range(len(pairs)):
-            byte = u64(pairs[i])
-            even, odd = _look(u64(byte >> u64(4)), w0, w1, w2, w3), _look(u64(byte & u64(15)), w0, w1, w2, w3)
-            target[i] = u32(even | u64(odd << u64(16)))
+        _pairs(packed, b * width, min((b + 1) * width, len(packed)), line, out)
 
 
 @compiled
@@ -92,12 +86,7 @@ def _float16(packed: Array, scale: Array, table: Array, out: Array, width: int) 
     line = np.empty(16, u32)
     for b in range(len(scale)):
         _to_float16(table, scale[b], line)
-        w0, w1, w2, w3 = _four(line, 0), _four(line, 4), _four(line, 8), _four(line, 12)
-        pairs, target = packed[b * width : (b + 1) * width], out[b * width : (b + 1) * width]
-        for i in range(len(pairs)):
-            byte = u64(pairs[i])
-            even, odd = _look(u64(byte >> u64(4)), w0, w1, w2, w3), _look(u64(byte & u64(15)), w0, w1, w2, w3)
-            target[i] = u32(even | u64(odd << u64(16)))
+        _pairs(packed, b * width, min((b + 1) * width, len(packed)), line, out)
 
 
 @compiled

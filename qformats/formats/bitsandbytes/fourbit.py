@@ -24,6 +24,7 @@ learned codebook: its kernels ignore the stored map of the codes (not that of ab
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from math import gcd, prod
 from typing import TYPE_CHECKING, Any
@@ -65,6 +66,7 @@ ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP = "weight.absmax", "weight.quant_map", "w
 SUFFIXES = frozenset({ABSMAX, MAP, NESTED_ABSMAX, NESTED_MAP, f"{STATE}nf4", f"{STATE}fp4"})
 STORAGE_DTYPES = {"uint8": "U8", "int8": "I8", "float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
 _ITEMSIZE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_HELD_NBYTES = 1 << 18
 _PADDING = {"nf4": 7, "fp4": 0}  # the code after the last where their number is odd: that of 0.0
 
 
@@ -240,13 +242,20 @@ def _codes(module: Module, state: State, start: int, stop: int) -> Array:
     return out[skip : skip + last - first].reshape(stop - start, state.shape[1])
 
 
-def _block_index(state: State, start: int, stop: int) -> Array:
-    """The block of every run of rows ``start:stop``, int64 (stop - start, runs of a row)."""
+def _block_index(state: State, start: int, stop: int, step: int = 1) -> Array:
+    """The block of every ``step``-th run of rows ``start:stop``, int64 (stop - start, runs of a row / step)."""
     import numpy as np
 
     run, count = _runs(state.shape, state.blocksize)
     rows = np.arange(start, stop, dtype=np.int64)[:, None] * state.shape[1]
-    return (rows + np.arange(count, dtype=np.int64) * run) // state.blocksize
+    return (rows + np.arange(0, count, step, dtype=np.int64) * run) // state.blocksize
+
+
+def _spread(raw: RawTensor, index: Array, read: Callable[[RawTensor, int, int], Array]) -> Array:
+    """The entries of ``raw`` that ``index``, ascending, names; as they come where each is named once."""
+    first, last = int(index[0, 0]), int(index[-1, -1]) + 1
+    found = read(raw, first, last)
+    return found.reshape(index.shape) if index.size == last - first else found[index - first]
 
 
 def _scale(module: Module, state: State, start: int, stop: int) -> Param:
@@ -256,16 +265,13 @@ def _scale(module: Module, state: State, start: int, stop: int) -> Param:
     from qformats.tensor import Param, QuantizedTensor
 
     index = _block_index(state, start, stop)
-    first, last = int(index[0, 0]), int(index[-1, -1]) + 1
     run, raw = _runs(state.shape, state.blocksize)[0], module.parts[ABSMAX]
     if not state.nested:
-        plain = _floats(raw, first, last)
-        return Param(torch.from_numpy(plain[index - first]), Tile((1, run)))
-    codes = torch.from_numpy(_bytes(raw, first, last)[index - first])
+        return Param(torch.from_numpy(_spread(raw, index, _floats)), Tile((1, run)))
+    codes = torch.from_numpy(_spread(raw, index, _bytes))
     step = _outer_run(state.shape, state)
-    outer = index[:, ::step] // state.nested_blocksize
-    low, high = int(outer[0, 0]), int(outer[-1, -1]) + 1
-    scales = torch.from_numpy(_floats(module.parts[NESTED_ABSMAX], low, high)[outer - low])
+    outer = _block_index(state, start, stop, step) // state.nested_blocksize
+    scales = torch.from_numpy(_spread(module.parts[NESTED_ABSMAX], outer, _floats))
     grid = _grid(module, NESTED_MAP, "dynamic")
     book = _book(module, NESTED_MAP) if isinstance(grid, Learned) else None
     inner = (stop - start, index.shape[1])
@@ -320,14 +326,33 @@ def dequantize(module: Module, start: int, stop: int | None, dtype: torch.dtype)
     run = _runs(state.shape, state.blocksize)[0]
     if loops is None or run % 2 or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
-    param = _scale(module, state, start, stop)
-    scale = param.real().high.to(torch.float32).reshape(-1).numpy() if state.nested else param.values.reshape(-1).numpy()  # type: ignore[union-attr]
-    first, last = start * state.shape[1], stop * state.shape[1]
-    table = module.parts[MAP].array()
-    packed = _bytes(module.parts["weight"], first // 2, last // 2)
-    out = np.empty((stop - start) * state.shape[1], np.float32 if dtype == torch.float32 else np.uint16)  # on huge pages, unlike torch's
-    loops.DEQUANTIZE[str(dtype).removeprefix("torch.")](packed, np.ascontiguousarray(scale), table, out, run // 2)
+    scale, table, raw = _multipliers(module, state, start, stop), module.parts[MAP].array(), module.parts["weight"]
+    loop, width = loops.DEQUANTIZE[str(dtype).removeprefix("torch.")], run // 2
+    first, count = start * state.shape[1] // 2, (stop - start) * state.shape[1] // 2
+    out = np.empty(2 * count, np.float32 if dtype == torch.float32 else np.uint16)  # on huge pages, unlike torch's
+    step = max(1, _HELD_NBYTES // width) * width
+    held = np.empty(min(step, count), np.uint8)  # a few bytes at a time, which stay in a core's cache
+    for at in range(0, count, step):
+        packed = held[: min(step, count - at)]
+        raw.source.pread_into(raw.offset + first + at, packed.data)
+        loop(packed, scale[at // width : -(-(at + len(packed)) // width)], table, out[2 * at : 2 * (at + len(packed))], width)
     return torch.from_numpy(out).view(dtype).reshape(stop - start, state.shape[1])
+
+
+def _multipliers(module: Module, state: State, start: int, stop: int) -> Array:
+    """The scales of rows ``start:stop`` as float32 (runs,): under double quantization each product and sum of ``_scale`` rounded."""
+    index, raw = _block_index(state, start, stop), module.parts[ABSMAX]
+    if not state.nested:
+        return _spread(raw, index, _floats).reshape(-1)
+    import numpy as np
+
+    step = _outer_run(state.shape, state)
+    outer = _spread(module.parts[NESTED_ABSMAX], _block_index(state, start, stop, step) // state.nested_blocksize, _floats)
+    values = module.parts[NESTED_MAP].array()[_spread(raw, index, _bytes)].reshape(-1, step)
+    values *= outer.reshape(-1, 1)
+    values += np.float32(state.nested_offset)
+    made: Array = values.reshape(-1)
+    return made
 
 
 # ---------------------------------------------------------------- storages

@@ -42,22 +42,22 @@ def sources() -> list[str]:
     return found
 
 
-def dense(directory: Path) -> Path:
-    """A llama of one layer in bfloat16 with rows that every block divides."""
+def dense(directory: Path, hidden: int = HIDDEN, inner: int = INNER, head: int = HIDDEN // HEADS) -> Path:
+    """A llama of one layer in bfloat16 with rows that every block divides; once made, of whatever size."""
     out = directory / "dense"
     if out.exists():
         return out
     shutil.copytree(ready("dense/llama", directory), out)
     config = json.loads((out / "config.json").read_text())
-    config.update(hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=KV,
-                  head_dim=HIDDEN // HEADS)  # fmt: skip
+    config.update(hidden_size=hidden, intermediate_size=inner, num_hidden_layers=1, num_attention_heads=HEADS, num_key_value_heads=KV,
+                  head_dim=head)  # fmt: skip
     (out / "config.json").write_text(json.dumps(config))
-    shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (HIDDEN // 2, HIDDEN), "self_attn.v_proj": (HIDDEN // 2, HIDDEN),
-              "self_attn.o_proj": (HIDDEN, HIDDEN), "mlp.gate_proj": (INNER, HIDDEN), "mlp.up_proj": (INNER, HIDDEN),
-              "mlp.down_proj": (HIDDEN, INNER)}  # fmt: skip
+    shapes = {"self_attn.q_proj": (HEADS * head, hidden), "self_attn.k_proj": (KV * head, hidden), "self_attn.v_proj": (KV * head, hidden),
+              "self_attn.o_proj": (hidden, HEADS * head), "mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden),
+              "mlp.down_proj": (hidden, inner)}  # fmt: skip
     names = {f"model.layers.0.{leaf}.weight": shape for leaf, shape in shapes.items()}
-    names |= {"model.embed_tokens.weight": (config["vocab_size"], HIDDEN), "lm_head.weight": (config["vocab_size"], HIDDEN)}
-    names |= {f"model.{leaf}.weight": (HIDDEN,) for leaf in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm")}
+    names |= {"model.embed_tokens.weight": (config["vocab_size"], hidden), "lm_head.weight": (config["vocab_size"], hidden)}
+    names |= {f"model.{leaf}.weight": (hidden,) for leaf in ("norm", "layers.0.input_layernorm", "layers.0.post_attention_layernorm")}
     rng, tensors = np.random.default_rng(0), Tensors()
     for name, shape in names.items():
         values = np.ones(shape) if len(shape) == 1 else rng.standard_normal(shape) * 0.02
