@@ -32,16 +32,20 @@ __all__ = [
     "AWQ_REVERSE",
     "PLANES",
     "inverse_order",
+    "pack_bytes",
     "pack_columns",
     "pack_interleaved",
+    "pack_pairs",
     "pack_planar_columns",
     "pack_planar_rows",
     "pack_rows",
     "pack_stream",
     "pack_words",
     "reorder",
+    "unpack_bytes",
     "unpack_columns",
     "unpack_interleaved",
+    "unpack_pairs",
     "unpack_planar_columns",
     "unpack_planar_rows",
     "unpack_rows",
@@ -207,6 +211,52 @@ def pack_rows(codes: Array, bits: int, word_bits: int = 32) -> Array:
     out = np.empty((rows, count * bits // 32), np.uint32)
     loops.pack_rows(np.ascontiguousarray(codes).view(np.uint64), bits, out)
     return out.view(np.int32)
+
+
+def unpack_bytes(packed: Array, bits: int) -> Array:
+    """Bytes (n, W) of whole values of 1, 2 or 4 bits, the first in the low bits -> uint8 codes (n, 8 W / bits)."""
+    import numpy as np
+
+    count = packed.shape[1] * 8 // bits
+    if packed.shape[1] % 4 or not packed.size:
+        return unpack_stream(_as_tensor(packed), bits, count).numpy()
+    return unpack_rows(np.ascontiguousarray(packed).view(np.uint32), bits, count)
+
+
+def pack_bytes(codes: Array, bits: int) -> Array:
+    """uint8 codes (n, count) of 1, 2 or 4 bits -> bytes (n, count * bits / 8): the inverse of ``unpack_bytes``."""
+    import numpy as np
+
+    word = 8 if codes.shape[1] * bits % 32 else 32
+    packed = pack_rows(codes, bits) if word == 32 else pack_stream(_as_tensor(codes), bits, word).numpy()
+    array: Array = packed.view(np.uint8)
+    return array
+
+
+def unpack_pairs(packed: Array) -> Array:
+    """Bytes (n, K / 2) of two four-bit codes, the first in the low half -> uint8 codes (n, K)."""
+    import numpy as np
+
+    if packed.shape[1] % 4 == 0 and _loops() is not None:
+        return unpack_bytes(packed, 4)
+    out = np.empty((*packed.shape, 2), np.uint8)
+    np.bitwise_and(packed.view(np.uint8), 15, out=out[..., 0])
+    np.right_shift(packed.view(np.uint8), 4, out=out[..., 1])
+    return out.reshape(packed.shape[0], -1)
+
+
+def pack_pairs(codes: Array) -> Array:
+    """uint8 or int8 codes (n, K), of which the low four bits count -> uint8 (n, K / 2), the first of two in the low half."""
+    import numpy as np
+
+    fields = np.ascontiguousarray(codes).view(np.uint8)
+    loops = _loops()
+    packed = np.empty((len(fields), fields.shape[1] // 2), np.uint8)
+    if loops is not None:
+        loops.pack_pairs(fields, packed)
+    else:
+        np.bitwise_or(fields[:, 0::2] & 15, fields[:, 1::2] << 4, out=packed)
+    return packed
 
 
 def unpack_words(words: Array, bits: int, count: int) -> Array:

@@ -130,6 +130,18 @@ class Real:
         wide = values.to(torch.float64)
         return cls(wide, None, _extent(values, wide))
 
+    def measured(self) -> Real:
+        """The same with its extent narrowed to what its largest and smallest numbers say."""
+        if self.extent is None:
+            return self
+        size = self.high.abs()
+        size = size[torch.isfinite(size) & (size > 0)]
+        if not size.numel():
+            return Real(self.high, self.low, Extent(0, 0, 0))
+        low, high = (int(torch.frexp(end).exponent) for end in size.aminmax())
+        unit = max(self.extent.unit, low - self.extent.bits)
+        return Real(self.high, self.low, Extent(min(self.extent.bits, high - unit), unit, high))
+
     @classmethod
     def _normal(cls, value: Tensor, error: Tensor) -> Real:
         """``value + error`` with the larger part first; an infinity, a NaN or a signed zero in ``value`` is kept as it is."""
@@ -141,13 +153,13 @@ class Real:
         return cls(torch.where(exact, value, high), torch.where(exact, 0.0, low))
 
     def __add__(self, other: Real) -> Real:
-        if self.extent is not None and other.extent is not None and (extent := self.extent.plus(other.extent)).fits:
+        if (extent := _fitting(self, other, Extent.plus)) is not None:
             return Real(self.high + other.high, None, extent)
         s, e = _two_sum(self.high, other.high)
         return self._normal(s, _sum_to_odd([e, *(low for low in (self.low, other.low) if low is not None)]))
 
     def __mul__(self, other: Real) -> Real:
-        if self.extent is not None and other.extent is not None and (extent := self.extent.times(other.extent)).fits:
+        if (extent := _fitting(self, other, Extent.times)) is not None:
             return Real(self.high * other.high, None, extent)
         p, e = _two_product(self.high, other.high)
         small = [e]
@@ -173,6 +185,19 @@ class Real:
     def map(self, function: Callable[..., Tensor]) -> Real:
         """Apply an operation on shapes or signs (indexing, expansion) to both parts."""
         return Real(function(self.high), None if self.low is None else function(self.low), self.extent)
+
+
+def _fitting(a: Real, b: Real, grow: Callable[[Extent, Extent], Extent]) -> Extent | None:
+    """The extent of what comes of two numbers, looked at if need be; None where it does not fit float64, or is not known."""
+    if a.extent is None or b.extent is None:
+        return None
+    extent = grow(a.extent, b.extent)
+    if extent.fits:
+        return extent
+    first, second = a.measured().extent, b.measured().extent
+    assert first is not None and second is not None
+    extent = grow(first, second)
+    return extent if extent.fits else None
 
 
 def product(start: Real, factors: Iterable[tuple[Real, bool]]) -> Real:

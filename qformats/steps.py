@@ -279,24 +279,11 @@ def _extents(runs: _Runs, factors: list[Real]) -> list[Extent] | None:
     found = [extent]
     for real, grow in ((runs.zero, Extent.plus), *((factor, Extent.times) for factor in factors), (runs.offset, Extent.plus)):
         if real is not None:
-            other = _measured(real)
+            other = real.measured().extent
             if other is None:
                 return None
             found.append(grow(found[-1], other))
     return found
-
-
-def _measured(real: Real) -> Extent | None:
-    """A plane's extent, narrowed to what its largest and smallest numbers say."""
-    if real.extent is None:
-        return None
-    size = real.high.abs()
-    size = size[torch.isfinite(size) & (size > 0)]
-    if not size.numel():
-        return Extent(0, 0, 0)
-    low, high = (int(torch.frexp(end).exponent) for end in size.aminmax())
-    unit = max(real.extent.unit, low - real.extent.bits)
-    return Extent(min(real.extent.bits, high - unit), unit, high)
 
 
 def _exact_rows(runs: _Runs, planes: _Planes, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qformats.bits import pack_stream, unpack_stream
+from qformats.bits import pack_bytes, unpack_bytes
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import blank_codes
 from qformats.formats.planes import finite, integer_verdict, own_form, part, row_range
@@ -114,8 +114,8 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     shape = (stop - start, k)
     plane = blank_codes(shape).to(torch.int8 if bits == 8 else torch.uint8)
     if codes:
-        packed = torch.from_numpy(stored.row_range(start, stop))
-        plane = packed if bits == 8 else unpack_stream(packed, bits, k)
+        packed = stored.row_range(start, stop)
+        plane = torch.from_numpy(packed if bits == 8 else unpack_bytes(packed, bits))
     scale = finite(torch.from_numpy(scales.row_range(start, stop)), scales)
     held = Param(scale, Tile((1, k // scales.shape[1])))
     return QuantizedTensor(shape, plane, Integer(bits, signed=bits == 8), (held,), None if zero is None else constant(zero, shape))
@@ -149,8 +149,8 @@ def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[in
     own_form(storage, can_store(storage, tensor.scheme), NAME)
     bits = storage.integers.bits
     codes_leaf, scale_leaf = _LEAVES[bool(storage.options["embedding"])]
-    packed = tensor.codes.contiguous() if bits == 8 else pack_stream(tensor.codes, bits, 8)
-    array = packed.numpy() if bits == 8 else packed.numpy().view("u1")
+    array = tensor.codes.contiguous().numpy()
+    array = array if bits == 8 else pack_bytes(array, bits)
     return [Piece(codes_leaf, array, start), Piece(scale_leaf, tensor.scales[0].values.contiguous().numpy(), start)]  # type: ignore[union-attr]
 
 

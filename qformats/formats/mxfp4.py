@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qformats.bits import unpack_pairs
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
@@ -113,8 +114,8 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     shape = (stop - start, across * BLOCK)
     exponents = QuantizedTensor((shape[0], across), torch.from_numpy(scales.row_range(start, stop)), Float("e8m0"))
     if codes:
-        packed = torch.from_numpy(blocks.row_range(start * across, stop * across))  # (n * K/32, 16)
-        plane = torch.stack([packed & 15, packed >> 4], -1).reshape(shape)
+        packed = blocks.row_range(start * across, stop * across)  # (n * K/32, 16)
+        plane = torch.from_numpy(unpack_pairs(packed.reshape(shape[0], -1)))
     else:
         plane = torch.zeros((), dtype=torch.uint8).expand(shape)
     return QuantizedTensor(shape, plane, Float("e2m1"), (Param(exponents, Tile((1, BLOCK))),))

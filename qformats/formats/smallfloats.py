@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
+from qformats.bits import pack_pairs, unpack_pairs
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor
@@ -201,10 +202,9 @@ def read(weight: Weight, start: int = 0, stop: int | None = None, *, codes: bool
     scales = tuple(scale.param(weight.shape, start, stop) for scale in weight.scales)
     if not codes:
         return QuantizedTensor(shape, blank_codes(shape), weight.grid, scales)
-    plane = torch.from_numpy(raw.row_range(start, stop).view(np_uint8()))
-    if weight.packed:
-        plane = torch.stack([plane & 15, plane >> 4], -1).reshape(shape)  # (n, K/2) -> (n, K)
-    return QuantizedTensor(shape, plane, weight.grid, scales)
+    stored = raw.row_range(start, stop).view(np_uint8())
+    plane = unpack_pairs(stored) if weight.packed else stored  # (n, K/2) -> (n, K)
+    return QuantizedTensor(shape, torch.from_numpy(plane), weight.grid, scales)
 
 
 # ---------------------------------------------------------------- writing
@@ -236,11 +236,8 @@ def write_codes(storage: Storage, tensor: QuantizedTensor) -> Array:
     import torch
 
     assert isinstance(storage.grid, Float)
-    codes = tensor.codes.view(torch.uint8)
-    if storage.grid.name == "e2m1":
-        codes = codes[:, 0::2] | (codes[:, 1::2] << 4)
-    array: Array = codes.contiguous().numpy()
-    return array
+    codes: Array = tensor.codes.view(torch.uint8).contiguous().numpy()
+    return pack_pairs(codes) if storage.grid.name == "e2m1" else codes
 
 
 def scale_pieces(storage: Storage, tensor: QuantizedTensor, leaf: str, start: int, shape: tuple[int, ...]) -> list[Piece]:

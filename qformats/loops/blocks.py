@@ -1,20 +1,25 @@
 """Compiled loops over runs of codes in a row: their range, their relabelling, and the search for offsets that fp16 can hold.
 
 The definitions each must equal are in ``qformats.rewrite`` (``block_range``, ``flip_and_shift``) and ``qformats.reencode``
-(``search_offset``). Arrays are contiguous; codes uint8, one run of columns a row, or int8 viewed as uint8 where only wrap-around matters.
+(``search_offset``); ``translate`` is an indexing, ``common_step`` and ``common_divisor`` are defined in ``qformats.rewrite.whole``.
+Arrays are contiguous; codes uint8, one run of columns a row, or int8 viewed as uint8 where only wrap-around matters.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["offset_blocks", "relabel", "run_range", "search_offset"]
+__all__ = [
+    "common_divisor", "common_step", "multiply", "offset_blocks", "relabel", "run_range", "search_offset", "translate",
+]  # fmt: skip
 
-u8, i16, i32, f32, u64, f64 = np.uint8, np.int16, np.int32, np.float32, np.uint64, np.float64
+u8, i16, i32, i64, u64 = np.uint8, np.int16, np.int32, np.int64, np.uint64
+f32, f64 = np.float32, np.float64
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
 _MAX_HALF, _OVER_HALF = f64(65504.0), f64(65520.0)  # the largest fp16, and where rounding to it gives infinity
 
@@ -48,6 +53,75 @@ def relabel(codes: Any, shift: Any, flip: Any) -> None:
             add, mask = u8(add + u8(1)), u8(255)  # s - c = (s + 1) + ~c
         for i in range(width):
             codes[b, i] = u8(u8(codes[b, i] ^ mask) + add)
+
+
+@compiled
+def multiply(codes: Any, factor: Any) -> None:
+    """In place, modulo 256: each row of ``codes`` uint8 (runs, width) times its ``factor``, uint8 (runs,)."""
+    for b in range(codes.shape[0]):
+        f = factor[b]
+        for i in range(codes.shape[1]):
+            codes[b, i] = u8(codes[b, i] * f)
+
+
+@compiled
+def translate(codes: Any, table: Any, out: Any) -> None:
+    """``out[i] = table[codes[i]]``: ``codes`` uint8 (n,), ``table`` int8 (256,), ``out`` int8 (n,)."""
+    for i in range(len(codes)):
+        out[i] = table[codes[i]]
+
+
+@compiled
+def _greatest_divisor(a: Any, b: Any) -> Any:
+    while b:
+        a, b = b, i64(a % b)
+    return a
+
+
+@compiled
+def _scaled(value: Any, places: Any) -> Any:
+    return math.ldexp(value, places)
+
+
+@compiled
+def common_step(values: Any, step: Any) -> None:
+    """For each row of ``values`` float64 (n, count) the largest number of which all are integer multiples, to ``step`` (n,).
+
+    1 where all are zero; NaN where they spread over more than 62 bits or are not finite.
+    """
+    rows, count = values.shape
+    for r in range(rows):
+        unit, top, wide = i64(1 << 20), i64(-(1 << 20)), False
+        for i in range(count):  # the lowest and the highest bit of any
+            if not np.isfinite(values[r, i]):
+                wide = True
+            elif values[r, i] != f64(0):
+                fraction, exponent = math.frexp(abs(values[r, i]))
+                whole = i64(fraction * f64(1 << 53))
+                low = i64(math.frexp(f64(whole & -whole))[1])
+                unit, top = min(unit, i64(exponent + low - 54)), max(top, i64(exponent))
+        if wide or top - unit > 62:
+            step[r] = np.nan
+            continue
+        common = i64(0)
+        for i in range(count):
+            if common == 1:
+                break
+            common = _greatest_divisor(i64(_scaled(abs(values[r, i]), -unit)), common)
+        step[r] = _scaled(f64(common), unit) if common else f64(1)
+
+
+@compiled
+def common_divisor(numbers: Any, divisor: Any) -> None:
+    """The greatest common divisor of each row of ``numbers`` int64 (n, count), 0 where all are, to ``divisor`` (n,)."""
+    rows, count = numbers.shape
+    for r in range(rows):
+        common = i64(0)
+        for i in range(count):
+            if common == 1:
+                break
+            common = _greatest_divisor(abs(numbers[r, i]), common)
+        divisor[r] = common
 
 
 @compiled

@@ -15,7 +15,7 @@ from numba import njit
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["pack_columns", "pack_interleaved", "pack_rows", "unpack_columns", "unpack_interleaved", "unpack_rows"]
+__all__ = ["pack_columns", "pack_interleaved", "pack_pairs", "pack_rows", "unpack_columns", "unpack_interleaved", "unpack_rows"]
 
 Array = np.ndarray[Any, Any]
 
@@ -123,6 +123,14 @@ def pack_rows(codes: Array, bits: int, out: Array) -> None:
     """uint64 (n, C), eight codes each -> uint32 words (n, C * bits / 4): ``pack_stream(codes, bits)``."""
     for row in range(codes.shape[0]):
         _gather_line(codes[row], bits, out[row])
+
+
+@compiled
+def pack_pairs(codes: Array, packed: Array) -> None:
+    """uint8 (n, K) -> uint8 (n, K / 2): the low four bits of two codes, the first in the low half."""
+    for row in range(packed.shape[0]):
+        for i in range(packed.shape[1]):
+            packed[row, i] = np.uint8((codes[row, 2 * i] & np.uint8(15)) | np.uint8(codes[row, 2 * i + 1] << np.uint8(4)))
 
 
 @compiled

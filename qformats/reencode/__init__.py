@@ -116,9 +116,14 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
 
 def _multiplied(codes: Tensor, width: int, factor: Tensor) -> Tensor:
     """Codes times ``factor`` on runs of ``width`` columns, modulo 256: what is added after brings them into 8 bits."""
-    runs = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, width))
-    made: Tensor = (runs * (factor.to(torch.int32) & 0xFF).to(torch.uint8).unsqueeze(-1)).flatten(-2)
-    return made
+    loops, small = rewrite.block_loops(), (factor.to(torch.int32) & 0xFF).to(torch.uint8)
+    held = codes.contiguous().view(torch.uint8)
+    if loops is None or codes.device.type != "cpu":
+        made: Tensor = (held.unflatten(-1, (-1, width)) * small.unsqueeze(-1)).flatten(-2)
+        return made
+    own = held.clone() if held.data_ptr() == codes.data_ptr() else held
+    loops.multiply(own.view(-1, width).numpy(), small.contiguous().view(-1).numpy())
+    return own
 
 
 def _plain(storage: Storage) -> bool:

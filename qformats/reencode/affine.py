@@ -12,7 +12,7 @@ from qformats import rewrite
 from qformats.real import Real, round_once
 from qformats.rewrite import Levels, Refused
 from qformats.rewrite.forms import inexact
-from qformats.scheme import Integer, Storage, Tile
+from qformats.scheme import Integer, Learned, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor
 
 __all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "bound", "merge_range", "one_plane", "spread", "straighten"]
@@ -76,6 +76,8 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
     notes: list[str] = []
     rounded: list[str] = []
     moved: int | None = None
+    if not isinstance(t.grid, Learned):  # parameters are what is decided from here on; codes are looked at through ``ranges``
+        t = t.replace(codes=torch.zeros((), dtype=t.codes.dtype).expand(t.codes.shape))
     if storage.offset is not None and _needs_offset(t):
         assert isinstance(t.grid, Integer)
         moved = -t.grid.lowest
@@ -140,7 +142,7 @@ def _zero_in_offset(
 
     def plane(param: Param | None) -> Real:
         if param is None or not isinstance(param.block, Tile):
-            return Real.of(torch.zeros(counts))
+            return Real.of(torch.zeros((1,) * len(t.shape)))
         values = param.values
         assert isinstance(values, Tensor)
         return Real.of(spread(values, min(param.block.sizes[-1], t.shape[-1]), width, t.shape[-1]).expand(counts))

@@ -159,10 +159,7 @@ def _largest_step(levels: Levels) -> tuple[Tensor, Tensor]:
     """Step times the integers' common divisor where that is a float16 number, else the step itself; and the integers left."""
     count = levels.wide // levels.narrow
     runs = levels.number.unflatten(-1, (-1, count))
-    common = runs[..., 0].abs()
-    for i in range(1, count):
-        common = torch.gcd(common, runs[..., i])
-    common = common.clamp(min=1)
+    common = rewrite.common_divisor(runs).clamp(min=1)
     larger = levels.step * common
     fine = larger.to(torch.float32).to(torch.float16).to(torch.float64) == larger
     common = torch.where(fine, common, 1)

@@ -8,7 +8,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from qformats import grids
+from qformats import grids, rewrite
 from qformats.real import Real, round_once
 from qformats.reencode.affine import bound
 from qformats.rewrite import Refused
@@ -127,14 +127,17 @@ def coded_scale(t: QuantizedTensor, storage: Storage, rounding: bool) -> tuple[P
 
 def _same_values(held: QuantizedTensor, name: str) -> Tensor:
     """Codes of one small float as those of another; ``Refused`` where a value is not there."""
-    ours, theirs = held.grid_values().high, grids.float_values(name)
+    mine, theirs = grids.float_values(held.grid.name), grids.float_values(name)  # type: ignore[union-attr]
     order = torch.argsort(torch.where(torch.isfinite(theirs), theirs, torch.inf), stable=True)
     ordered = theirs[order]
-    place = torch.searchsorted(ordered[: int(torch.isfinite(theirs).sum())].contiguous(), ours.contiguous()).clamp(max=len(theirs) - 1)
+    place = torch.searchsorted(ordered[: int(torch.isfinite(theirs).sum())].contiguous(), mine.contiguous()).clamp(max=len(theirs) - 1)
     found = order[place]
-    if not torch.equal(theirs[found], ours):
+    used = torch.bincount(held.codes.reshape(-1), minlength=len(mine)) > 0
+    if not torch.equal(theirs[found[used]], mine[used]):
         raise Refused(f"a scale is not a number of {name}")
-    return found.to(torch.uint8)
+    table = found.to(torch.uint8)
+    by_loop = rewrite.looked_up(held.codes, table.view(torch.int8))
+    return table[held.codes.to(torch.int64)] if by_loop is None else by_loop.view(torch.uint8)
 
 
 def _factor(rest: tuple[Param, ...], t: QuantizedTensor, form: Factor, rounding: bool, rounded: list[str]) -> Param:

@@ -70,11 +70,11 @@ def _zeros(
     scale: Tensor, zero: Tensor | None, offset: Tensor | None, move: int, dtype: torch.dtype, rounded: list[str], rounding: bool
 ) -> Tensor:
     """zero - offset / scale + ``move`` in ``dtype``; rounded once where allowed."""
-    exact = Real.of(torch.full(scale.shape, float(move), dtype=torch.float64))
+    exact = Real.of(torch.full((1,) * scale.ndim, float(move), dtype=torch.float64))
     if zero is not None:
         exact = exact + Real.of(zero)
     s = scale.to(torch.float64)
-    wanted = round_once(exact, torch.float64)
+    wanted = round_once(exact, torch.float64).expand(scale.shape)
     if offset is not None:
         if bool(((s == 0) & (offset != 0)).any()):
             raise Refused("an offset under a scale of zero is no zero point")

@@ -34,7 +34,7 @@ from qformats.rewrite.rows import (
     single_row_entries,
 )
 from qformats.rewrite.scales import fold_scales, round_scale, unnest_scale
-from qformats.rewrite.whole import is_whole, whole_codes
+from qformats.rewrite.whole import common_divisor, is_whole, looked_up, whole_codes
 
 __all__ = [
     "Levels",
@@ -43,6 +43,7 @@ __all__ = [
     "block_loops",
     "block_range",
     "block_range_definition",
+    "common_divisor",
     "concatenate_rows",
     "drop_trivial_group_index",
     "flip_and_shift",
@@ -50,6 +51,7 @@ __all__ = [
     "is_whole",
     "level_param",
     "levels_of",
+    "looked_up",
     "merge_groups",
     "nest_scale",
     "offset_to_zero",

@@ -36,7 +36,7 @@ def to_signed(t: QuantizedTensor) -> QuantizedTensor:
         return t
     half = 1 << (grid.bits - 1)
     zero = _shift_zero(t, -half)
-    return t.replace(codes=(t.codes.to(torch.int16) - half).to(torch.int8), grid=Integer(grid.bits, True), zero_point=zero)
+    return t.replace(codes=_moved(t.codes, -half).view(torch.int8), grid=Integer(grid.bits, True), zero_point=zero)
 
 
 def to_unsigned(t: QuantizedTensor) -> QuantizedTensor:
@@ -46,7 +46,14 @@ def to_unsigned(t: QuantizedTensor) -> QuantizedTensor:
         return t
     half = 1 << (grid.bits - 1)
     zero = _shift_zero(t, half)
-    return t.replace(codes=(t.codes.to(torch.int16) + half).to(torch.uint8), grid=Integer(grid.bits), zero_point=zero)
+    return t.replace(codes=_moved(t.codes, half), grid=Integer(grid.bits), zero_point=zero)
+
+
+def _moved(codes: Tensor, by: int) -> Tensor:
+    """``codes + by`` as bytes, modulo 256; blank codes (of stride zero) stay so."""
+    if codes.numel() and all(stride == 0 for stride in codes.stride()):
+        return _moved(codes.flatten()[:1].contiguous(), by).reshape((1,) * codes.ndim).expand(codes.shape)
+    return codes.to(torch.int8 if codes.dtype == torch.int16 else codes.dtype).view(torch.uint8) + (by & 0xFF)
 
 
 def _shift_zero(t: QuantizedTensor, by: int) -> Param | None:

@@ -28,7 +28,7 @@ def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     if t.group_index is not None and any(s.values.shape[-1] not in (1, counts[-1]) or sizes[-1] == 1 for s in t.scales):
         raise Refused("act-order: the scale factors follow different columns")
     spread = ((scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape)), scale.inverse) for scale in t.scales)
-    total = product(Real.of(torch.ones(counts, dtype=torch.float64)), spread)
+    total = product(Real.of(torch.ones((), dtype=torch.float64)), spread)
     folded = round_once(total, dtype)
     wrong = inexact(total, folded)
     if wrong:

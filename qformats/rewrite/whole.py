@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qformats import grids
 from qformats.errors import BadFile
+from qformats.loops import find
 from qformats.rewrite.forms import Refused
 from qformats.scheme import Float, Integer, Learned
 from qformats.tensor import QuantizedTensor, constant
 
-__all__ = ["common_step", "is_whole", "whole_codes"]
+__all__ = ["common_divisor", "common_step", "common_step_definition", "is_whole", "looked_up", "whole_codes"]
 
 _MOST_ZEROS = 64  # different fractional zero points that are looked at for a common step
 _WIDEST = 62  # bits of an int64 that the numbers of one group may spread over
@@ -96,6 +97,12 @@ def _blank(t: QuantizedTensor) -> Tensor:
 def _values(t: QuantizedTensor, book: Tensor, step: float) -> Tensor:
     """sign * (value - zero point) / step as int8 (…, K)."""
     missing = ~torch.isfinite(book)
+    small = (torch.where(missing, 0.0, book) / step).to(torch.int16)
+    plain = t.zero_point is None and t.signs is None and not isinstance(t.grid, Integer) and book.ndim == 1
+    if plain and (t.codes.dtype == torch.uint8 or isinstance(t.grid, Float)) and not bool(missing.any()):
+        found = looked_up(t.codes, small.to(torch.int8))
+        if found is not None:
+            return found
     index = t.codes.to(torch.int64) - (t.grid.lowest if isinstance(t.grid, Integer) else 0)
     index = torch.where(index < 0, index + 256, index) if isinstance(t.grid, Float) else index
     low, high = (int(v) for v in index.aminmax()) if index.numel() else (0, 0)
@@ -103,7 +110,6 @@ def _values(t: QuantizedTensor, book: Tensor, step: float) -> Tensor:
         raise BadFile("codes-range", f"codes run over {low} … {high} but the grid has {len(book)} entries")
     if bool(missing.any()) and bool(missing[index].any()):
         raise Refused("some codes stand for no number")
-    small = (torch.where(missing, 0.0, book) / step).to(torch.int16)
     n = small[index].reshape(t.shape)
     if t.zero_point is not None:
         spread = t.replace(codes=_blank(t), grid=Integer(8, True), signs=None, scales=(), offset=None).real().high
@@ -114,11 +120,36 @@ def _values(t: QuantizedTensor, book: Tensor, step: float) -> Tensor:
     return n.to(torch.int8)
 
 
+def looked_up(codes: Tensor, table: Tensor) -> Tensor | None:
+    """``table[codes]``, both of bytes, by a compiled loop; None without one, and for codes beyond the table."""
+    loops = find("blocks")
+    if loops is None or codes.device.type != "cpu" or not codes.numel() or len(table) > 256:
+        return None
+    held = codes.contiguous().view(torch.uint8)
+    if len(table) < 256 and int(held.max()) >= len(table):
+        return None
+    full = torch.zeros(256, dtype=torch.int8)
+    full[: len(table)] = table
+    out = torch.empty(held.shape, dtype=torch.int8)
+    loops.translate(held.view(-1).numpy(), full.numpy(), out.view(-1).numpy())
+    return out
+
+
 def common_step(values: Tensor) -> Tensor:
     """For each row of ``values`` (…, n), float64, the largest number of which all n are integer multiples; (…,).
 
     1 where all are zero; NaN where they spread over more than 62 bits or are not finite.
     """
+    loops = find("blocks")
+    if loops is None or values.device.type != "cpu" or values.dtype != torch.float64:
+        return common_step_definition(values)
+    step = torch.empty(values.shape[:-1], dtype=torch.float64)
+    loops.common_step(values.reshape(-1, values.shape[-1]).contiguous().numpy(), step.view(-1).numpy())
+    return step
+
+
+def common_step_definition(values: Tensor) -> Tensor:
+    """``common_step`` in torch: what the compiled loop must equal."""
     mantissa, exponent = torch.frexp(values)
     integer = (mantissa.nan_to_num() * 2.0**53).to(torch.int64)
     odd = torch.where(integer == 0, 1, integer & -integer)  # the lowest set bit
@@ -135,3 +166,16 @@ def common_step(values: Tensor) -> Tensor:
     none = common == 0
     step = torch.ldexp(torch.where(none, 1, common).to(torch.float64), torch.where(none, 0, unit.squeeze(-1)).to(torch.float64))
     return torch.where(wide, float("nan"), step)
+
+
+def common_divisor(numbers: Tensor) -> Tensor:
+    """The greatest common divisor of each row of ``numbers`` int64 (…, n), 0 where all are; (…,)."""
+    loops = find("blocks")
+    if loops is None or numbers.device.type != "cpu":
+        common = numbers[..., 0].abs()
+        for i in range(1, numbers.shape[-1]):
+            common = torch.gcd(common, numbers[..., i])
+        return common
+    divisor = torch.empty(numbers.shape[:-1], dtype=torch.int64)
+    loops.common_divisor(numbers.reshape(-1, numbers.shape[-1]).contiguous().numpy(), divisor.view(-1).numpy())
+    return divisor

@@ -131,3 +131,13 @@ def test_one_word_of_each_column() -> None:
     values = np.arange(12, dtype=np.uint8).reshape(3, 4)
     words = np.array([[0x3210, 0x7654, 0xBA98]], dtype=np.int32)
     assert np.array_equal(B.unpack_columns(words, 4, 4), values)
+
+
+@pytest.mark.parametrize("columns", [2, 8, 14, 64])
+def test_pairs_and_bytes_are_the_stream(columns: int) -> None:
+    codes = np.random.default_rng(columns).integers(0, 16, (3, columns)).astype(np.uint8)
+    packed = B.pack_pairs(codes)
+    assert np.array_equal(packed, B.pack_stream(torch.from_numpy(codes), 4, 8).numpy().view(np.uint8))
+    assert np.array_equal(B.pack_bytes(codes, 4), packed) and np.array_equal(B.unpack_pairs(packed), codes)
+    assert np.array_equal(B.unpack_bytes(packed, 4), codes)
+    assert np.array_equal(B.pack_pairs(codes.view(np.int8) - np.int8(8)), B.pack_pairs(codes ^ np.uint8(8)))

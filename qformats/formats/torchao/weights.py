@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import lcm, prod
 from typing import TYPE_CHECKING, Any
 
+from qformats.bits import pack_pairs, unpack_pairs
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import FLOATS, float_array, float_tensor
 from qformats.formats.protocol import Module, Piece
@@ -74,9 +75,9 @@ def _codes(module: Module, form: Form, start: int, stop: int) -> Array:
         return (unpack_tiles(words)[start - 8 * first : stop - 8 * first, :k] - np.uint8(8)).view(np.int8)
     stored = raw.row_range(start, stop)
     if form.packing == "words":
-        return _unpacked(stored.view(np.uint8))
+        return unpack_pairs(stored.view(np.uint8))
     if form.packing == "pairs":
-        fields = _unpacked(stored.view(np.uint8))
+        fields = unpack_pairs(stored.view(np.uint8))
         return ((fields ^ np.uint8(8)) - np.uint8(8)).view(np.int8) if signed else fields
     if isinstance(form.grid, Integer) and form.grid.bits < 8:
         _check_range(stored, form.grid, raw.name)
@@ -89,16 +90,6 @@ def _check_range(codes: Array, grid: Integer, name: str) -> None:
     low, high = (int(codes.min()), int(codes.max())) if codes.size else (0, 0)
     if low < grid.lowest or high > grid.highest:
         raise BadFile("codes-range", f"codes run over {low} … {high}, expected {grid.lowest} … {grid.highest}", tensor=name)
-
-
-def _unpacked(pairs: Array) -> Array:
-    """uint8 (n, K / 2) -> uint8 (n, K), the low nibble first."""
-    import numpy as np
-
-    out = np.empty((*pairs.shape, 2), np.uint8)
-    np.bitwise_and(pairs, 15, out=out[..., 0])
-    np.right_shift(pairs, 4, out=out[..., 1])
-    return out.reshape(pairs.shape[0], -1)
 
 
 def _scale(module: Module, form: Form, start: int, stop: int) -> Param:
@@ -233,10 +224,9 @@ def _packed(codes: Tensor, form: Form) -> Array:
     array: Array = np.ascontiguousarray(codes.numpy())
     if form.packing == "bytes":
         return array
-    low, high = array.view(np.uint8)[:, 0::2] & 15, array.view(np.uint8)[:, 1::2] & 15
-    pairs: Array = low | (high << 4)
+    pairs = pack_pairs(array)
     if form.packing == "words":
-        return np.ascontiguousarray(pairs).view(np.int32)
+        return pairs.view(np.int32)
     return pairs.view(np.int8) if isinstance(form.grid, Integer) else pairs
 
 

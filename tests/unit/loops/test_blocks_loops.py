@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from qformats import reencode, rewrite
 from qformats.reencode import offsets
+from qformats.rewrite.whole import common_step, common_step_definition
 from qformats.scheme import Integer, Tile
 from qformats.tensor import Param, QuantizedTensor
 
@@ -143,3 +145,32 @@ def test_rewrites_work_where_numba_cannot_be_imported() -> None:
         "assert torch.equal(moved, codes + 3)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stderr == ""
+
+
+STEPS = [0.0, 1.0, -1.0, 3.0, 0.75, -6.0, 2.0**-149, 2.0**-90 * 5, 2.0**60, 2.0**61 + 2.0**40, 1e30, float("inf"), float("nan"), 1.1]
+
+
+@RUNS
+@given(st.lists(st.lists(st.sampled_from(STEPS), min_size=4, max_size=4), min_size=1, max_size=20))
+def test_common_steps_equal_the_definition(rows: list[list[float]]) -> None:
+    values = torch.tensor(rows, dtype=torch.float64)
+    assert torch.equal(common_step(values).nan_to_num(-1.0), common_step_definition(values).nan_to_num(-1.0))
+
+
+@RUNS
+@given(st.lists(st.lists(st.integers(-(2**40), 2**40), min_size=3, max_size=3), min_size=1, max_size=20))
+def test_common_divisors_equal_the_definition(rows: list[list[int]]) -> None:
+    assert rewrite.common_divisor(torch.tensor(rows)).tolist() == [math.gcd(*row) for row in rows]
+
+
+@RUNS
+@given(shapes, seeds)
+def test_codes_are_translated_and_multiplied_as_by_torch(shape: tuple[int, int, int], seed: int) -> None:
+    rows, runs, width = shape
+    codes, table = _codes(seed, rows, runs * width, False), _codes(seed + 1, 1, 256, True)[0]
+    found = rewrite.looked_up(codes, table)
+    assert found is not None and torch.equal(found, table[codes.to(torch.int64)])
+    factor = _codes(seed + 2, rows, runs, False)
+    once = codes.clone()
+    blocks.multiply(once.view(-1, width).numpy(), factor.view(-1).numpy())
+    assert torch.equal(once, (codes.unflatten(-1, (-1, width)) * factor.unsqueeze(-1)).flatten(-2))
