@@ -8,7 +8,18 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, fractional, hint_rows, pessimist, row_count
+from converters.claims import (
+    Ranges,
+    cannot_overflow,
+    check_rows,
+    counted,
+    float32_exact,
+    float_scheme,
+    fractional,
+    hint_rows,
+    pessimist,
+    row_count,
+)
 from converters.gguf_record import block_storage
 from converters.jobs import Job
 from converters.kept_planes import Extra, find_earlier
@@ -425,12 +436,15 @@ class Chooser:
         for rounding in roundings:
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
+                    check_rows(tensor.shape, storage)
                     if probe is None:
                         found = self._claim(tensor, storage, rounding)
                     else:
                         own = partial(registry.format_module(format_name).can_store, storage)
                         seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
                         found = self._scan(tensor, storage, seen, rounding)
+                        if found is seen and found.kind == "codes-exact" and (rows := probe[0].shape[0]) < row_count(tensor.shape):
+                            found = replace(found, reason=counted(found.reason, rows))
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
                     continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from converters.jobs import Job
@@ -9,14 +10,25 @@ from converters.sources import Slab, read_rows
 from qformats.checkpoint import Checkpoint
 from qformats.reencode import Hint
 from qformats.rewrite import Refused, block_range, whole_codes
-from qformats.scheme import Float, Grid, Integer, Learned, ParamSpec, Scheme
+from qformats.scheme import Float, Grid, Integer, Learned, ParamSpec, Scheme, Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Ranges", "cannot_overflow", "float32_exact", "float_scheme", "fractional", "hint_rows", "pessimist", "row_count"]
+__all__ = [
+    "Ranges",
+    "cannot_overflow",
+    "check_rows",
+    "counted",
+    "float32_exact",
+    "float_scheme",
+    "fractional",
+    "hint_rows",
+    "pessimist",
+    "row_count",
+]
 
 
 class Ranges:
@@ -96,6 +108,18 @@ def row_count(shape: tuple[int, ...]) -> int:
     from math import prod
 
     return prod(shape[:-1]) if len(shape) > 1 else 1
+
+
+def counted(reason: str, rows: int) -> str:
+    """A reason whose counts are of a probe of ``rows`` rows, said so."""
+    return f"{reason}; counted in the first {rows} rows" if re.search(r"\d of \d", reason) else reason
+
+
+def check_rows(shape: tuple[int, ...], storage: Storage) -> None:
+    """``Refused`` where the whole weight has a number of rows that the storage cannot have: ranges of rows do not tell."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if rows % storage.n_multiple:
+        raise Refused(f"{rows} rows are not a multiple of {storage.n_multiple}")
 
 
 def float_scheme(shape: tuple[int, ...]) -> Scheme:

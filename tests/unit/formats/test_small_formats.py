@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rationals import round_fraction
 
 from qformats import registry, rewrite
 from qformats.checkpoint import open_checkpoint
@@ -23,8 +25,8 @@ from qformats.formats.protocol import Match, Module, Target
 from qformats.quantize import rtn
 from qformats.real import round_once
 from qformats.reencode import finish, fit
-from qformats.scheme import Integer, Learned, Scheme, Storage, Tile
-from qformats.tensor import Param, QuantizedTensor
+from qformats.scheme import Integer, Learned, Scheme, Storage, Tile, whole
+from qformats.tensor import Param, QuantizedTensor, constant
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 FORMATS = ("eetq", "bitnet", "mlx", "aqlm", "gemma")
@@ -409,6 +411,26 @@ def stored(case: str, target: str, name: str = "q_proj") -> tuple[str, Quantized
         except rewrite.Refused as refusal:
             refusals.append(str(refusal))
     raise AssertionError(refusals)
+
+
+@pytest.mark.parametrize("target", ["gguf:tq1_0", "gguf:tq2_0", "gptq:int2", "mlx:int2,dtype=f16", "bitnet:ternary,class=autobitlinear"])
+@pytest.mark.parametrize("divisor", [3.0, 1.3, 2.0])
+def test_a_scale_that_divides_is_rounded_once_where_it_multiplies(target: str, divisor: float) -> None:
+    shape, parsed = (256, 256), registry.parse_target(target)
+    codes = torch.randint(0, 3, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    held = Param(torch.tensor([[divisor]], dtype=torch.bfloat16), whole(shape), inverse=True)
+    tensor = QuantizedTensor(shape, codes, Integer(2), (held,), constant(1, shape))
+    form = registry.format_module(parsed.format)
+    storage = next(s for s in form.storages(parsed, tensor.scheme) if target.startswith("bitnet") or "float16" in s.scale_dtypes)
+    own = partial(form.can_store, storage)
+    decision = fit(tensor, storage, own=own, rounding=divisor != 2.0)
+    made, dtype = finish(tensor, decision), getattr(torch, storage.scale_dtypes[0])
+    wanted = round_fraction(1 / Fraction(float(held.values)), dtype)  # type: ignore[arg-type]
+    assert decision.kind == ("exact" if divisor == 2.0 else "codes-exact")
+    assert torch.equal(made.dequantize(torch.float64), (codes.to(torch.float64) - 1) * float(wanted))
+    if divisor != 2.0:
+        with pytest.raises(rewrite.Refused, match="rounds"):
+            fit(tensor, storage, own=own)
 
 
 @pytest.mark.parametrize(
