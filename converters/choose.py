@@ -8,18 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-from converters.claims import (
-    Ranges,
-    cannot_overflow,
-    check_rows,
-    counted,
-    float32_exact,
-    float_scheme,
-    fractional,
-    hint_rows,
-    pessimist,
-    row_count,
-)
+from converters import claims
+from converters.activations import extra_job
+from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, fractional, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
 from converters.kept_planes import Extra, find_earlier
@@ -100,9 +91,7 @@ class Chooser:
             form = self.options.target.format
             return Job(tensor, "parts", "exact", why, extra.info.dtype, {tensor.leaf: extra.info}, True, format=form, content=content)
         if tensor.kind == "extra":
-            raw = self.checkpoint.modules[tensor.target].parts[tensor.leaf]
-            part = {tensor.leaf: PartInfo(raw.dtype, raw.shape)}
-            return Job(tensor, "parts", "copied", "the same bytes", raw.dtype, part, True, format=self.checkpoint.format)
+            return extra_job(self.checkpoint, tensor, self.options.target.format)
         if isinstance(self.checkpoint, MergedCheckpoint) and (names := merged_into(self.checkpoint, tensor)):
             return self._merged(tensor, self.checkpoint, names)
         modules = [s.module for s in tensor.sources if s.module]
@@ -436,7 +425,7 @@ class Chooser:
         for rounding in roundings:
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
-                    check_rows(tensor.shape, storage)
+                    claims.check_rows(tensor.shape, storage)
                     if probe is None:
                         found = self._claim(tensor, storage, rounding)
                     else:
@@ -444,7 +433,7 @@ class Chooser:
                         seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
                         found = self._scan(tensor, storage, seen, rounding)
                         if found is seen and found.kind == "codes-exact" and (rows := probe[0].shape[0]) < row_count(tensor.shape):
-                            found = replace(found, reason=counted(found.reason, rows))
+                            found = replace(found, reason=claims.counted(found.reason, rows))
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
                     continue
