@@ -66,7 +66,9 @@ SCALES = ("weight_scale_inv", "_scale_inv", "qscale_weight", "weight_scale", "sc
 SUFFIXES: frozenset[str] = frozenset({*SCALES, "_activation_scale"})
 GLUED = frozenset({"_scale_inv", "_activation_scale", ""})
 BARE = frozenset({""})
-EXTRAS = frozenset({"activation_scale", "_activation_scale", "input_scale", "qscale_act", "k_scale", "v_scale"})
+EXTRAS = frozenset({  # kv_scale and output_scale: of vLLM's first FP8 checkpoints
+    "activation_scale", "_activation_scale", "input_scale", "qscale_act", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
+})  # fmt: skip
 INPUT_SCALES = {"fp8": (("activation_scale", "input_scale", "qscale_act"), False)}
 INPUT_SCALE_SHAPE: tuple[int, ...] = ()
 BLOCK = (128, 128)

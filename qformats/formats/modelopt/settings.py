@@ -21,7 +21,7 @@ from qformats.scheme import Storage
 __all__ = ["ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "side_files", "with_activations"]
 
 FILE = "hf_quant_config.json"
-METHODS = ("modelopt", "modelopt_fp4")
+METHODS = ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
 ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8",
     "MXFP4", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION",

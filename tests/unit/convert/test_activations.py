@@ -108,6 +108,16 @@ def test_what_a_format_has_no_words_for_is_named(path: str, to: str, scheme: str
         assert gone <= plan.dropped.keys() and not any(job.map.leaf == "input_scale" and job.map.kind == "extra" for job in plan.jobs)
 
 
+def test_one_scale_for_keys_and_values_is_no_weight(tmp_path: Path) -> None:
+    """``kv_scale`` of vLLM's first FP8 checkpoints: kept in the format, named elsewhere."""
+    source, name = ready(FP8, tmp_path), "model.layers.0.self_attn.kv_scale"
+    edit(source, lambda tensors: tensors.update({name: ("F32", [1], np.float32(0.5).tobytes())}))
+    for to, kept in (("fp8", True), ("hf", False), ("compressed-tensors", False)):
+        plan = planned(source, to)
+        with plan.checkpoint:
+            assert (name in {job.name for job in plan.jobs}, name in plan.dropped) == (kept, not kept)
+
+
 def test_weights_alone_say_nothing(tmp_path: Path) -> None:
     for path in ("compressed-tensors/w4-sym", "gptq/4b-g32-sym"):
         plan = planned(ready(path, tmp_path), "hf")

@@ -357,6 +357,19 @@ def test_known_methods_are_refused_by_name(method: str) -> None:
     assert caught.value.code == "quant-method" and registry.REFUSED[method] in caught.value.message and caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [({"quant_method": "auto_round", "bits": 4}, "gptq"), ({"quant_method": "autoround", "packing_format": "auto_round:awq"}, "awq"),
+     ({"quant_method": "modelopt_mxfp8", "quant_algo": "MXFP8"}, "modelopt"), ({"method": "gptq", "format": "gptq_v2"}, "gptq"),
+     ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "nvfp4"}}, "modelopt"),
+     ({"config_groups": {}, "format": "pack-quantized"}, "compressed-tensors"), ({"load_in_8bit": True}, "bitsandbytes"),
+     ({"group_size": 64, "bits": 4}, "mlx"), ({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "awq"),
+     ({"bits": 4, "group_size": 128, "desc_act": False, "damp_percent": 0.01, "model_name_or_path": None}, "gptq")],
+)  # fmt: skip
+def test_spellings_of_published_configs(config: dict[str, Any], form: str) -> None:
+    assert registry.detect(config, ["m.scales", "m.weight"]).format == form
+
+
 def test_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(Unsupported) as caught:
         registry.detect({"quant_method": "magic"}, ["m.weight"])
