@@ -432,8 +432,6 @@ class Chooser:
                         own = partial(registry.format_module(format_name).can_store, storage)
                         seen = fit(probe[0], storage, probe[1], self._hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
                         found = self._scan(tensor, storage, seen, rounding)
-                        if found is seen and found.kind == "codes-exact" and (rows := probe[0].shape[0]) < row_count(tensor.shape):
-                            found = replace(found, reason=claims.counted(found.reason, rows))
                 except Refused as refusal:
                     refusals[storage.type] = str(refusal)
                     continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING
 
 from converters.jobs import Job
@@ -21,7 +20,6 @@ __all__ = [
     "Ranges",
     "cannot_overflow",
     "check_rows",
-    "counted",
     "float32_exact",
     "float_scheme",
     "fractional",
@@ -108,11 +106,6 @@ def row_count(shape: tuple[int, ...]) -> int:
     from math import prod
 
     return prod(shape[:-1]) if len(shape) > 1 else 1
-
-
-def counted(reason: str, rows: int) -> str:
-    """A reason whose counts are of a probe of ``rows`` rows, said so."""
-    return f"{reason}; counted in the first {rows} rows" if re.search(r"\d of \d", reason) else reason
 
 
 def check_rows(shape: tuple[int, ...], storage: Storage) -> None:
