@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+from converters import claims
+from converters.activations import extra_job
 from converters.claims import Ranges, cannot_overflow, float32_exact, float_scheme, fractional, hint_rows, pessimist, row_count
 from converters.gguf_record import block_storage
 from converters.jobs import Job
@@ -89,9 +91,7 @@ class Chooser:
             form = self.options.target.format
             return Job(tensor, "parts", "exact", why, extra.info.dtype, {tensor.leaf: extra.info}, True, format=form, content=content)
         if tensor.kind == "extra":
-            raw = self.checkpoint.modules[tensor.target].parts[tensor.leaf]
-            part = {tensor.leaf: PartInfo(raw.dtype, raw.shape)}
-            return Job(tensor, "parts", "copied", "the same bytes", raw.dtype, part, True, format=self.checkpoint.format)
+            return extra_job(self.checkpoint, tensor, self.options.target.format)
         if isinstance(self.checkpoint, MergedCheckpoint) and (names := merged_into(self.checkpoint, tensor)):
             return self._merged(tensor, self.checkpoint, names)
         modules = [s.module for s in tensor.sources if s.module]
@@ -425,6 +425,7 @@ class Chooser:
         for rounding in roundings:
             for storage in sorted(storages, key=lambda s: s.bits_per_weight):
                 try:
+                    claims.check_rows(tensor.shape, storage)
                     if probe is None:
                         found = self._claim(tensor, storage, rounding)
                     else:

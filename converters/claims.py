@@ -9,14 +9,24 @@ from converters.sources import Slab, read_rows
 from qformats.checkpoint import Checkpoint
 from qformats.reencode import Hint
 from qformats.rewrite import Refused, block_range, whole_codes
-from qformats.scheme import Float, Grid, Integer, Learned, ParamSpec, Scheme
+from qformats.scheme import Float, Grid, Integer, Learned, ParamSpec, Scheme, Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Ranges", "cannot_overflow", "float32_exact", "float_scheme", "fractional", "hint_rows", "pessimist", "row_count"]
+__all__ = [
+    "Ranges",
+    "cannot_overflow",
+    "check_rows",
+    "float32_exact",
+    "float_scheme",
+    "fractional",
+    "hint_rows",
+    "pessimist",
+    "row_count",
+]
 
 
 class Ranges:
@@ -96,6 +106,13 @@ def row_count(shape: tuple[int, ...]) -> int:
     from math import prod
 
     return prod(shape[:-1]) if len(shape) > 1 else 1
+
+
+def check_rows(shape: tuple[int, ...], storage: Storage) -> None:
+    """``Refused`` where the whole weight has a number of rows that the storage cannot have: ranges of rows do not tell."""
+    rows = shape[-2] if len(shape) > 1 else 1
+    if rows % storage.n_multiple:
+        raise Refused(f"{rows} rows are not a multiple of {storage.n_multiple}")
 
 
 def float_scheme(shape: tuple[int, ...]) -> Scheme:

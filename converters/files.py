@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from converters import activations
 from converters.digests import DIGESTS_KEY, placeholder
 from converters.gguf_record import kept_keys, restored_metadata
 from converters.importances import metadata_keys
@@ -26,7 +27,7 @@ from qformats.scheme import Storage
 if TYPE_CHECKING:
     from converters.provenance import Restore
 
-__all__ = ["build_output", "side_files"]
+__all__ = ["build_output", "quantization_config", "side_files"]
 
 # llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
 _FILE_TYPES = {
@@ -152,7 +153,7 @@ def _hf_files(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job],
         if isinstance(inner, dict):
             inner.pop(key, None)
     _set_dtype(config, jobs)
-    quantization = _quantization_config(checkpoint, options, jobs, restore)
+    quantization, _ = quantization_config(checkpoint, options, jobs, restore)
     if quantization:
         module = registry.format_module(options.target.format)
         if getattr(module, "CONFIG_INSIDE", True):
@@ -202,13 +203,14 @@ def _set_dtype(config: dict[str, Any], jobs: Sequence[Job]) -> None:
         config["dtype"] = word
 
 
-def _quantization_config(
+def quantization_config(
     checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job], restore: Restore | None
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], bool]:
+    """The config of the output, and whether it has the source's activations (or there are none)."""
     row = registry.row(options.target.format)
-    storages = _storages(checkpoint, row.name, jobs)
+    storages = {} if row.container == "gguf" else _storages(checkpoint, row.name, jobs)
     if row.name == "hf" or not storages:
-        return {}
+        return {}, activations.scheme_of(checkpoint) is None
     linear = {j.map.target for j in jobs if j.map.leaf == "weight" and len(j.map.shape) == 2 and j.map.kind in _LINEAR}
     if checkpoint.gguf is None:
         linear |= set(linear_modules(checkpoint))
@@ -221,7 +223,7 @@ def _quantization_config(
         original = dict(checkpoint.match.config)
     target = Target(row.name, options.target.type, options.target.options)
     config: dict[str, Any] = registry.format_module(row.name).config_out(target, storages, skipped, original)
-    return config
+    return activations.configured(checkpoint, row.name, jobs, config, original)
 
 
 _LINEAR = ("linear", "experts", "router", "output")

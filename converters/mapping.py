@@ -6,6 +6,7 @@ from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
+from converters.activations import moved
 from qformats import registry
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
@@ -18,9 +19,8 @@ __all__ = ["map_tensors"]
 
 
 def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
-    """All tensors of the format ``target`` with their source rows; what is no weight stays in a format that has the same leaf."""
+    """All tensors of the format ``target`` with their source rows; what is no weight goes where the target has a place for it."""
     mapped = _map_weights(checkpoint, target)
-    stays: frozenset[str] = getattr(registry.format_module(target), "EXTRAS", frozenset())
     written: frozenset[str] = getattr(registry.format_module(target), "WRITTEN", frozenset())
     kept, dropped = [], dict(mapped.dropped)
     for (module, leaf), what in checkpoint.extras.items():
@@ -28,9 +28,11 @@ def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
         own = leaf in written and checkpoint.is_quantized(module)
         if own and checkpoint.format == target:
             continue  # among the parts of the weight
-        if not own and (checkpoint.format == target or leaf in stays):
+        if not own and checkpoint.format == target:
             source = SourceRows(module, leaf, 0, raw.rows)
             kept.append(TensorMap(module, leaf, raw.shape, (source,), kind="extra"))
+        elif not own and (there := moved(checkpoint, target, module, leaf)) is not None:
+            kept.append(there)
         else:
             dropped[raw.name] = f"{what}, which {target} has no place for"
     return Mapped((*mapped.tensors, *kept), dropped)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from converters import absorb, budget, files, provenance
+from converters import absorb, activations, budget, files, provenance
 from converters.choose import IGNORED, Chooser
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
@@ -158,13 +158,15 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     checkpoint, options = chooser.checkpoint, chooser.options
     jobs, told = with_importances(_decide(chooser, rest.tensors), options, checkpoint)
     jobs = _harmonize(options.target.format, jobs)
+    _, carried = files.quantization_config(checkpoint, options, jobs, rest.restore)
+    jobs, gone, lost = activations.settled(checkpoint, options.target.format, jobs, carried)
     small = files.side_files(checkpoint, options, jobs, rest.restore)
     kept = {} if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
     ignored = [f"{job.name} {IGNORED}" for job in jobs if IGNORED in job.notes]
-    warnings = (*rest.warnings, *told, *ignored)
-    return Plan(checkpoint, options, tuple(jobs), output, rest.dropped, warnings, not options.header_only, rest.unsorted)
+    warnings = (*rest.warnings, *told, *ignored, *lost)
+    return Plan(checkpoint, options, tuple(jobs), output, {**rest.dropped, **gone}, warnings, not options.header_only, rest.unsorted)
 
 
 def _in_types(chooser: Chooser, types: Mapping[str, str]) -> Chooser:

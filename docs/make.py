@@ -136,6 +136,10 @@ they get. *copied*: the same bytes; *exact*: the same real numbers; *codes-exact
 rounded; *requantized*: new codes, which need a named type or `--allow-requantize` (asks); *dequantized*: floats. Made by
 `python tests/unit/convert/walk.py`, checked by `tests/unit/convert/test_walk.py`; `tests/real/test_matrix.py` converts every pair.
 
+What is rounded while the model runs: compressed-tensors, fp8, fbgemm_fp8 and modelopt pass static and dynamic FP8 inputs on, the first and
+the last NVFP4 inputs too (one stores the reciprocal of the other's scale), in the tensors and in the config, as long as the weights are of
+the same kind; scales of the cache go along between those that have them. In every other case the plan names what is dropped.
+
 """
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qformats.errors import Unsupported
 
-__all__ = ["Real", "product", "round_once"]
+__all__ = ["Real", "product", "round_once", "round_to_odd"]
 
 _SPLIT = 134217729.0  # 2^27 + 1
 
@@ -215,13 +215,18 @@ def product(start: Real, factors: Iterable[tuple[Real, bool]]) -> Real:
     return start if divisor is None else start.divide(divisor)
 
 
+def round_to_odd(value: Real) -> Tensor:
+    """``value`` in float64, rounded to odd: rounding it once more to a narrower dtype is rounding ``value`` once."""
+    return value.high if value.low is None else _to_odd(value.high, value.low)
+
+
 def round_once(value: Real, dtype: torch.dtype) -> Tensor:
     """``value`` rounded once, to nearest even, to ``dtype`` (float64, float32, float16 or bfloat16; else ``Unsupported('dtype')``)."""
     if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise Unsupported("dtype", f"values cannot be rounded to {dtype}", hint="use float64, float32, float16 or bfloat16")
     if dtype == torch.float64:
         return value.high
-    high = value.high if value.low is None else _to_odd(value.high, value.low)
+    high = round_to_odd(value)
     single = high.to(torch.float32)
     if dtype == torch.float32:
         return single

@@ -66,14 +66,15 @@ class Row:
         return self.default or ("int4" if "int4" in self.types else next(iter(self.types), ""))
 
 
+_AUTOROUND = ("auto-round", "auto_round", "autoround", "intel/auto-round")
 _INTS = ("int2", "int3", "int4", "int5", "int6", "int7", "int8")
 ROWS: tuple[Row, ...] = (
     Row("gptq", "qformats.formats.gptq", "GPTQ (GPTQModel, AutoGPTQ, AutoRound)", "safetensors",
-        ("gptq", "auto-round", "intel/auto-round", "marlin", "bitblas", "qqq", "gptq_marlin_24"), _INTS,
+        ("gptq", *_AUTOROUND, "marlin", "bitblas", "qqq", "gptq_marlin_24"), _INTS,
         ("group", "sym", "asym", "format", "act-order"), configs=("quantize_config.json", "quant_config.json"),
         source_options=("zero-points",)),
     Row("awq", "qformats.formats.awq", "AWQ (AutoAWQ, GPTQModel, llm-awq, AutoRound)", "safetensors",
-        ("awq", "auto-round", "intel/auto-round"), ("int4",), ("group", "sym", "version", "zero_point"), source_options=("zero-points",)),
+        ("awq", *_AUTOROUND), ("int4",), ("group", "sym", "version", "zero_point"), source_options=("zero-points",)),
     Row("gguf", "qformats.formats.ggml", "GGUF (llama.cpp, ollama)", "gguf",
         (), ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k",
          "iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq3_xxs", "iq3_s", "iq4_nl", "iq4_xs",
@@ -84,7 +85,8 @@ ROWS: tuple[Row, ...] = (
         ("fp8", "mxfp8"), ("fp8", "mxfp8", "fp4"), ("block", "scale")),
     Row("fbgemm_fp8", "qformats.formats.fbgemm_fp8", "FBGEMM FP8 (Meta, transformers)", "safetensors", ("fbgemm_fp8",), ("fp8",)),
     Row("modelopt", "qformats.formats.modelopt", "NVIDIA ModelOpt: FP8, NVFP4, MXFP8, INT4 AWQ", "safetensors",
-        ("modelopt", "modelopt_fp4"), ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4", "int8"), ("scale", "group"),
+        ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed"), ("fp8", "mxfp8", "mxfp4", "nvfp4", "int4", "int8"),
+        ("scale", "group"),
         configs=("hf_quant_config.json",)),
     Row("mxfp4", "qformats.formats.mxfp4", "MXFP4 experts of gpt-oss (OpenAI, transformers)", "safetensors", ("mxfp4",)),
     Row("bitsandbytes", "qformats.formats.bitsandbytes", "bitsandbytes NF4, FP4 and LLM.int8()", "safetensors",
@@ -127,6 +129,8 @@ REFUSED = {
     "exl2": "ExLlamaV2 (mixed widths in rows put in order), which only the exllamav2 package decodes",
     "exl3": "ExLlamaV3 (trellis codes between transforms), which only the exllamav3 package decodes",
     "fouroversix": "Four Over Six (NVFP4 or MXFP4 under adaptive scales), which only the fouroversix package decodes",
+    "paroquant": "ParoQuant (AWQ's planes behind rotations of the inputs), which only the paroquant package carries out",
+    "gguf": "blocks of a GGUF inside safetensors, as GPTQModel packs them; the .gguf file itself is read",
     "ipex": "weights repacked for Intel Extension for PyTorch, which only that package decodes",
     "owq": "OWQ (3 and 4 bits with columns left in floats), which only its own code decodes",
     "squeezellm": "SqueezeLLM (a table for each row, with sparse outliers), which only its own code decodes",

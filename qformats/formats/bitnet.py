@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor
 from qformats.formats.planes import finite, integer_verdict, own_form, part, row_range
-from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Integer, No, ParamSpec, Scheme, Storage, Yes, whole
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["NAME", "SUFFIXES", "can_store", "config_out", "detect", "layout", "read", "scheme", "storage_of", "storages", "write"]
+__all__ = [
+    "NAME", "SUFFIXES", "activations", "can_store", "config_out", "detect", "layout", "read", "scheme", "storage_of", "storages", "write",
+]  # fmt: skip
 
 NAME = "bitnet"
 SUFFIXES: frozenset[str] = frozenset({"weight_scale"})
@@ -194,3 +196,8 @@ def config_out(
     if original and _divides(original) == (chosen == CLASSES[0]):
         return dict(original)
     return made if not original else {**original, "linear_class": chosen}
+
+
+def activations(config: Mapping[str, Any]) -> Activations:
+    """int8 with a scale for each token, in either class of layers."""
+    return Activations("int8", True, "token")

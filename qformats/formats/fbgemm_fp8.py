@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, UsageError
 from qformats.formats import smallfloats
-from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, No, Scheme, Storage, Yes
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "KEEPS_AXES",
     "NAME",
     "SUFFIXES",
+    "activations",
     "can_store",
     "config_out",
     "detect",
@@ -49,6 +50,7 @@ __all__ = [
     "split_name",
     "storage_of",
     "storages",
+    "with_activations",
     "write",
 ]
 
@@ -153,3 +155,13 @@ def config_out(
     if original is not None and detect(original, ()) is not None:
         return dict(original)
     return {"quant_method": NAME, "activation_scale_ub": UPPER_BOUND, "modules_to_not_convert": list(skipped)}
+
+
+def activations(config: Mapping[str, Any]) -> Activations:
+    """e4m3 with a scale for each token, clipped at the bound."""
+    return Activations("fp8", True, "token")
+
+
+def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
+    """The config as it is: it has dynamic FP8 activations alone."""
+    return dict(config) if activations is None or (activations.kind, activations.dynamic) == ("fp8", True) else None

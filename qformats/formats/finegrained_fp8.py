@@ -30,7 +30,7 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.packed import int_option
-from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, No, Scheme, Storage, Yes
 
 if TYPE_CHECKING:
@@ -40,8 +40,11 @@ __all__ = [
     "BARE",
     "EXTRAS",
     "GLUED",
+    "INPUT_SCALES",
+    "INPUT_SCALE_SHAPE",
     "NAME",
     "SUFFIXES",
+    "activations",
     "can_store",
     "config_out",
     "detect",
@@ -53,6 +56,7 @@ __all__ = [
     "split_name",
     "storage_of",
     "storages",
+    "with_activations",
     "write",
 ]
 
@@ -62,7 +66,11 @@ SCALES = ("weight_scale_inv", "_scale_inv", "qscale_weight", "weight_scale", "sc
 SUFFIXES: frozenset[str] = frozenset({*SCALES, "_activation_scale"})
 GLUED = frozenset({"_scale_inv", "_activation_scale", ""})
 BARE = frozenset({""})
-EXTRAS = frozenset({"activation_scale", "_activation_scale", "input_scale", "qscale_act", "k_scale", "v_scale"})
+EXTRAS = frozenset({  # kv_scale and output_scale: of vLLM's first FP8 checkpoints
+    "activation_scale", "_activation_scale", "input_scale", "qscale_act", "output_scale", "q_scale", "k_scale", "v_scale", "kv_scale",
+})  # fmt: skip
+INPUT_SCALES = {"fp8": (("activation_scale", "input_scale", "qscale_act"), False)}
+INPUT_SCALE_SHAPE: tuple[int, ...] = ()
 BLOCK = (128, 128)
 MX_BLOCK = (1, 32)
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ")
@@ -307,6 +315,25 @@ def config_out(
     if any(s.type == "fp4" for s in modules.values()):
         made["expert_dtype"] = "fp4"
     return made
+
+
+def activations(config: Mapping[str, Any]) -> Activations:
+    """Static ones have a scale for the tensor, dynamic ones for the columns of a block, or a token."""
+    if str(config.get("quant_method")).lower() == "mxfp8":
+        return Activations("mxfp8", True, "group")
+    if str(config.get("activation_scheme", "dynamic")).lower() == "static":
+        return Activations("fp8", False)
+    return Activations("fp8", True, "token" if _block_size(config) is None else "group")
+
+
+def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
+    """The config with its scheme; None for activations of another kind, and for static ones beside blocks, which are always dynamic."""
+    mine = "mxfp8" if config["quant_method"] == "mxfp8" else "fp8"
+    if activations is None:
+        return dict(config)
+    if activations.kind != mine or (not activations.dynamic and config["weight_block_size"] is not None):
+        return None
+    return {**config, "activation_scheme": "dynamic" if activations.dynamic else "static"}
 
 
 def _describes(config: Mapping[str, Any], modules: Mapping[str, Storage], left: list[str]) -> bool:

@@ -24,8 +24,14 @@ What a format may have beside, where it needs it:
 - ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
   ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix
   may hold dots (``weight.absmax``).
-- ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied byte by byte into a format that has the
-  same leaf among its own, else named as dropped. ``WRITTEN``: those of them that its own ``write`` makes beside every weight.
+- ``EXTRAS``: leaves beside the weight that are no weights (``input_scale``, ``k_scale``): copied within the format. Into another one go
+  the scales of a cache (``CACHE``) where both have them, and those that ``INPUT_SCALES`` of both name; the rest is named as dropped.
+  ``WRITTEN``: those of them that its own ``write`` makes beside every weight.
+- ``activations(config) -> Activations | None``: how the model rounds what enters its linear layers while it runs.
+  ``INPUT_SCALES``: for a kind of activations the leaves that hold a static scale, the one to write first, and whether it divides;
+  ``INPUT_SCALE_SHAPE``: the shape of one. ``with_activations(config, activations, cache) -> dict | None``: the config of an output with
+  these activations in it, None where it has no words for them; ``cache``: scales of a cache are there. A format without these hooks
+  holds weights alone.
 - ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
@@ -62,7 +68,21 @@ from qformats.containers.raw import RawTensor
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["Match", "Module", "PartInfo", "Piece", "Target"]
+__all__ = ["CACHE", "Activations", "Match", "Module", "PartInfo", "Piece", "Target"]
+
+CACHE = frozenset({"k_scale", "v_scale"})  # leaves that all formats with scales of a cache of keys and values share
+
+
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """How inputs of linear layers are rounded: ``kind`` is the type's word (``fp8``, ``int8``, ``nvfp4``), ``per`` what has one scale."""
+
+    kind: str
+    dynamic: bool
+    per: str = "tensor"
+
+    def __str__(self) -> str:
+        return f"{self.kind} ({'dynamic' if self.dynamic else 'static'}, per {self.per})"
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,8 +42,8 @@ def fit(
     """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
 
     ``ranges(width)`` gives the smallest and largest of the ``rewrite.whole_codes`` of each run of ``width`` columns; by default they
-    are computed from ``t``. With ``rounding`` a scale or an offset may be rounded once to the storage's dtype. ``own(scheme)``: whether
-    the storage's writer takes such a tensor as it stands.
+    are computed from ``t``, which may be a range of rows: ``n_multiple`` is for the caller to check. With ``rounding`` a scale or an
+    offset may be rounded once to the storage's dtype. ``own(scheme)``: whether the storage's writer takes such a tensor as it stands.
     """
     _check_shape(t.shape, storage)
     _check_index(t, storage)
@@ -146,11 +146,8 @@ def _shaped(t: QuantizedTensor, storage: Storage, found: Fit, rounding: bool) ->
 
 
 def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
-    n, k = (shape[-2] if len(shape) > 1 else 1), shape[-1]
-    if k % storage.k_multiple:
-        raise Refused(f"{k} columns are not a multiple of {storage.k_multiple}")
-    if n % storage.n_multiple:
-        raise Refused(f"{n} rows are not a multiple of {storage.n_multiple}")
+    if shape[-1] % storage.k_multiple:
+        raise Refused(f"{shape[-1]} columns are not a multiple of {storage.k_multiple}")
 
 
 def _check_index(t: QuantizedTensor, storage: Storage) -> None:
@@ -451,7 +448,7 @@ def _keep_offset(a: Affine, offset: Tensor, storage: Storage, rounding: bool) ->
     else:
         scale, stored = a.plane(scale, width), a.plane(stored, width)
     if keeps:
-        reason, shift = "" if left else "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
+        reason, shift = "codes are kept" if a.rounded else "codes, scales and offsets are kept", torch.zeros(1, dtype=torch.int16)
         return _done(a, storage, width, shift, None, scale, reason, offset=_param(stored, a.shape, group))
     shift_plane, flip, moved = narrow_offset(a, scale, stored, width, grid, dtype)
     a.notes.append("move codes into the narrower grid")

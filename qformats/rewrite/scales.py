@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qformats.real import Real, product, round_once
+from qformats.real import Real, product, round_once, round_to_odd
 from qformats.rewrite.forms import Refused, inexact, map_params, plain
 from qformats.scheme import Tile
 from qformats.tensor import Param, QuantizedTensor, constant
@@ -13,8 +13,11 @@ from qformats.tensor import Param, QuantizedTensor, constant
 __all__ = ["fold_scales", "round_scale", "unnest_scale"]
 
 
-def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
-    """Multiply all scale factors into one plane of ``dtype`` on the finest block; refuses if a product is not representable."""
+def fold_scales(t: QuantizedTensor, dtype: torch.dtype, *, odd: bool = False) -> QuantizedTensor:
+    """Multiply all scale factors into one plane of ``dtype`` on the finest block; refuses if a product is not representable.
+
+    With ``odd`` the plane is float64 and what needs more bits is rounded to odd: for a caller who rounds it to a narrower dtype next.
+    """
     if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
         return t if t.scales[0].values.dtype == dtype else round_scale(t, dtype, rounding=False)[0]
     if not t.scales:
@@ -29,8 +32,8 @@ def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
         raise Refused("act-order: the scale factors follow different columns")
     spread = ((scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape)), scale.inverse) for scale in t.scales)
     total = product(Real.of(torch.ones((), dtype=torch.float64)), spread)
-    folded = round_once(total, dtype)
-    wrong = inexact(total, folded)
+    folded = round_to_odd(total) if odd else round_once(total, dtype)
+    wrong = 0 if odd else inexact(total, folded)
     if wrong:
         raise Refused(f"the product of the scale factors rounds in {wrong} of {folded.numel()} groups")
     return t.replace(scales=(Param(folded, fine),))

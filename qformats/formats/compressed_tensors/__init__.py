@@ -34,19 +34,24 @@ Activation and cache scales (``EXTRAS``) are copied.
 
 from __future__ import annotations
 
-from qformats.formats.compressed_tensors.config import NAME, detect
-from qformats.formats.compressed_tensors.config_write import config_out, harmonize
+from qformats.formats.compressed_tensors.config import NAME, activations, detect
+from qformats.formats.compressed_tensors.config_write import config_out, harmonize, with_activations
 from qformats.formats.compressed_tensors.shapes import SUFFIXES, scheme
 from qformats.formats.compressed_tensors.storages import can_store, layout, storage_of, storages
 from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_warnings, read, write
 
 EXTRAS = frozenset({f"{what}_{kind}" for what in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point", "global_scale")})
+INPUT_SCALES = {"fp8": (("input_scale",), False), "int8": (("input_scale",), False), "nvfp4": (("input_global_scale",), True)}
+INPUT_SCALE_SHAPE = (1,)
 
 __all__ = [
     "EXTRAS",
+    "INPUT_SCALES",
+    "INPUT_SCALE_SHAPE",
     "NAME",
     "ROW_MULTIPLE",
     "SUFFIXES",
+    "activations",
     "can_store",
     "config_out",
     "detect",
@@ -57,5 +62,6 @@ __all__ = [
     "scheme",
     "storage_of",
     "storages",
+    "with_activations",
     "write",
 ]

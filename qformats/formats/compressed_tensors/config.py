@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from qformats.errors import BadFile, Unsupported
-from qformats.formats.protocol import Match
+from qformats.formats.protocol import Activations, Match
 
-__all__ = ["METHODS", "NAME", "Args", "Group", "candidates", "dense_packing", "detect", "inner", "is_ignored"]
+__all__ = ["METHODS", "NAME", "Args", "Group", "activations", "candidates", "dense_packing", "detect", "inner", "is_ignored"]
 
 NAME = "compressed-tensors"
 METHODS = (NAME, "compressed_tensors", "sparseml")
@@ -106,6 +106,29 @@ def dense_packing(config: Mapping[str, Any]) -> bool:
     """Whether 3, 5, 6 and 7 bits are packed as one stream (releases from 0.18) by the ``version`` of the writer; no version: not."""
     found = re.match(r"(\d+)\.(\d+)", str(inner(config).get("version") or ""))
     return found is not None and (int(found[1]), int(found[2])) >= (0, 18)
+
+
+_PRESET_INPUTS = {
+    "W8A8": Activations("int8", True, "token"), "INT8": Activations("int8", True, "token"), "W4A8": Activations("int8", True, "token"),
+    "FP8": Activations("fp8", False), "FP8_DYNAMIC": Activations("fp8", True, "token"), "FP8_BLOCK": Activations("fp8", True, "group"),
+    "W4AFP8": Activations("fp8", True, "token"), "NVFP4": Activations("nvfp4", False),
+}  # fmt: skip
+
+
+def activations(config: Mapping[str, Any]) -> Activations | None:
+    """Those of the first group that has ``input_activations``; the ``local`` scales of NVFP4 stand under a static one for the tensor."""
+    groups = inner(config).get("config_groups")
+    for name, group in groups.items() if isinstance(groups, Mapping) else ():
+        said = group.get("input_activations") if isinstance(group, Mapping) else None
+        if isinstance(group, list) and name.upper() in _PRESET_INPUTS:
+            return _PRESET_INPUTS[name.upper()]
+        if isinstance(said, Mapping):
+            bits, size, floats = said.get("num_bits", 8), said.get("group_size"), str(said.get("type", "int")).lower() == "float"
+            words = {(8, None): "fp8", (8, 32): "mxfp8", (4, 16): "nvfp4", (4, 32): "mxfp4", (8, 128): "fp8"}
+            kind = words.get((bits, size), f"float{bits}") if floats else f"int{bits}"
+            per = str(said.get("strategy") or ("tensor" if size is None else "group"))
+            return Activations(kind, said.get("dynamic") is True, "tensor" if kind == "nvfp4" else per)
+    return None
 
 
 def _groups(config: Mapping[str, Any]) -> list[Group]:

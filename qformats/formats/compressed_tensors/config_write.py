@@ -8,10 +8,10 @@ from typing import Any
 
 from qformats.errors import QFormatError, Unsupported
 from qformats.formats.compressed_tensors.config import METHODS, NAME, candidates, dense_packing, inner, is_ignored
-from qformats.formats.protocol import Target
+from qformats.formats.protocol import Activations, Target
 from qformats.scheme import Float, Integer, Storage
 
-__all__ = ["config_out", "harmonize"]
+__all__ = ["config_out", "harmonize", "with_activations"]
 
 _VERSIONS = {
     True: "0.18.0",
@@ -48,6 +48,39 @@ def config_out(
         "global_compression_ratio": None,
         "version": _VERSIONS[stream],
     }
+
+
+def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
+    """The config with ``input_activations`` in the groups whose weights are of their kind; None if there is no such group.
+
+    The arguments are those of the preset schemes FP8, FP8_DYNAMIC, FP8_BLOCK, W8A8, NVFP4 and MXFP8 (compressed-tensors 0.20).
+    """
+    made, taken = dict(config), activations is None
+    groups = {name: dict(group) for name, group in config["config_groups"].items()}
+    for group in groups.values():
+        inputs = None if activations is None else _inputs(group, activations)
+        if inputs is not None:
+            group["input_activations"], taken = inputs, True
+    if cache and not made.get("kv_cache_scheme"):
+        made["kv_cache_scheme"] = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False}
+    return {**made, "config_groups": groups} if taken else None
+
+
+def _inputs(group: Mapping[str, Any], activations: Activations) -> dict[str, Any] | None:
+    """The arguments of a group's inputs, None where its weights are of another kind or static scales stand over several tensors."""
+    formats = {"float-quantized": "fp8", "int-quantized": "int8", "nvfp4-pack-quantized": "nvfp4", "mxfp8-quantized": "mxfp8"}
+    if formats.get(str(group["format"])) != activations.kind:
+        return None
+    made = {"num_bits": 8, "type": "int" if activations.kind == "int8" else "float", "symmetric": True}
+    if activations.kind == "nvfp4":
+        return {**made, "num_bits": 4, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+    if activations.kind == "mxfp8":
+        return {**made, "strategy": "group", "group_size": 32, "dynamic": True}
+    if not activations.dynamic:
+        return {**made, "strategy": "tensor", "dynamic": False}
+    block = group["weights"]["strategy"] == "block"
+    size = {"group_size": group["weights"]["block_structure"][1]} if block else {}
+    return {**made, "strategy": "group" if block else "token", **size, "dynamic": True}
 
 
 def _ignored(modules: Mapping[str, Storage], skipped: Sequence[str], original: Mapping[str, Any] | None) -> list[str]:

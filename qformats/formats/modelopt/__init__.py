@@ -30,7 +30,7 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.modelopt import integers
-from qformats.formats.modelopt.settings import config_beside, config_out, detect, side_files
+from qformats.formats.modelopt.settings import activations, config_beside, config_out, detect, side_files, with_activations
 from qformats.formats.packed import FLOATS, float_array, group_option
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Factor, Float, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
@@ -40,8 +40,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXTRAS",
+    "INPUT_SCALES",
+    "INPUT_SCALE_SHAPE",
     "NAME",
     "SUFFIXES",
+    "activations",
     "can_store",
     "config_beside",
     "config_out",
@@ -54,12 +57,15 @@ __all__ = [
     "side_files",
     "storage_of",
     "storages",
+    "with_activations",
     "write",
 ]
 
 NAME = "modelopt"
 SUFFIXES: frozenset[str] = frozenset({"weight_scale", "weight_scale_2", "pre_quant_scale"})
 EXTRAS = frozenset({"input_scale", "output_scale", "k_scale", "v_scale", "k_bias", "v_bias"})
+INPUT_SCALES = dict.fromkeys(("fp8", "int8", "nvfp4"), (("input_scale",), False))
+INPUT_SCALE_SHAPE: tuple[int, ...] = ()
 PB_BLOCK = 128
 _FLOATS = tuple(FLOATS)
 _CODES = ("F8_E4M3", "U8", "I8")

@@ -15,13 +15,13 @@ from typing import Any
 
 from qformats.errors import BadFile, Unsupported
 from qformats.formats.packed import tool_version
-from qformats.formats.protocol import Match, Target
+from qformats.formats.protocol import Activations, Match, Target
 from qformats.scheme import Storage
 
-__all__ = ["ALGORITHMS", "FILE", "config_beside", "config_out", "detect", "side_files"]
+__all__ = ["ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "side_files", "with_activations"]
 
 FILE = "hf_quant_config.json"
-METHODS = ("modelopt", "modelopt_fp4")
+METHODS = ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
 ALGORITHMS = (
     "FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "NVFP4", "NVFP4_AWQ", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8",
     "MXFP4", "W4A16_AWQ", "W4A8_AWQ", "W8A16", "W8A8_SQ_PER_CHANNEL", "MIXED_PRECISION",
@@ -146,6 +146,34 @@ def config_out(
         if original is not None and key in _details(original):
             made[key] = _details(original)[key]
     return {**made, "producer": {"name": "qformats", "version": tool_version()}, "quant_method": "modelopt"}
+
+
+_INPUTS = {
+    "FP8": Activations("fp8", False), "FP8_PER_CHANNEL_PER_TOKEN": Activations("fp8", True, "token"), "W4A8_AWQ": Activations("fp8", False),
+    "W4A8_NVFP4_FP8": Activations("fp8", False), "W4A8_MXFP4_FP8": Activations("fp8", False), "NVFP4": Activations("nvfp4", False),
+    "NVFP4_AWQ": Activations("nvfp4", False), "MXFP8": Activations("mxfp8", True, "group"),
+    "W8A8_SQ_PER_CHANNEL": Activations("int8", False),
+}  # fmt: skip
+
+
+def activations(config: Mapping[str, Any]) -> Activations | None:
+    """Those of the algorithm, of a mixture the first layer's that has any."""
+    details = _details(config)
+    words = [details.get("quant_algo"), *(layer.get("quant_algo") for layer in (details.get("quantized_layers") or {}).values())]
+    return next((_INPUTS[word] for word in (str(w).upper() for w in words) if word in _INPUTS), None)
+
+
+def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
+    """The config under the algorithm with these activations; None where its algorithm has others."""
+    made, algorithm = dict(config), config.get("quant_algo")
+    if cache and not made.get("kv_cache_scheme"):
+        made["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if activations is None or _INPUTS.get(str(algorithm)) == activations:
+        return made
+    if (algorithm, activations.kind) != ("W4A16_NVFP4", "nvfp4"):
+        return None
+    group = _group({"quant_algo": "NVFP4", "group_size": 16}, ["Linear"])
+    return {**made, "quant_algo": "NVFP4", "config_groups": {"group_0": group}}
 
 
 def side_files(config: Mapping[str, Any]) -> dict[str, bytes]:

@@ -5,8 +5,9 @@ The judge is brute force in rational arithmetic over every flip, shift and zero 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from math import gcd
 from typing import Any
 
 import hypothesis.strategies as st
@@ -146,7 +147,7 @@ def possible(source: Source, storage: Storage) -> bool:
     """Whether any shift, flip or zero point writes ``source`` as ``storage`` with the same real numbers."""
     k = len(source.codes[0])
     group = min(storage.group or k, k)
-    if k % storage.k_multiple or len(source.codes) % storage.n_multiple:
+    if k % storage.k_multiple:
         return False
     width = min(group, source.group)
     low, high = storage.grid.lowest, storage.grid.highest
@@ -211,8 +212,15 @@ def check_form(storage: Storage, out: QuantizedTensor) -> None:
         assert storage.zero_point[0] <= float(out.zero_point.values.min()) and float(out.zero_point.values.max()) <= storage.zero_point[1]
 
 
+def repeated(source: Source, times: int) -> Source:
+    """The rows of ``source`` over and over, as many as a packing needs."""
+    zeros, offsets = (None if plane is None else plane * times for plane in (source.zeros, source.offsets))
+    return replace(source, codes=source.codes * times, scales=source.scales * times, zeros=zeros, offsets=offsets)
+
+
 def check_exact(source: Source, storage: Storage) -> bool:
     """Fit without rounding: equal rationals, or a refusal that brute force confirms. True if it fitted."""
+    source = repeated(source, storage.n_multiple // gcd(len(source.codes), storage.n_multiple))
     t = source.tensor()
     try:
         decision = fit(t, storage)

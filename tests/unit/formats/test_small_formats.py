@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rationals import round_fraction
 
 from qformats import registry, rewrite
 from qformats.checkpoint import open_checkpoint
@@ -23,8 +25,8 @@ from qformats.formats.protocol import Match, Module, Target
 from qformats.quantize import rtn
 from qformats.real import round_once
 from qformats.reencode import finish, fit
-from qformats.scheme import Integer, Learned, Scheme, Storage, Tile
-from qformats.tensor import Param, QuantizedTensor
+from qformats.scheme import Integer, Learned, Scheme, Storage, Tile, whole
+from qformats.tensor import Param, QuantizedTensor, constant
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 FORMATS = ("eetq", "bitnet", "mlx", "aqlm", "gemma")
@@ -355,6 +357,19 @@ def test_known_methods_are_refused_by_name(method: str) -> None:
     assert caught.value.code == "quant-method" and registry.REFUSED[method] in caught.value.message and caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [({"quant_method": "auto_round", "bits": 4}, "gptq"), ({"quant_method": "autoround", "packing_format": "auto_round:awq"}, "awq"),
+     ({"quant_method": "modelopt_mxfp8", "quant_algo": "MXFP8"}, "modelopt"), ({"method": "gptq", "format": "gptq_v2"}, "gptq"),
+     ({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "nvfp4"}}, "modelopt"),
+     ({"config_groups": {}, "format": "pack-quantized"}, "compressed-tensors"), ({"load_in_8bit": True}, "bitsandbytes"),
+     ({"group_size": 64, "bits": 4}, "mlx"), ({"w_bit": 4, "q_group_size": 128, "version": "GEMM"}, "awq"),
+     ({"bits": 4, "group_size": 128, "desc_act": False, "damp_percent": 0.01, "model_name_or_path": None}, "gptq")],
+)  # fmt: skip
+def test_spellings_of_published_configs(config: dict[str, Any], form: str) -> None:
+    assert registry.detect(config, ["m.scales", "m.weight"]).format == form
+
+
 def test_an_unknown_method_lists_the_known_ones() -> None:
     with pytest.raises(Unsupported) as caught:
         registry.detect({"quant_method": "magic"}, ["m.weight"])
@@ -409,6 +424,26 @@ def stored(case: str, target: str, name: str = "q_proj") -> tuple[str, Quantized
         except rewrite.Refused as refusal:
             refusals.append(str(refusal))
     raise AssertionError(refusals)
+
+
+@pytest.mark.parametrize("target", ["gguf:tq1_0", "gguf:tq2_0", "gptq:int2", "mlx:int2,dtype=f16", "bitnet:ternary,class=autobitlinear"])
+@pytest.mark.parametrize("divisor", [3.0, 1.3, 2.0])
+def test_a_scale_that_divides_is_rounded_once_where_it_multiplies(target: str, divisor: float) -> None:
+    shape, parsed = (256, 256), registry.parse_target(target)
+    codes = torch.randint(0, 3, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    held = Param(torch.tensor([[divisor]], dtype=torch.bfloat16), whole(shape), inverse=True)
+    tensor = QuantizedTensor(shape, codes, Integer(2), (held,), constant(1, shape))
+    form = registry.format_module(parsed.format)
+    storage = next(s for s in form.storages(parsed, tensor.scheme) if target.startswith("bitnet") or "float16" in s.scale_dtypes)
+    own = partial(form.can_store, storage)
+    decision = fit(tensor, storage, own=own, rounding=divisor != 2.0)
+    made, dtype = finish(tensor, decision), getattr(torch, storage.scale_dtypes[0])
+    wanted = round_fraction(1 / Fraction(float(held.values)), dtype)  # type: ignore[arg-type]
+    assert decision.kind == ("exact" if divisor == 2.0 else "codes-exact")
+    assert torch.equal(made.dequantize(torch.float64), (codes.to(torch.float64) - 1) * float(wanted))
+    if divisor != 2.0:
+        with pytest.raises(rewrite.Refused, match="rounds"):
+            fit(tensor, storage, own=own)
 
 
 @pytest.mark.parametrize(
