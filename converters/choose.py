@@ -107,7 +107,7 @@ class Chooser:
 
     def _with_content(self, job: Job) -> Job:
         """What a record holds of the parts that the format writes beside every weight."""
-        written = getattr(registry.format_module(job.format), "WRITTEN", ()) if job.action == "codes" else ()
+        written = getattr(registry.format_module(job.format), "WRITTEN", ()) if job.action in ("codes", "quantize") else ()
         known = {leaf: self.extras.get((job.map.target, leaf)) for leaf in written if leaf in job.parts}
         content = {leaf: e.data for leaf, e in known.items() if e is not None and e.data is not None and e.info == job.parts[leaf]}
         return replace(job, content=content) if content else job
@@ -358,7 +358,7 @@ class Chooser:
         reason = "codes kept; the parameters are those of the record, which the source's are the rounding of"
         job = Job(tensor, "codes", "codes-exact", reason, kind, parts, False, None, storage, format_name)
         earlier = find_earlier(kept, job, self.checkpoint)
-        return None if earlier is None else replace(job, earlier=(earlier, kept.held))
+        return None if earlier is None else replace(job, earlier=earlier)
 
     def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
         """The recorded storage, else those of the named type, else whatever fits this shape."""
