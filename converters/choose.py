@@ -50,7 +50,8 @@ class Chooser:
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
     ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
-    that a record gives back, ``extras`` its tensors that are no weights by module and leaf.
+    that a record gives back, ``extras`` its tensors that are no weights by module and leaf. ``model_dtype``: of the output's
+    floats (torch's word), where the target asks.
     """
 
     checkpoint: Checkpoint
@@ -65,6 +66,7 @@ class Chooser:
     orders_before: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     kept: Mapping[str, Kept] = field(default_factory=dict)
     extras: Mapping[tuple[str, str], Extra] = field(default_factory=dict)
+    model_dtype: str | None = None
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @cached_property
@@ -141,6 +143,13 @@ class Chooser:
         what = "every weight is a float32 number" if lossless else f"rounded once to {dtype}"
         return self._float(tensor, dtype, "dequantized", f"inputs and outputs change places; {what}", lossless)
 
+    def with_model_dtype(self, tensors: Sequence[TensorMap]) -> Chooser:
+        """The same with the dtype of the model's floats, told by its embedding, for a target that asks."""
+        embedding = next((tensor for tensor in tensors if tensor.kind == "embedding" and tensor.leaf == "weight"), None)
+        if embedding is None or not getattr(registry.format_module(self.options.target.format), "NEEDS_DTYPE", False):
+            return self
+        return replace(self, model_dtype=_TORCH_WORDS.get(self.decide(embedding).type))
+
     # ------------------------------------------------------------ named types
 
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
@@ -179,7 +188,7 @@ class Chooser:
             raise Unsupported("no-quantizer", f"there is no quantizer for {kind}", hint=f"types: {', '.join(found.types)}")
         if kind is not None and kind not in found.types and kind not in FLOAT_WORDS:
             raise UsageError("target-type", f"{target.format} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
-        return replace(target, type=kind)
+        return replace(target, type=kind, dtype=self.model_dtype)
 
     # ------------------------------------------------------------ floats
 

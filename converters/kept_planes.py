@@ -238,7 +238,7 @@ def parse_kept(data: Mapping[str, Any], storages: Sequence[Storage]) -> Kept:
 
 
 def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Earlier | None:
-    """The weight's earlier parameters, if what ``job`` reads is in every row what these became; else None.
+    """The weight's earlier parameters, if what ``job`` reads is in every row what these became; else None. No signs for other zeros.
 
     ``BadFile('provenance')`` for planes that are damaged.
     """
@@ -263,8 +263,7 @@ def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Earlier | None
         found.extend([] if kept.zeros is None else [zero_counts(rows)])
     if kept.zeros is None:
         return plain
-    zeros = kept.zeros.placed(found)
-    return None if zeros is None else replace(plain, zeros=zeros)
+    return replace(plain, zeros=kept.zeros.placed(found))
 
 
 def _shaped(kept: Kept, shape: tuple[int, ...]) -> Any:
