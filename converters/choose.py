@@ -52,7 +52,8 @@ class Chooser:
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
     ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
-    that a record gives back, ``extras`` its tensors that are no weights by module and leaf.
+    that a record gives back, ``extras`` its tensors that are no weights by module and leaf. ``model_dtype``: of the output's
+    floats (torch's word), where the target asks.
     """
 
     checkpoint: Checkpoint
@@ -67,6 +68,7 @@ class Chooser:
     orders_before: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
     kept: Mapping[str, Kept] = field(default_factory=dict)
     extras: Mapping[tuple[str, str], Extra] = field(default_factory=dict)
+    model_dtype: str | None = None
     schemes: dict[str, Scheme] = field(default_factory=dict)
 
     @cached_property
@@ -107,7 +109,7 @@ class Chooser:
 
     def _with_content(self, job: Job) -> Job:
         """What a record holds of the parts that the format writes beside every weight."""
-        written = getattr(registry.format_module(job.format), "WRITTEN", ()) if job.action == "codes" else ()
+        written = getattr(registry.format_module(job.format), "WRITTEN", ()) if job.action in ("codes", "quantize") else ()
         known = {leaf: self.extras.get((job.map.target, leaf)) for leaf in written if leaf in job.parts}
         content = {leaf: e.data for leaf, e in known.items() if e is not None and e.data is not None and e.info == job.parts[leaf]}
         return replace(job, content=content) if content else job
@@ -140,6 +142,13 @@ class Chooser:
         lossless = alike and dtype == "F32" and float32_exact(self.checkpoint.scheme(module))
         what = "every weight is a float32 number" if lossless else f"rounded once to {dtype}"
         return self._float(tensor, dtype, "dequantized", f"inputs and outputs change places; {what}", lossless)
+
+    def with_model_dtype(self, tensors: Sequence[TensorMap]) -> Chooser:
+        """The same with the dtype of the model's floats, told by its embedding, for a target that asks."""
+        embedding = next((tensor for tensor in tensors if tensor.kind == "embedding" and tensor.leaf == "weight"), None)
+        if embedding is None or not getattr(registry.format_module(self.options.target.format), "NEEDS_DTYPE", False):
+            return self
+        return replace(self, model_dtype=_TORCH_WORDS.get(self.decide(embedding).type))
 
     # ------------------------------------------------------------ named types
 
@@ -179,7 +188,7 @@ class Chooser:
             raise Unsupported("no-quantizer", f"there is no quantizer for {kind}", hint=f"types: {', '.join(found.types)}")
         if kind is not None and kind not in found.types and kind not in FLOAT_WORDS:
             raise UsageError("target-type", f"{target.format} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
-        return replace(target, type=kind)
+        return replace(target, type=kind, dtype=self.model_dtype)
 
     # ------------------------------------------------------------ floats
 
@@ -358,7 +367,7 @@ class Chooser:
         reason = "codes kept; the parameters are those of the record, which the source's are the rounding of"
         job = Job(tensor, "codes", "codes-exact", reason, kind, parts, False, None, storage, format_name)
         earlier = find_earlier(kept, job, self.checkpoint)
-        return None if earlier is None else replace(job, earlier=(earlier, kept.held))
+        return None if earlier is None else replace(job, earlier=earlier)
 
     def _storages(self, tensor: TensorMap, named: str | None) -> list[Storage]:
         """The recorded storage, else those of the named type, else whatever fits this shape."""

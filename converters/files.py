@@ -84,9 +84,10 @@ def _own_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[J
     others = {job.name: job.dtype or "" for job in jobs if not (job.map.leaf == "weight" and job.map.target in storages)}
     made: dict[str, str] = make(modules, others)
     said: Mapping[str, str] = {} if restore is None or not _restores_all(jobs, restore) else restore.said
+    tied = said.keys() - made.keys() - (set() if restore is None else restore.dtypes.keys())  # named, but stored under another name
     if checkpoint.format == options.target.format and all(job.kind == "copied" for job in jobs):
         said = {key: value for key, value in checkpoint.metadata.items() if not key.startswith("qformats.")}
-    return dict(said) if said.keys() | {"format"} == made.keys() | {"format"} else made
+    return dict(said) if said.keys() - tied | {"format"} == made.keys() | {"format"} else made
 
 
 def _storages(checkpoint: Checkpoint, name: str, jobs: Sequence[Job]) -> dict[str, Storage]:

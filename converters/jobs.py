@@ -16,8 +16,8 @@ from qformats.scheme import Factor, Float, Grid, Integer, Learned, Storage, SubS
 if TYPE_CHECKING:
     import numpy as np
 
+    from converters.kept_planes import Earlier
     from qformats.reencode import Hint
-    from qformats.tensor import QuantizedTensor
 
 __all__ = ["Job", "storage_from_json", "storage_to_json"]
 
@@ -52,7 +52,7 @@ class Job:
     importance: np.ndarray[Any, Any] | None = None
     search: str = "reference"
     merged: tuple[str, ...] = ()
-    earlier: tuple[QuantizedTensor, Storage] | None = None
+    earlier: Earlier | None = None
     content: Mapping[str, bytes] = field(default_factory=dict)
 
     @property

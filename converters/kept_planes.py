@@ -6,16 +6,18 @@ are small beside the weight itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converters.claims import Ranges, hint_rows
 from converters.jobs import Job
-from converters.planes import Kept, Stale, describe, grid_from_json, grid_to_json, guess, pack, restored, revive, same_params, unpack
+from converters.packing import pack, unpack
+from converters.planes import Kept, Stale, describe, grid_from_json, grid_to_json, guess, restored, revive, same_params
 from converters.sources import SCAN_WEIGHTS, Slab, read_rows, slabs
+from converters.zero_signs import ZeroSigns, collect_zeros, loses_signs, two_zeros, zero_counts
 from qformats import registry
 from qformats.architectures.mapping import SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
@@ -24,13 +26,28 @@ from qformats.errors import BadFile, QFormatError
 from qformats.formats.protocol import PartInfo, Target
 from qformats.scheme import Integer, Learned, Storage
 
+if TYPE_CHECKING:
+    from qformats.tensor import QuantizedTensor
+
 __all__ = [
-    "Extra", "collect_extras", "earlier_rows", "find_earlier", "kept_planes", "parse_extras", "parse_kept", "source_storage", "with_extras",
+    "TOO_LARGE", "Earlier", "Extra", "collect_extras", "earlier_rows", "find_earlier", "kept_planes", "parse_extras", "parse_kept",
+    "source_storage", "with_extras",
 ]  # fmt: skip
 
 _PROBE_ROWS = 128
 _SMALL_NBYTES = 1 << 12
 _SHARE = 12  # planes may take one twelfth of what the weight takes
+UNWRITABLE = "the form it is stored in is read, not written"
+TOO_LARGE = "what it would have to keep is too large for the record"
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """The parameters that a weight had before it was converted to the storage ``held``, with codes of zeros; its minus zeros."""
+
+    weight: QuantizedTensor
+    held: Storage
+    zeros: ZeroSigns | None = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ class Extra:
 
 def collect_extras(checkpoint: Checkpoint, jobs: Sequence[Job]) -> list[list[Any]]:
     """The source's tensors that are no weights (``Checkpoint.extras``), with the bytes of those that the target has no place for."""
-    kept = {(job.map.target, job.map.leaf) for job in jobs if job.map.kind == "extra"}
+    written = getattr(registry.format_module(checkpoint.format), "WRITTEN", ())
+    kept = {(job.map.target, job.map.leaf) for job in jobs if job.map.kind == "extra" and job.map.leaf not in written}
     found: list[list[Any]] = []
     for module, leaf in checkpoint.extras:
         raw = checkpoint.modules[module].parts[leaf]
@@ -81,17 +99,17 @@ def with_extras(tensors: Sequence[TensorMap], extras: Sequence[Extra] | None, ta
     gone = {t.name: "was not there before it was converted" for t in tensors if t.kind == "extra" and (t.target, t.leaf) not in known}
     back = {(e.module, e.leaf): TensorMap(e.module, e.leaf, e.info.shape, (), kind="extra") for e in extras if e.data is not None}
     written = getattr(registry.format_module(target), "WRITTEN", ())
-    back = {key: tensor for key, tensor in back.items() if tensor.leaf not in written}
     stay = [t for t in tensors if t.kind != "extra" or (t.name not in gone and (t.target, t.leaf) not in back)]
+    back = {key: tensor for key, tensor in back.items() if tensor.leaf not in written}
     return [*stay, *back.values()], gone
 
 
 def source_storage(checkpoint: Checkpoint, name: str) -> Storage | None:
-    """The storage whose writer makes the parts of a quantized module, or None where its format cannot tell."""
+    """The storage whose writer makes the parts of a quantized module, or None where its format cannot tell or has no such writer."""
     form, module = registry.format_module(checkpoint.format), checkpoint.modules[name]
     if hasattr(form, "storage_of"):
         found: Storage = form.storage_of(module)
-        return found
+        return None if found.options.get("read_only") else found
     if checkpoint.gguf is None:
         return None
     try:
@@ -101,30 +119,47 @@ def source_storage(checkpoint: Checkpoint, name: str) -> Storage | None:
     return storages[0]
 
 
-def kept_planes(checkpoint: Checkpoint, name: str, job: Job, storage: Storage, zeros: Any, positive: bool) -> dict[str, Any] | None:
-    """The parameters of a source module as JSON data, None where the way back needs none or they are too large."""
+def kept_planes(
+    checkpoint: Checkpoint, name: str, job: Job, storage: Storage | None, zeros: Any, positive: bool
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The parameters of a source module as JSON data, None where the way back needs none; and why it will not find them all, or None."""
     from qformats.reencode import Hint
     from qformats.rewrite import Refused
     from qformats.tensor import QuantizedTensor
 
     module, form = checkpoint.modules[name], registry.format_module(checkpoint.format)
+    if job.earlier is not None:
+        return None, None  # what it was read as is what it becomes again
+    if storage is None or job.storage is None:
+        return None, UNWRITABLE
+    if job.kind == "exact" and _plain(storage) and _plain(job.storage):
+        return None, None  # zero points and signs are all that such a target may lack
     blank = form.read(module, codes=False)
     assert isinstance(blank, QuantizedTensor)
-    if job.storage is None or name in job.orders or len(blank.shape) != 2 or isinstance(blank.grid, Learned):
-        return None
+    hint = Hint(zeros, positive)
+    if name in job.orders or len(blank.shape) != 2 or isinstance(blank.grid, Learned):
+        return None, None if job.kind == "exact" else "the record keeps no parameters of such a weight"
     try:
-        hint = Hint(zeros, positive)
-        if job.kind == "exact" and _plain(storage) and _plain(job.storage):
-            return None  # zero points and signs are all that such a target may lack
         if job.kind == "exact" and _comes_back(checkpoint, name, job, storage, hint):
-            return None
+            return None, None
         data = describe(blank, _guesses(checkpoint, name, job, blank))
-    except Refused:
-        return None
+    except Refused as refusal:
+        return None, str(refusal)
+    if data is None:
+        return None, "the record keeps no parameters of such a weight"
+    signs = collect_zeros(_all_rows(checkpoint, name, blank)) if loses_signs(blank.grid, job.storage) else None
     nbytes = max(sum(raw.nbytes for raw in module.parts.values()), int(prod(blank.shape) * job.storage.bits_per_weight / 8))
-    if data is None or _text_nbytes(data) > max(_SMALL_NBYTES, nbytes // _SHARE):
-        return None
-    return {"grid": grid_to_json(blank.grid), "params": data}
+    if _text_nbytes(data) + _text_nbytes(signs) > max(_SMALL_NBYTES, nbytes // _SHARE):
+        return None, TOO_LARGE
+    return {"grid": grid_to_json(blank.grid), "params": data, **({} if signs is None else {"zeros": signs})}, None
+
+
+def _all_rows(checkpoint: Checkpoint, name: str, blank: Any) -> Iterator[Any]:
+    """The whole module in row ranges, codes included."""
+    rows_of, slab = TensorMap(name, "weight", blank.shape, (SourceRows(name, "weight", 0, blank.shape[0]),)), Slab(checkpoint)
+    job = Job(rows_of, "codes", "", "", "", {}, False)
+    for start, stop in slabs(job, checkpoint, SCAN_WEIGHTS):
+        yield read_rows(job, slab, checkpoint, start, stop)
 
 
 def _plain(storage: Storage) -> bool:
@@ -135,8 +170,8 @@ def _plain(storage: Storage) -> bool:
 
 
 def _text_nbytes(data: Any) -> int:
-    if isinstance(data, Mapping):
-        return sum(map(_text_nbytes, data.values()))
+    if isinstance(data, Mapping | list):
+        return sum(map(_text_nbytes, data.values() if isinstance(data, Mapping) else data))
     return len(data) if isinstance(data, str) else 0
 
 
@@ -196,11 +231,14 @@ def parse_kept(data: Mapping[str, Any], storages: Sequence[Storage]) -> Kept:
     """A record's entry; ``ValueError``, ``KeyError``, ``TypeError`` or ``IndexError`` for what is none."""
     if not isinstance(data["params"], dict) or type(data["held"]) is not int:
         raise ValueError("no planes")
-    return Kept(data["params"], grid_from_json(data["grid"]), storages[data["held"]])
+    grid, zeros = grid_from_json(data["grid"]), ZeroSigns.parse(data.get("zeros"))
+    if zeros is not None and two_zeros(grid) is None:
+        raise ValueError("no minus zeros")
+    return Kept(data["params"], grid, storages[data["held"]], zeros)
 
 
-def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Any:
-    """The weight's earlier parameters, if what ``job`` reads is in every row what these became; else None.
+def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Earlier | None:
+    """The weight's earlier parameters, if what ``job`` reads is in every row what these became; else None. No signs for other zeros.
 
     ``BadFile('provenance')`` for planes that are damaged.
     """
@@ -217,11 +255,15 @@ def find_earlier(kept: Kept, job: Job, checkpoint: Checkpoint) -> Any:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, QFormatError):
         hint = "name a type, as in awq:int4, to convert without it"
         raise BadFile("provenance", "the planes of the provenance record are damaged", hint=hint) from None
+    plain, found = Earlier(earlier, kept.held), []
     for start, stop in ranges:
-        rows = read_rows(job, slab, checkpoint, start, stop)
-        if earlier_rows(job, (earlier, kept.held), rows, start, stop, checkpoint.format) is None:
+        rows = earlier_rows(job, plain, read_rows(job, slab, checkpoint, start, stop), start, stop, checkpoint.format)
+        if rows is None:
             return None
-    return earlier
+        found.extend([] if kept.zeros is None else [zero_counts(rows)])
+    if kept.zeros is None:
+        return plain
+    return replace(plain, zeros=kept.zeros.placed(found))
 
 
 def _shaped(kept: Kept, shape: tuple[int, ...]) -> Any:
@@ -239,6 +281,10 @@ def _shaped(kept: Kept, shape: tuple[int, ...]) -> Any:
             block = Tile(tuple(sizes))
             values = torch.zeros(block.counts(shape), dtype=getattr(torch, data["dtype"]))
             params[name] = Param(values, block, bool(data.get("inverse")))
+        if "grid" in data and not data["params"] and kind == "tile" and sizes[0] == 1 and len(sizes) == len(shape):
+            block = Tile(tuple(sizes))
+            codes = torch.zeros(block.counts(shape), dtype=torch.uint8)
+            params[name] = Param(QuantizedTensor(block.counts(shape), codes, grid_from_json(data["grid"])), block)
     scales = tuple(params[name] for name in sorted(params) if name.startswith("scale"))
     codes = torch.zeros((1, 1), dtype=torch.uint8).expand(shape)
     made = QuantizedTensor(shape, codes, kept.grid, scales, params.get("zero_point"), params.get("offset"))
@@ -268,12 +314,12 @@ def _rows_of(t: Any, start: int, stop: int) -> Any:
     return found.replace(scales=scales, zero_point=tall(t.zero_point) or found.zero_point, offset=tall(t.offset) or found.offset)
 
 
-def earlier_rows(job: Job, earlier: tuple[Any, Storage], rows: Any, start: int, stop: int, source_format: str) -> Any:
+def earlier_rows(job: Job, earlier: Earlier, rows: Any, start: int, stop: int, source_format: str) -> Any:
     """Rows ``start:stop`` under the parameters they had, or None unless these become the very rows again."""
     from qformats.rewrite import Refused
 
     assert job.storage is not None
-    whole, held = earlier
+    whole, held = earlier.weight, earlier.held
     try:
         mine = whole if (start, stop) == (0, whole.shape[0]) else _rows_of(whole, start, stop)
     except Refused:
@@ -282,4 +328,5 @@ def earlier_rows(job: Job, earlier: tuple[Any, Storage], rows: Any, start: int, 
     def own(storage: Storage, scheme: Any) -> object:
         return registry.format_module(job.format if storage is job.storage else source_format).can_store(storage, scheme)
 
-    return restored(rows, mine, job.storage, held, own, own)
+    found = restored(rows, mine, job.storage, held, own, own)
+    return found if found is None or earlier.zeros is None else earlier.zeros.given_back(found, start)

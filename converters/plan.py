@@ -110,7 +110,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))
-    orders, row_orders = _absorb(checkpoint, options, warnings)
+    indexed = restore is not None and any(storage.group_index for storage in restore.storages.values())
+    orders, row_orders = ({}, {}) if indexed else _absorb(checkpoint, options, warnings)
     tensors = [absorb.apply_row_orders(t, row_orders) for t in mapped.tensors]
     unsorted: dict[str, Any] = {}
     extras: Sequence[Extra] = ()
@@ -132,6 +133,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         orders_before=_orders_before(checkpoint, options),
         mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
     )
+    chooser = chooser.with_model_dtype(tensors)
     rest = _Rest(tensors, {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}, restore, dropped, warnings, unsorted)
     if options.max_error is not None:
         matrices = [tensor for tensor in tensors if budget.takes_part(chooser, tensor)]
@@ -159,14 +161,31 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     jobs, told = with_importances(_decide(chooser, rest.tensors), options, checkpoint)
     jobs = _harmonize(options.target.format, jobs)
     _, carried = files.quantization_config(checkpoint, options, jobs, rest.restore)
-    jobs, gone, lost = activations.settled(checkpoint, options.target.format, jobs, carried)
+    jobs, gone, unsaid = activations.settled(checkpoint, options.target.format, jobs, carried)
     small = files.side_files(checkpoint, options, jobs, rest.restore)
-    kept = {} if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)
+    kept, lost = ({}, {}) if options.header_only else provenance.collect(checkpoint, jobs, rest.orders, small)
+    jobs = [_with_lost(job, lost) for job in jobs]
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
     ignored = [f"{job.name} {IGNORED}" for job in jobs if IGNORED in job.notes]
-    warnings = (*rest.warnings, *told, *ignored, *lost)
+    warnings = (*rest.warnings, *told, *ignored, *unsaid, *_not_back(lost))
     return Plan(checkpoint, options, tuple(jobs), output, {**rest.dropped, **gone}, warnings, not options.header_only, rest.unsorted)
+
+
+def _with_lost(job: Job, lost: Mapping[str, str]) -> Job:
+    """The job with a note where a conversion back would not give its source's bytes again."""
+    names = [s.module for s in job.map.sources if s.leaf == "weight" and s.module in lost]
+    why = lost[names[0]] if names and job.action == "codes" else None
+    return job if why is None else replace(job, notes=(*job.notes, f"will not come back bit for bit: {why}"))
+
+
+def _not_back(lost: Mapping[str, str]) -> list[str]:
+    """One line for all weights that share a reason."""
+    by_why: dict[str, list[str]] = {}
+    for name, why in lost.items():
+        by_why.setdefault(why, []).append(name)
+    return [f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''} will not come back bit for bit: {why}"
+            for why, names in by_why.items()]  # fmt: skip
 
 
 def _in_types(chooser: Chooser, types: Mapping[str, str]) -> Chooser:

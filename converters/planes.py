@@ -7,16 +7,15 @@ tell (a scale in a wider dtype, a zero point that became an offset) is kept as t
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from qformats.errors import BadFile
+from converters.packing import MAX_NBYTES, pack, unpack
+from converters.zero_signs import ZeroSigns
 from qformats.scheme import Block, Cyclic, Flat, Float, Grid, Integer, Scheme, Storage, Table, Tile
 
 if TYPE_CHECKING:
@@ -27,15 +26,10 @@ if TYPE_CHECKING:
     from qformats.reencode import Fit
     from qformats.tensor import Param, QuantizedTensor
 
-__all__ = [
-    "MAX_NBYTES", "Kept", "Stale", "describe", "grid_from_json", "grid_to_json", "guess", "pack", "restored", "revive", "same_params",
-    "unpack",
-]  # fmt: skip
+__all__ = ["Kept", "Stale", "describe", "grid_from_json", "grid_to_json", "guess", "restored", "revive", "same_params"]
 
-MAX_NBYTES = 1 << 31
 _FLOATS = ("float16", "bfloat16", "float32", "float64")
 _DTYPES = (*_FLOATS, "uint8", "int8", "int16", "int32")
-_DAMAGED = "name a type, as in awq:int4, to convert without it"
 
 
 class Stale(Exception):
@@ -44,31 +38,12 @@ class Stale(Exception):
 
 @dataclass(frozen=True)
 class Kept:
-    """The parameters a weight had: ``params`` as ``describe`` gave them, ``held`` the storage that it was converted to."""
+    """The parameters a weight had: ``params`` as ``describe`` gave them, ``held`` the storage that it was converted to, its minus zeros."""
 
     params: Mapping[str, Any]
     grid: Grid
     held: Storage
-
-
-def pack(data: bytes) -> str:
-    """Bytes compressed, as text."""
-    squeeze = zlib.compressobj(1, zlib.DEFLATED, zlib.MAX_WBITS, 9, zlib.Z_RLE)  # runs and entropy: no longer matches in zero points
-    return base64.b64encode(squeeze.compress(data) + squeeze.flush()).decode("ascii")
-
-
-def unpack(text: Any, nbytes: int) -> bytes:
-    """The inverse of ``pack`` for ``nbytes`` bytes; ``BadFile('provenance')`` for anything else."""
-    try:
-        if not 0 <= nbytes <= MAX_NBYTES:
-            raise ValueError
-        inflate = zlib.decompressobj()
-        data = inflate.decompress(base64.b64decode(text, validate=True), nbytes + 1)
-        if len(data) != nbytes:
-            raise ValueError
-    except (ValueError, TypeError, zlib.error):
-        raise BadFile("provenance", "a plane of the provenance record is damaged", hint=_DAMAGED) from None
-    return data
+    zeros: ZeroSigns | None = None
 
 
 # ---------------------------------------------------------------- parameters as data
@@ -93,7 +68,7 @@ def _param_to_json(param: Param, guess: Tensor | None) -> dict[str, Any]:
     if isinstance(values, torch.Tensor):
         return {**data, **_tensor_to_json(values, guess)}
     nested = {name: _param_to_json(held, None) for name, held in values.params()}
-    codes = _tensor_to_json(values.codes, None)
+    codes = _tensor_to_json(values.codes, guess)
     return {**data, "shape": list(values.shape), "grid": grid_to_json(values.grid), "codes": codes, "params": nested}
 
 
@@ -188,7 +163,7 @@ def _param_from_json(data: Mapping[str, Any], guess: Tensor | None) -> Param:
     if "grid" not in data:
         return Param(_tensor_from_json(data, guess), block, inverse, dtype)
     held = {name: _param_from_json(entry, None) for name, entry in data["params"].items()}
-    codes, shape = _tensor_from_json(data["codes"], None), tuple(data["shape"])
+    codes, shape = _tensor_from_json(data["codes"], guess), tuple(data["shape"])
     return Param(QuantizedTensor(shape, codes, grid_from_json(data["grid"]), **_by_role(held)), block, inverse, dtype)
 
 
@@ -221,6 +196,10 @@ def guess(blank: QuantizedTensor, found: Fit | QuantizedTensor) -> dict[str, Ten
     scales = found.scales if isinstance(found, QuantizedTensor) else (found.scale, *found.extra)
     guesses: dict[str, Tensor] = {}
     for name, param in blank.params():
+        if isinstance(param.values, QuantizedTensor):
+            same = [codes for codes in map(partial(_like_codes, param), scales) if codes is not None]
+            guesses.update({name: same[0]} if same else {})
+            continue
         plain = isinstance(param.values, torch.Tensor) and param.values.dtype.is_floating_point
         if not plain or not isinstance(param.block, Tile) or param.block.sizes[0] != 1 or param.values.shape[0] != blank.shape[0]:
             continue
@@ -241,6 +220,16 @@ def guess(blank: QuantizedTensor, found: Fit | QuantizedTensor) -> dict[str, Ten
         assert isinstance(param.values, torch.Tensor)
         guesses[name] = round_once(Real(value), param.values.dtype)
     return guesses
+
+
+def _like_codes(param: Param, held: Param) -> Tensor | None:
+    """The codes of ``held`` where it is, as ``param`` is, codes on these blocks: of one small float, or of two that differ in the sign."""
+    from qformats.tensor import QuantizedTensor
+
+    mine, theirs = param.values, held.values
+    if not isinstance(mine, QuantizedTensor) or not isinstance(theirs, QuantizedTensor) or mine.params() or theirs.params():
+        return None
+    return theirs.codes if held.block == param.block and (mine.shape, mine.codes.dtype) == (theirs.shape, theirs.codes.dtype) else None
 
 
 def _at(param: Param, starts: Tensor, rows: int) -> Tensor:

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from converters import gguf_record
 from converters.jobs import Job, storage_from_json, storage_to_json
-from converters.kept_planes import Extra, collect_extras, kept_planes, parse_extras, parse_kept, source_storage
-from converters.planes import MAX_NBYTES, Kept, pack, unpack
+from converters.kept_planes import TOO_LARGE, Extra, collect_extras, kept_planes, parse_extras, parse_kept, source_storage
+from converters.packing import MAX_NBYTES, pack, unpack
+from converters.planes import Kept
 from qformats import registry
 from qformats.checkpoint import Checkpoint
 from qformats.errors import BadFile
@@ -159,10 +160,10 @@ def plan_digest(jobs: Sequence[Job]) -> str:
 
 def collect(
     checkpoint: Checkpoint, jobs: Sequence[Job], orders: Mapping[str, np.ndarray[Any, Any]], side: Mapping[str, bytes]
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The ``restore`` part: storages of quantized source modules, zero points that the target drops, act-orders, dtypes.
 
-    ``side``: the side files of the output, for what depends on them.
+    And why modules whose codes are kept will not come back as they were. ``side``: the side files of the output, for what depends on them.
     """
     used = {s.module: job for job in jobs for s in job.map.sources if s.module and s.leaf == "weight"}
     kept = {name: job for name, job in used.items() if job.action == "codes" and checkpoint.is_quantized(name)}
@@ -170,6 +171,7 @@ def collect(
         found = dict(zip(kept, pool.map(lambda item: _module_entry(checkpoint, *item), kept.items())))
     storages: list[str] = []
     modules: dict[str, Any] = {}
+    lost: dict[str, str] = {}
 
     def number(storage: Storage) -> int:
         text = json.dumps(storage_to_json(storage), sort_keys=True)
@@ -180,8 +182,11 @@ def collect(
     budget = _MAX_PLANES_NBYTES
     for name, (storage, entry) in found.items():
         numbers = {} if storage is None else {"storage": number(storage)}
-        planes = entry.pop("planes", None)
-        if planes is not None and (budget := budget - len(json.dumps(planes))) > 0:
+        planes, why = entry.pop("planes", None), entry.pop("lost", None)
+        fits = planes is not None and (budget := budget - len(json.dumps(planes))) > 0
+        if why is not None or (planes is not None and not fits):
+            lost[name] = why or TOO_LARGE
+        if fits:
             held = kept[name].storage
             assert held is not None
             entry = {**entry, "planes": {**planes, "held": number(held)}}
@@ -190,7 +195,7 @@ def collect(
     extras = collect_extras(checkpoint, jobs)
     speaks = checkpoint.gguf is None and hasattr(registry.format_module(checkpoint.format), "metadata_out")
     said = {k: v for k, v in checkpoint.metadata.items() if not k.startswith("qformats.")} if speaks else {}
-    return {
+    restore = {
         **gguf,
         **({"extras": extras} if extras else {}),
         **({"metadata_words": said} if said and len(json.dumps(said)) <= _MAX_METADATA_NBYTES else {}),
@@ -200,16 +205,16 @@ def collect(
         "orders": {name: [pack(order.astype("<i4").tobytes()), len(order)] for name, order in orders.items()},
         "dtypes": {name: raw.dtype for name, raw in checkpoint.raw.items() if raw.dtype in ("F32", "F16", "BF16", "F64")},
     }
+    return restore, lost
 
 
 def _module_entry(checkpoint: Checkpoint, name: str, job: Job) -> tuple[Storage | None, dict[str, Any]]:
-    """A source module's storage, where its format can tell, and its planes."""
+    """A source module's storage, where its format can tell, its planes, and what of it is lost."""
     storage, entry = source_storage(checkpoint, name), _planes(checkpoint, name, job)
-    if storage is not None:
-        hint = None if "zero_point" not in entry else _unpack_zeros(*entry["zero_point"])
-        planes = kept_planes(checkpoint, name, job, storage, hint, bool(entry.get("positive")))
-        entry.update({} if planes is None else {"planes": planes})
-    return storage, entry
+    hint = None if "zero_point" not in entry else _unpack_zeros(*entry["zero_point"])
+    planes, lost = kept_planes(checkpoint, name, job, storage, hint, bool(entry.get("positive")))
+    found = {"planes": planes, "lost": lost}
+    return storage, {**entry, **{key: value for key, value in found.items() if value is not None}}
 
 
 def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:

@@ -24,7 +24,7 @@ __all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", 
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
 _CHUNK_WEIGHTS = 4 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
-_PROBE_ROWS = 32
+_PROBE_ROWS = 64  # whole tiles of every type that has tiles of rows
 SCAN_WEIGHTS = 16 << 20  # one step of a scan, which reads codes only where a rule asks
 
 

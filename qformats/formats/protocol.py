@@ -33,6 +33,7 @@ What a format may have beside, where it needs it:
   these activations in it, None where it has no words for them; ``cache``: scales of a cache are there. A format without these hooks
   holds weights alone.
 - ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
+- ``NEEDS_DTYPE = True``: its owner computes only in the dtype of the scales; ``storages`` gets a target with the model's ``dtype``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these
   alone, config.json has no ``quantization_config``.
@@ -139,11 +140,12 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed ``FORMAT[:TYPE][,key=value…]``."""
+    """A parsed ``FORMAT[:TYPE][,key=value…]``. ``dtype``: the model's (torch's word), for a format that asks (``NEEDS_DTYPE``)."""
 
     format: str
     type: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
+    dtype: str | None = None
 
     def __str__(self) -> str:
         pairs = "".join(f",{k}={v}" if v else f",{k}" for k, v in self.options.items())

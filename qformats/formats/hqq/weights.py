@@ -198,7 +198,8 @@ def _groups(target: Target, scheme: Scheme) -> list[int | None]:
     if "group" in target.options:
         return [group_option(target, scheme)]
     own = scheme.group_size if scheme.scales else None
-    wanted = [own if own is not None and own < scheme.shape[-1] else (None if own else _GROUP), _GROUP, None]
+    usual = _GROUP if own is None or scheme.shape[-1] % _GROUP == 0 else None  # kept codes have groups within rows
+    wanted = [own if own is not None and own < scheme.shape[-1] else (None if own else _GROUP), usual, None]
     return list(dict.fromkeys(wanted))
 
 

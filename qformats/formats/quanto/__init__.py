@@ -35,12 +35,14 @@ from qformats.formats.quanto.weights import (
 
 NAME = "quanto"
 NEEDS_COLUMNS = True  # the parts do not say K
+NEEDS_DTYPE = True  # its products are of the dtype of the scales, and the layers between are not cast
 
 __all__ = [
     "CONFIG_INSIDE",
     "EXTRAS",
     "NAME",
     "NEEDS_COLUMNS",
+    "NEEDS_DTYPE",
     "SUFFIXES",
     "WRITTEN",
     "can_store",

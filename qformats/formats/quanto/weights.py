@@ -265,8 +265,9 @@ def _storage(kind: str, shape: tuple[int, ...], dtype: str, integer_shift: bool 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """Candidates for a weight shaped like ``scheme``, those that could hold its codes first; groups follow from K alone.
 
-    Options: ``dtype=float16|bfloat16|float32`` of scales and shifts (default: the source's scale's, else float16), which should be that of
-    the model; ``zeropoint`` for integer shifts of 4 and 2 bits (``no``: floats; default: as the source has them).
+    Options: ``dtype=float16|bfloat16|float32`` of scales and shifts (default: the model's, where the target says it, else the source's
+    scale's, else float16): Quanto multiplies in it (``library/qbytes_mm.py``) and hands the result to layers of the model's dtype. Also
+    ``zeropoint`` for integer shifts of 4 and 2 bits (``no``: floats; default: as the source has them).
     """
     if target.type is not None and target.type not in KINDS:
         raise UsageError("type", f"quanto has no type {target.type!r}", hint=f"types: {', '.join(KINDS)}")
@@ -294,6 +295,8 @@ def _dtypes(target: Target, scheme: Scheme) -> list[str]:
         if asked not in known:
             raise UsageError("option", f"dtype={asked} is not known", hint="use float16, bfloat16 or float32")
         return [asked]
+    if target.dtype in known:
+        return [target.dtype]
     return list(dict.fromkeys([*[s.dtype for s in scheme.scales if s.dtype in known][:1], "float16"]))
 
 
