@@ -78,6 +78,9 @@ def _checked(module: Module) -> Geometry:
     if "bias" in parts and parts["bias"].shape != (n,):
         raise wrong_shape(module, "bias", f"({n},)")
     index = "absent" if "g_idx" not in parts else "stored" if length else "empty"
+    if settings.ordered and groups > 1 and not length:
+        text = f"the config says desc_act, but g_idx is {index}: which of the {groups} groups a column is in is not known"
+        raise BadFile("missing-g-idx", text, tensor=module.name, hint="fetch all shards")
     planar = settings.label == "gptq_p" and bits in (3, 5, 6, 7)
     if planar and (n % 32 or k % 32):
         raise wrong_shape(module, "qweight", "32 x 32 blocks of codes, as planar packing has them")
