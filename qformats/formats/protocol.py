@@ -53,9 +53,9 @@ pickles hold more than a plain state dict may add:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qformats.containers.raw import RawTensor
 
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = ["Match", "Module", "PartInfo", "Piece", "Target"]
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,13 @@ class Module:
     match: Match
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     columns: int | None = None
+
+    def remember(self, key: str, find: Callable[[Module], _T]) -> _T:
+        """What ``find`` finds of this module: looked for once, then kept in ``memo``."""
+        if key not in self.memo:
+            self.memo[key] = find(self)
+        found: _T = self.memo[key]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

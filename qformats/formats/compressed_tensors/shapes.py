@@ -83,10 +83,7 @@ class Geometry:
 
 def geometry(module: Module) -> Geometry:
     """Check every part against the others and the config; ``BadFile`` or ``Unsupported`` names what is wrong."""
-    if "geometry" not in module.memo:
-        module.memo["geometry"] = _checked(module)
-    g: Geometry = module.memo["geometry"]
-    return g
+    return module.remember("geometry", _checked)
 
 
 def _checked(module: Module) -> Geometry:
