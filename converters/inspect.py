@@ -13,7 +13,7 @@ from converters.output import count, size, table
 from qformats import registry
 from qformats.checkpoint import FLOAT_TYPES, INTEGER_TYPES, Checkpoint, open_checkpoint
 from qformats.errors import Unsupported
-from qformats.scheme import Float, Integer, Learned, Scheme, Table
+from qformats.scheme import Float, Integer, Learned, Scheme, Table, Tile
 
 __all__ = ["Inspection", "Stored", "inspect_path", "scheme_label"]
 
@@ -163,7 +163,7 @@ def _stored(checkpoint: Checkpoint, warnings: list[str]) -> Iterator[Stored]:
     for name, module in checkpoint.modules.items():
         planes: set[str] = set()
         if checkpoint.gguf is None and checkpoint.is_quantized(name):
-            planes = {leaf for leaf in module.parts if leaf in registry.format_module(module.match.format).SUFFIXES}
+            planes = {leaf for leaf in module.parts if leaf in ("weight", "", *registry.format_module(module.match.format).SUFFIXES)}
             nbytes = sum(module.parts[leaf].nbytes for leaf in planes)
             try:
                 scheme = checkpoint.scheme(name)
@@ -197,8 +197,19 @@ def scheme_label(scheme: Scheme) -> str:
     else:
         assert isinstance(grid, Learned)
         word = f"{grid.books} learned books of {grid.entries}"
-    group = scheme.group_size
-    blocks = "" if group is None else " per row" if group >= scheme.shape[-1] else f" group {group}"
     zero = scheme.zero_point
     zeros = ", zero points" if zero is not None and zero.constant is None else ""
-    return f"{word}{blocks}{zeros}{', act-order' if scheme.group_index else ''}"
+    return f"{word}{_blocks(scheme)}{zeros}{', act-order' if scheme.group_index else ''}"
+
+
+def _blocks(scheme: Scheme) -> str:
+    """How many weights share a scale: the whole tensor, a row, a group of one, or a block of several."""
+    block = scheme.scales[0].block if scheme.scales else None
+    group, rows = scheme.group_size, block.sizes[-2] if isinstance(block, Tile) and len(block.sizes) > 1 else 1
+    if group is None:
+        return ""
+    if rows > 1 and group >= scheme.shape[-1] and rows >= scheme.shape[-2]:
+        return " per tensor"
+    if rows > 1:
+        return f" blocks {rows}x{group}"
+    return " per row" if group >= scheme.shape[-1] else f" group {group}"

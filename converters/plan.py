@@ -27,6 +27,7 @@ from qformats.errors import QFormatError, Unsupported, UsageError, WouldLose
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import Target
 from qformats.reencode import KINDS, Hint
+from qformats.scheme import Storage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,6 +108,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         raise Unsupported("write", f"{target.name} cannot be written")
     restore = _restorable(checkpoint, options)
     mapped = map_tensors(checkpoint, target.name)
+    if not options.header_only:
+        checkpoint.check_extras()
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))
@@ -299,7 +302,14 @@ def _harmonize(format_name: str, jobs: list[Job]) -> list[Job]:
     if settle is None or not storages:
         return jobs
     settled = settle(storages)
-    return [replace(j, storage=settled[j.map.target]) if j.storage is not None else j for j in jobs]
+    return [j if j.storage is None else _settled(j, settled[j.map.target]) for j in jobs]
+
+
+def _settled(job: Job, storage: Storage) -> Job:
+    if storage == job.storage:
+        return job
+    parts = registry.format_module(job.format).layout(storage, job.map.shape)
+    return replace(job, storage=storage, parts=parts, type=storage.type)
 
 
 _GROUPS = ("128", "64", "32")

@@ -161,6 +161,15 @@ class Checkpoint:
                     found[name, leaf] = f"is not known to {self.match.format}"
         return found
 
+    def check_extras(self) -> None:
+        """Read the format's ``EXTRAS`` and refuse those that no activation can be scaled by (``BadFile``, see ``planes.check_extra``)."""
+        from qformats.formats.planes import check_extra
+
+        known: frozenset[str] = getattr(registry.format_module(self.match.format), "EXTRAS", frozenset()) if self.extras else frozenset()
+        for module, leaf in self.extras:
+            if leaf in known:
+                check_extra(self.modules[module].parts[leaf], leaf)
+
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Logical shape of every tensor by module and leaf; a quantized module's planes count as its ``weight``, ``extras`` do not."""
         result: dict[str, dict[str, tuple[int, ...]]] = {}

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 __all__ = [
-    "NAME", "SUFFIXES", "activations", "can_store", "config_out", "detect", "layout", "read", "scheme", "storage_of", "storages", "write",
+    "NAME", "SUFFIXES", "activations", "can_store", "config_out", "detect", "holds_codes", "layout", "read", "scheme", "storage_of",
+    "storages", "write",
 ]  # fmt: skip
 
 NAME = "bitnet"
@@ -53,6 +54,11 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
             raise BadFile("config-value", f"{key} is {config[key]!r}, expected {' or '.join(known)}")
     normed = ("the layers norm their inputs (use_rms_norm), which other formats do not hold",) if config.get("use_rms_norm") else ()
     return Match(NAME, config, warnings=normed)
+
+
+def holds_codes(parts: Mapping[str, RawTensor]) -> bool:
+    """Whether these are the parts of a weight in codes: any of ``SUFFIXES``, or bytes, which are no floats, without a scale."""
+    return bool(SUFFIXES & parts.keys()) or ("weight" in parts and parts["weight"].dtype == "U8")
 
 
 def _divides(config: Mapping[str, Any]) -> bool:

@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["NAME", "SUFFIXES", "can_store", "config_out", "detect", "layout", "read", "scheme", "storage_of", "storages", "write"]
+__all__ = [
+    "NAME", "SUFFIXES", "can_store", "config_out", "detect", "holds_codes", "layout", "read", "scheme", "storage_of", "storages",
+    "write",
+]  # fmt: skip
 
 NAME = "eetq"
 SUFFIXES: frozenset[str] = frozenset({"weight_scales", "qweight"})
@@ -55,6 +58,11 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
     if found != "int8":
         raise Unsupported("eetq-weights", f"the config says weights {found!r}; EETQ checkpoints hold int8")
     return Match(NAME, config)
+
+
+def holds_codes(parts: Mapping[str, RawTensor]) -> bool:
+    """Whether these are the parts of a weight in codes: any of ``SUFFIXES``, or int8, which are no floats, without a scale."""
+    return bool(SUFFIXES & parts.keys()) or ("weight" in parts and parts["weight"].dtype == "I8")
 
 
 def _parts(module: Module) -> tuple[RawTensor, RawTensor]:

@@ -95,7 +95,7 @@ def _weight(module: Module) -> smallfloats.Weight:
     if len(raw.shape) != (3 if fused else 2) or not prod(raw.shape):
         raise BadFile("wrong-shape", f"has shape {tuple(raw.shape)}, expected {'(E, K, N)' if fused else '(N, K)'}", tensor=raw.name)
     shape = tuple(raw.shape)
-    held = smallfloats.tiles(scale, shape, *((None, 1) if fused else (1, None)))
+    held = smallfloats.tiles(scale, shape, None, 1, (shape[0], shape[2], 1)) if fused else smallfloats.tiles(scale, shape, 1, None)
     return smallfloats.Weight(raw, Float("e4m3fn"), shape, (held,))
 
 

@@ -11,8 +11,8 @@ and ``FineGrainedFP8Config`` of transformers 5.23; the spelling with ``weight_sc
 | activation_scale | F32                       | ()                        | the static scale of the input, kept               |
 
 The bytes 10 32 54 76 are the e2m1 codes 0, 1, …, 7. Blocks at the edges may be short. ``F8_E8M0`` and ``U8`` scales are exponents,
-2^(b - 127), never numbers. ``weight_block_size`` of the config is the size of a block, null means one scale for the whole tensor; where
-the count of scales says otherwise (FP4 experts have 1 x 32) the block is what divides the weight evenly. ``scale``, ``qscale_weight`` and
+2^(b - 127), never numbers. ``weight_block_size`` of the config is the size of a block, null means one scale for the whole tensor or one
+a row; FP4 experts, and weights under exponents, may have 1 x 32 instead. ``scale``, ``qscale_weight`` and
 ``weight_scale`` are other spellings of the scale. Experts fused into one tensor (E, N, K) are named without a leaf, ``gate_up_proj`` beside
 ``gate_up_proj_scale_inv``. A weight is fp32(code) * fp32(scale), rounded once.
 """
@@ -23,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
@@ -48,6 +48,7 @@ __all__ = [
     "can_store",
     "config_out",
     "detect",
+    "harmonize",
     "holds_codes",
     "join_name",
     "layout",
@@ -75,7 +76,8 @@ BLOCK = (128, 128)
 MX_BLOCK = (1, 32)
 _FP8 = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ")
 _FP4 = ("I8", "U8", "F4")
-_SCALE_WORDS = ("F32", "BF16", "F16", "F8_E8M0", "U8")
+_EXPONENTS = ("F8_E8M0", "U8")
+_SCALE_WORDS = ("F32", "BF16", "F16", *_EXPONENTS)
 _OWN_LEAF = "weight_scale_inv"
 
 
@@ -140,21 +142,26 @@ def _weight(module: Module) -> smallfloats.Weight:
 
 
 def _tile(module: Module, scale: RawTensor, shape: tuple[int, ...], packed: bool) -> tuple[int | None, int | None]:
-    """Rows and columns under one scale: those of the config if the count is theirs, else an even division of the weight."""
-    said = _block_size(module.match.config)
-    known = [MX_BLOCK, said] if packed else [said]
-    for block in known:
-        sizes = block if block is not None else (None, None)
-        flat = block is not None or len(scale.shape) < 2 or prod(scale.shape) == 1
-        if flat and _fits(scale, smallfloats.counts(shape, *sizes)):
+    """Rows and columns under one scale: those that the config says, 1 x 32 under exponents, or where it says none one scale a row.
+
+    ``BadFile('wrong-shape')`` for any other grid, also one that would divide the weight evenly: transformers would take it, but the config
+    and the scales then contradict each other.
+    """
+    config = module.match.config
+    said = _block_size(config)
+    known: list[tuple[int | None, int | None]] = [said or (None, None)]
+    if said is None:
+        known.append((1, None))
+    if said is None and "weight_block_size" not in config:
+        known.append(BLOCK)  # the default of FineGrainedFP8Config
+    if packed or scale.dtype in _EXPONENTS:
+        known.append(MX_BLOCK)
+    for sizes in known:
+        if _fits(scale, smallfloats.counts(shape, *sizes)):
             return sizes
-    if prod(scale.shape) == 1:
-        return None, None
-    down, across = scale.shape[-2:] if len(scale.shape) > 1 else (scale.shape[0], 1)
-    if len(scale.shape) == len(shape) and not (shape[-2] % max(1, down) or shape[-1] % max(1, across)):
-        return shape[-2] // max(1, down), None if across == 1 else shape[-1] // across
-    expected = smallfloats.counts(shape, *(said or (None, None)))
-    raise BadFile("wrong-shape", f"has shape {tuple(scale.shape)}, expected {expected} for a weight of shape {shape}", tensor=scale.name)
+    expected = " or ".join(dict.fromkeys(str(smallfloats.counts(shape, *sizes)) for sizes in known))
+    text = f"has shape {tuple(scale.shape)}, expected {expected} for a weight of shape {shape} and weight_block_size {said}"
+    raise BadFile("wrong-shape", text, tensor=scale.name, hint="check weight_block_size in config.json")
 
 
 def _fits(scale: RawTensor, counts: tuple[int, ...]) -> bool:
@@ -334,6 +341,20 @@ def with_activations(config: Mapping[str, Any], activations: Activations | None,
     if activations.kind != mine or (not activations.dynamic and config["weight_block_size"] is not None):
         return None
     return {**config, "activation_scheme": "dynamic" if activations.dynamic else "static"}
+def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
+    """Storages of one checkpoint on one block, since a config says one: the largest that all blocks are made of; FP4 keeps its own."""
+    eights = {name: s for name, s in modules.items() if s.type != "fp4"}
+    if len({(s.rows, s.group) for s in eights.values()}) < 2:
+        return dict(modules)
+    rows = gcd(*(s.rows for s in eights.values() if s.rows is not None)) or None
+    group = gcd(*(s.group for s in eights.values() if s.group is not None)) or None
+    return {**modules, **{name: _on_block(storage, rows, group) for name, storage in eights.items()}}
+
+
+def _on_block(storage: Storage, rows: int | None, group: int | None) -> Storage:
+    small = storage.scale_grid if isinstance(storage.scale_grid, Float) else None
+    bits = _bits(Float("e4m3fn"), rows, group, small)
+    return replace(storage, rows=rows, group=group, bits_per_weight=bits, options={**storage.options, "rank": 2})
 
 
 def _describes(config: Mapping[str, Any], modules: Mapping[str, Storage], left: list[str]) -> bool:

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from qformats.containers.raw import RawTensor
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["EXTRAS", "NAME", "SUFFIXES", "can_store", "config_out", "detect", "layout", "read", "scheme", "storage_of", "storages", "write"]
+__all__ = [
+    "EXTRAS", "NAME", "SUFFIXES", "can_store", "config_out", "detect", "holds_codes", "layout", "read", "scheme", "storage_of", "storages",
+    "write",
+]  # fmt: skip
 
 NAME = "gemma"
 SUFFIXES: frozenset[str] = frozenset({"weight_scale", "embedding_quantized", "embedding_scale"})
@@ -42,6 +45,11 @@ _LEAVES = (("weight", "weight_scale"), ("embedding_quantized", "embedding_scale"
 def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
     """A quantization config whose method is ``gemma``."""
     return Match(NAME, config) if str(config.get("quant_method") or "").lower() == NAME else None
+
+
+def holds_codes(parts: Mapping[str, RawTensor]) -> bool:
+    """Whether these are the parts of a weight in codes: any of ``SUFFIXES``, or bytes, which are no floats, without a scale."""
+    return bool(SUFFIXES & parts.keys()) or ("weight" in parts and parts["weight"].dtype in ("U8", "I8"))
 
 
 def _bits(config: Mapping[str, Any], name: str) -> int:

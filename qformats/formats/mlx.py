@@ -50,6 +50,7 @@ __all__ = [
     "can_store",
     "config_out",
     "detect",
+    "holds_codes",
     "layout",
     "metadata_out",
     "read",
@@ -108,6 +109,11 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
     if method or not {"bits", "group_size"} <= set(config) or {"desc_act", "version", "w_bit"} & set(config):
         return None
     return Match(NAME, config) if any(name.endswith(".scales") for name in names) else None
+
+
+def holds_codes(parts: Mapping[str, RawTensor]) -> bool:
+    """Whether these are the parts of a weight in codes: any of ``SUFFIXES``, or words, which are no floats, without a scale."""
+    return bool(SUFFIXES & parts.keys()) or ("weight" in parts and parts["weight"].dtype == "U32")
 
 
 def _settings(config: Mapping[str, Any], name: str) -> Settings:

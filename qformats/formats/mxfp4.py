@@ -112,7 +112,10 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     if not 0 <= start < stop <= scales.rows:
         raise UsageError("row-range", f"rows {start}:{stop} of a weight of {scales.rows} rows", tensor=blocks.name)
     shape = (stop - start, across * BLOCK)
-    exponents = QuantizedTensor((shape[0], across), torch.from_numpy(scales.row_range(start, stop)), Float("e8m0"))
+    stored = scales.row_range(start, stop)
+    if (stored == 0xFF).any():
+        raise BadFile("not-finite", "a scale is 255, which stands for NaN", tensor=scales.name, hint="the file is damaged; fetch it again")
+    exponents = QuantizedTensor((shape[0], across), torch.from_numpy(stored), Float("e8m0"))
     if codes:
         packed = blocks.row_range(start * across, stop * across)  # (n * K/32, 16)
         plane = torch.from_numpy(unpack_pairs(packed.reshape(shape[0], -1)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import NUMPY_DTYPES, RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
+from qformats.formats.packed import float_tensor
 from qformats.formats.protocol import Module, Piece
 from qformats.scheme import No, Scheme, Storage, Yes
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["finite", "flat_pieces", "integer_verdict", "own_form", "part", "row_range"]
+__all__ = ["check_extra", "finite", "flat_pieces", "integer_verdict", "own_form", "part", "row_range"]
 
 
 def part(module: Module, leaf: str, dtypes: Sequence[str], *shapes: tuple[int | None, ...]) -> RawTensor:
@@ -58,6 +59,33 @@ def finite(values: Tensor, raw: RawTensor) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         raise BadFile("not-finite", "holds NaN or infinite numbers", tensor=raw.name, hint="the file is damaged, or overflowed when made")
     return values
+
+
+_EXTRA_FLOATS = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E8M0")
+
+
+def check_extra(raw: RawTensor, leaf: str) -> None:
+    """A scale of activations or of the cache: finite floats, at least one; of what stands beside it the floats.
+
+    ``BadFile`` with ``wrong-dtype``, ``wrong-shape`` or ``not-finite`` otherwise.
+    """
+    import torch
+
+    if "scale" in leaf and raw.dtype not in _EXTRA_FLOATS:
+        raise BadFile("wrong-dtype", f"{leaf} is {raw.dtype}, expected a float", tensor=raw.name)
+    if "scale" in leaf and not prod(raw.shape):
+        raise BadFile("wrong-shape", f"{leaf} has shape {raw.shape}, expected at least one number", tensor=raw.name)
+    if raw.dtype not in _EXTRA_FLOATS:
+        return
+    values = raw.array().reshape(-1)
+    if raw.dtype == "F8_E8M0":
+        bad = bool((values == 0xFF).any())
+    elif raw.dtype == "F8_E4M3":
+        bad = bool(((values & 0x7F) == 0x7F).any())
+    else:
+        bad = not bool(torch.isfinite(float_tensor(values, raw.dtype)).all())
+    if bad:
+        raise BadFile("not-finite", f"{leaf} holds NaN or infinite numbers", tensor=raw.name, hint="calibrate the activations again")
 
 
 def flat_pieces(leaf: str, data: Array, first: int, width: int) -> Iterator[Piece]:

@@ -60,9 +60,9 @@ pickles hold more than a plain state dict may add:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qformats.containers.raw import RawTensor
 
@@ -84,6 +84,8 @@ class Activations:
 
     def __str__(self) -> str:
         return f"{self.kind} ({'dynamic' if self.dynamic else 'static'}, per {self.per})"
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,13 @@ class Module:
     match: Match
     memo: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
     columns: int | None = None
+
+    def remember(self, key: str, find: Callable[[Module], _T]) -> _T:
+        """What ``find`` finds of this module: looked for once, then kept in ``memo``."""
+        if key not in self.memo:
+            self.memo[key] = find(self)
+        found: _T = self.memo[key]
+        return found
 
 
 @dataclass(frozen=True, slots=True)

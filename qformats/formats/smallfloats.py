@@ -166,10 +166,19 @@ def counts(shape: tuple[int, ...], rows: int | None, group: int | None) -> tuple
     return (*shape[:-2], -(-shape[-2] // (rows or shape[-2])), -(-shape[-1] // (group or shape[-1])))
 
 
-def tiles(raw: RawTensor, shape: tuple[int, ...], rows: int | None, group: int | None) -> Scale:
-    """``raw`` as the scales of tiles of ``rows`` x ``group`` (None = all); ``BadFile('wrong-shape')`` for another count of them."""
+def tiles(raw: RawTensor, shape: tuple[int, ...], rows: int | None, group: int | None, *also: tuple[int, ...]) -> Scale:
+    """``raw`` as the scales of tiles of ``rows`` x ``group`` (None = all); ``BadFile('wrong-shape')`` for another shape of them.
+
+    A last dimension of 1 may be left out, a first one of a matrix's scales too, and one number may have any number of dimensions.
+    ``also``: other shapes that the format knows.
+    """
     expected = counts(shape, rows, group)
-    if [n for n in raw.shape if n != 1] != [n for n in expected if n != 1]:
+    known = [expected, *also]
+    if expected[-1] == 1:
+        known.append(expected[:-1])
+    if len(expected) == 2 and expected[0] == 1:
+        known.append(expected[1:])
+    if raw.shape not in known and (prod(expected) != 1 or prod(raw.shape) != 1):
         raise BadFile("wrong-shape", f"has shape {tuple(raw.shape)}, expected {expected} for a weight of shape {shape}", tensor=raw.name)
     return Scale(raw, rows, group)
 

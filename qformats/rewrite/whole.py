@@ -35,7 +35,7 @@ def whole_codes(t: QuantizedTensor) -> QuantizedTensor:
         raise Refused(f"the values of {_words(t)} are not integers in any unit")
     bits = _bits(book, zeros, step, t.signs is not None)
     if bits > 8:
-        raise Refused(f"the values of {_words(t)} are integers of {bits} bits")
+        raise Refused(f"the values of {_words(t)} are not evenly spaced, so no codes of 8 bits under one scale stand for them")
     unit = () if step == 1 else (constant(step, t.shape, torch.float32),)
     codes = _blank(t) if all(stride == 0 for stride in t.codes.stride()) else _values(t, book, step)
     return t.replace(codes=codes, grid=Integer(bits, True), scales=(*t.scales, *unit), zero_point=None, signs=None)

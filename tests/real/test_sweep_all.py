@@ -17,4 +17,4 @@ pytestmark = [pytest.mark.real, pytest.mark.real_full]
 
 @pytest.mark.parametrize("path", [path for path in ALL if path != "torchao/kinds"])  # which is no model
 def test_every_fixture(path: str, tmp_path: Path) -> None:
-    sweep(path, tmp_path)
+    sweep(path, tmp_path, every=True)

@@ -41,10 +41,8 @@ class Geometry:
 
 
 def geometry(module: Module) -> Geometry:
-    if "geometry" not in module.memo:
-        module.memo["geometry"] = _checked(module)
-    g: Geometry = module.memo["geometry"]
-    return g
+    """Check every part of ``module`` against the others and the config; ``BadFile`` or ``Unsupported`` names what is wrong."""
+    return module.remember("geometry", _checked)
 
 
 def _checked(module: Module) -> Geometry:

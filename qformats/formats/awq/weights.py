@@ -71,8 +71,11 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     scales = float_tensor(_scale_rows(module, g, start, stop), g.scale)
     if not bool(torch.isfinite(scales).all()):
         raise BadFile("not-finite", f"a scale of {module.name} is no finite number", tensor=f"{module.name}.scales")
+    scales = scales[:, : g.groups].contiguous()
     if g.order == "fast" and fast_zeros(module, g) is None:
         offset = float_tensor(_float_rows(module, g.zeros_leaf, g, start, stop), g.scale)
+        if not bool(torch.isfinite(offset).all()):
+            raise BadFile("not-finite", f"a zero point of {module.name} is no finite number", tensor=f"{module.name}.{g.zeros_leaf}")
         return QuantizedTensor(shape, stored, Integer(g.bits), (Param(scales, tile),), offset=Param(offset, tile))
     single = _constant_zero(module, g)
     if single is not None:
@@ -83,12 +86,12 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
 
 
 def _scale_rows(module: Module, g: Geometry, start: int, stop: int) -> Array:
-    """Scales (n, G) of rows ``start:stop``."""
+    """Scales (n, G) of rows ``start:stop``; of GEMV with the columns that fill them up, (n, 8 Zw)."""
     import numpy as np
 
     raw = module.parts["scales"]
     if g.order == "gemv":
-        return raw.row_range(start, stop)[:, : g.groups].copy()  # (n, 8 Zw) -> (n, G)
+        return raw.row_range(start, stop)
     if g.order == "marlin":
         first, last = start // marlin.COLUMNS * marlin.COLUMNS, -(-stop // marlin.COLUMNS) * marlin.COLUMNS
         return np.ascontiguousarray(marlin.restore_scales(raw.column_range(first, last))[:, start - first : stop - first].T)

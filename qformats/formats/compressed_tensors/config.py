@@ -37,7 +37,11 @@ _FORMATS = (
 
 @dataclass(frozen=True, slots=True)
 class Args:
-    """How weights are quantized. ``group``: columns a group or None; ``block``: (rows, columns) of the strategy ``block``."""
+    """How weights are quantized. ``group``: columns a group or None; ``block``: (rows, columns) of the strategy ``block``.
+
+    ``ordered``: groups were formed in the order of the activations (``actorder`` ``group``), so that a ``weight_g_idx`` is stored;
+    ``weight`` orders the calibration alone.
+    """
 
     bits: int
     kind: str
@@ -45,6 +49,7 @@ class Args:
     strategy: str
     group: int | None = None
     block: tuple[int, int] | None = None
+    ordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +211,17 @@ def _args(what: str, value: Any) -> Args:
     grouped = strategy in ("group", "tensor_group")
     if strategy not in _STRATEGIES or (grouped and (group is None or group < 0)) or ((strategy == "block") != (block is not None)):
         raise BadFile("config-value", f"{what}: strategy {strategy!r} with group_size {group!r} and block_structure {block!r}")
-    return Args(bits, kind, symmetric, strategy, group if grouped else None, block)
+    return Args(bits, kind, symmetric, strategy, group if grouped else None, block, _ordered(what, value.get("actorder")))
+
+
+def _ordered(what: str, value: Any) -> bool:
+    """``actorder``: only ``group`` (``dynamic``, true) stores an index (``initialize.py`` of releases up to 0.18, vLLM's ``has_g_idx``)."""
+    word = value.lower() if isinstance(value, str) else value
+    if word in (None, False, "weight", "static"):
+        return False
+    if word in (True, "group", "dynamic"):
+        return True
+    raise BadFile("config-value", f"actorder of {what} is {value!r}, expected group, weight, static, dynamic, a boolean or null")
 
 
 def _block(what: str, value: Any) -> tuple[int, int] | None:

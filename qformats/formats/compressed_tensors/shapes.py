@@ -83,10 +83,7 @@ class Geometry:
 
 def geometry(module: Module) -> Geometry:
     """Check every part against the others and the config; ``BadFile`` or ``Unsupported`` names what is wrong."""
-    if "geometry" not in module.memo:
-        module.memo["geometry"] = _checked(module)
-    g: Geometry = module.memo["geometry"]
-    return g
+    return module.remember("geometry", _checked)
 
 
 def _checked(module: Module) -> Geometry:
@@ -188,7 +185,7 @@ def packed_words(count: int, bits: int, stream: bool) -> int:
 
 
 def _width_fits(module: Module, bits: int) -> bool:
-    shape, words = _stored_shape(module), module.parts["weight_packed"].shape
+    shape, words = _stored_shape(module), _matrix(module, "weight_packed")
     return bits <= 8 and (shape is None or words[-1] in (packed_words(shape[-1], bits, True), packed_words(shape[-1], bits, False)))
 
 
@@ -238,6 +235,8 @@ def _packed(module: Module, args: Args) -> Geometry:
     if not 1 <= args.bits <= 8:
         raise BadFile("bits-disagree", f"the config says {args.bits} bits, packed weights have 1 … 8", tensor=module.name)
     said, scale = _stored_shape(module), _present(module, "weight_scale")
+    if said is None and not args.group:  # groups tell K; words alone may end with what fills them up
+        raise missing(module, "weight_shape")
     k = said[-1] if said else scale.shape[-1] * args.group if args.group and scale.shape else words[-1] * 32 // args.bits
     shape = (*words[:-1], k)
     if (said is not None and said != shape) or k <= 0:
@@ -251,7 +250,7 @@ def _packed(module: Module, args: Args) -> Geometry:
     zero = zero_of(module, args, shape, -(-k // group))
     stream = fits[0] if len(fits) == 1 else _by_zero(module, args, shape) if zero == "packed" else dense_packing(module.match.config)
     _check_zero_words(module, args, shape, zero, stream)
-    indexed = _index(module, shape, rows, group)
+    indexed = _index(module, args, shape, rows, group)
     return Geometry("pack", shape, args.bits, rows, group, scale.dtype, zero, stream, indexed, strategy=args.strategy)
 
 
@@ -324,8 +323,10 @@ def zero_of(module: Module, args: Args, shape: tuple[int, ...], groups: int) -> 
     return "plain"
 
 
-def _index(module: Module, shape: tuple[int, ...], rows: int | None, group: int) -> bool:
+def _index(module: Module, args: Args, shape: tuple[int, ...], rows: int | None, group: int) -> bool:
     raw = module.parts.get("weight_g_idx")
+    if raw is None and args.ordered and rows == 1 and group < shape[-1]:
+        raise missing(module, "weight_g_idx")
     if raw is None:
         return False
     check_dtype(module, "weight_g_idx", ("I32", "I64"))
@@ -342,7 +343,7 @@ def _plain(module: Module, kind: str, args: Args) -> Geometry:
         raise BadFile("bits-disagree", f"the config says {args.bits} bits, the weight is stored in bytes", tensor=module.name)
     rows, group = tile_of(module, args, shape)
     zero = zero_of(module, args, shape, -(-shape[-1] // group))
-    indexed, scale = _index(module, shape, rows, group), module.parts["weight_scale"].dtype
+    indexed, scale = _index(module, args, shape, rows, group), module.parts["weight_scale"].dtype
     return Geometry(kind, shape, bits, rows, group, scale, zero, True, indexed, strategy=args.strategy)
 
 

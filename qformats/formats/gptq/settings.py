@@ -37,6 +37,7 @@ class Settings:
 
     ``label``: ``gptq`` (zero points stored minus one), ``gptq_v2`` or ``gptq_p`` (stored as they are), ``marlin`` (none stored).
     ``rule_bits``: widths of every rule that matches, for configs whose rule order was lost. ``skipped``: a rule leaves the module dense.
+    ``ordered``: ``desc_act``, columns were quantized in another order than they are stored in.
     """
 
     bits: int | None
@@ -45,6 +46,7 @@ class Settings:
     label: str
     rule_bits: tuple[int, ...] = ()
     skipped: bool = False
+    ordered: bool = False
 
 
 def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
@@ -97,7 +99,10 @@ def module_settings(config: Mapping[str, Any], name: str) -> Settings:
         sym = not config["zero_point"]
     widths = tuple(r["bits"] for r in rules if r is not None and isinstance(r.get("bits"), int))
     skipped = (bool(rules) and rules[0] is None) or (isinstance(extra.get("bits"), int) and extra["bits"] >= 16)
-    return Settings(bits, group, sym, _label(config), widths, skipped)
+    ordered = bool_field(rule, "desc_act")
+    if ordered is None:
+        ordered = bool_field(config, "desc_act")
+    return Settings(bits, group, sym, _label(config), widths, skipped, bool(ordered))
 
 
 def config_beside(

@@ -52,10 +52,7 @@ class Geometry:
 
 def geometry(module: Module) -> Geometry:
     """Check every part of ``module`` against the others and the config; ``BadFile`` or ``Unsupported`` names what is wrong."""
-    if "geometry" not in module.memo:
-        module.memo["geometry"] = _checked(module)
-    g: Geometry = module.memo["geometry"]
-    return g
+    return module.remember("geometry", _checked)
 
 
 def _checked(module: Module) -> Geometry:
@@ -78,6 +75,9 @@ def _checked(module: Module) -> Geometry:
     if "bias" in parts and parts["bias"].shape != (n,):
         raise wrong_shape(module, "bias", f"({n},)")
     index = "absent" if "g_idx" not in parts else "stored" if length else "empty"
+    if settings.ordered and groups > 1 and not length:
+        text = f"the config says desc_act, but g_idx is {index}: which of the {groups} groups a column is in is not known"
+        raise BadFile("missing-g-idx", text, tensor=module.name, hint="fetch all shards")
     planar = settings.label == "gptq_p" and bits in (3, 5, 6, 7)
     if planar and (n % 32 or k % 32):
         raise wrong_shape(module, "qweight", "32 x 32 blocks of codes, as planar packing has them")

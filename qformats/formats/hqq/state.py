@@ -133,10 +133,7 @@ class Layer:
 
 def layer(module: Module) -> Layer:
     """What ``module`` holds, checked; the numbers are read once."""
-    if "layer" not in module.memo:
-        module.memo["layer"] = _layer(module)
-    found: Layer = module.memo["layer"]
-    return found
+    return module.remember("layer", _layer)
 
 
 def _need(module: Module, leaf: str) -> RawTensor:

@@ -30,7 +30,7 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.modelopt import integers
-from qformats.formats.modelopt.settings import activations, config_beside, config_out, detect, side_files, with_activations
+from qformats.formats.modelopt.settings import activations, config_beside, config_out, detect, layer_of, side_files, with_activations
 from qformats.formats.packed import FLOATS, float_array, group_option
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Factor, Float, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
@@ -69,6 +69,14 @@ INPUT_SCALE_SHAPE: tuple[int, ...] = ()
 PB_BLOCK = 128
 _FLOATS = tuple(FLOATS)
 _CODES = ("F8_E4M3", "U8", "I8")
+_EXPONENTS = ("U8", "F8_E8M0")
+_EIGHT, _NV, _MX = (("F8_E4M3",), _FLOATS), (("U8",), ("F8_E4M3",)), (("U8",), _EXPONENTS)
+_DTYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # of codes and of scales
+    "FP8": _EIGHT, "FP8_PER_CHANNEL_PER_TOKEN": _EIGHT, "FP8_PB_WO": _EIGHT, "MXFP8": (("F8_E4M3",), _EXPONENTS),
+    "NVFP4": _NV, "NVFP4_AWQ": _NV, "W4A16_NVFP4": _NV, "W4A8_NVFP4_FP8": _NV, "W4A8_MXFP4_FP8": _MX, "MXFP4": _MX,
+    "W4A16_AWQ": (("U8",), _FLOATS), "W4A8_AWQ": (("U8",), _FLOATS), "W8A16": (("I8",), _FLOATS),
+    "W8A8_SQ_PER_CHANNEL": (("I8",), _FLOATS),
+}  # fmt: skip
 
 
 def holds_codes(parts: Mapping[str, RawTensor]) -> bool:
@@ -90,7 +98,26 @@ def _parts(module: Module) -> tuple[RawTensor, RawTensor, RawTensor | None]:
         raise BadFile("wrong-dtype", f"is {before.dtype}, expected {' or '.join(_FLOATS)}", tensor=before.name)
     if len(raw.shape) != 2 or not raw.nbytes:
         raise BadFile("wrong-shape", f"has shape {tuple(raw.shape)}, expected two dimensions", tensor=raw.name)
+    _check_algorithm(module, raw, scale)
     return raw, scale, before
+
+
+def _check_algorithm(module: Module, raw: RawTensor, scale: RawTensor) -> None:
+    """``BadFile('config-disagrees')`` for planes of other dtypes than the config's algorithm has, ``wrong-shape`` for other groups."""
+    algorithm, group = layer_of(module.match.config, module.name)
+    if algorithm is None:
+        return
+    codes, scales = _DTYPES[algorithm]
+    if raw.dtype not in codes or scale.dtype not in scales:
+        text = f"the config says {algorithm}, but weight is {raw.dtype} under scales in {scale.dtype}"
+        raise BadFile("config-disagrees", text, tensor=module.name, hint="check quant_algo in config.json")
+    if not _is_integers(raw, scale):
+        return
+    n, k = integers.shape_of(raw)
+    width = k if raw.dtype == "I8" else group
+    if width is not None and tuple(scale.shape) not in ((n, -(-k // width)), *(((n,),) if width >= k else ())):
+        expected = f"{(n, -(-k // width))} for {algorithm} in groups of {width}"
+        raise BadFile("wrong-shape", f"has shape {tuple(scale.shape)}, expected {expected}", tensor=scale.name)
 
 
 def _is_integers(raw: RawTensor, scale: RawTensor) -> bool:
@@ -102,7 +129,9 @@ def _weight(module: Module) -> smallfloats.Weight:
     raw, scale, before = _parts(module)
     packed = raw.dtype == "U8"
     shape = smallfloats.unpacked_shape(raw) if packed else tuple(raw.shape)
-    scales = [smallfloats.tiles(scale, shape, *_tile(raw, scale, shape))]
+    down, across = smallfloats.counts(shape, PB_BLOCK, PB_BLOCK)
+    also = ((down, 1, across, 1),) if scale.dtype in _FLOATS and scale.shape[:1] == (down,) else ()
+    scales = [smallfloats.tiles(scale, shape, *_tile(module, raw, scale, shape), *also)]
     if packed and scale.dtype == "F8_E4M3":
         scales.append(smallfloats.tiles(smallfloats.part_of(module, "weight_scale_2", ("F32",)), shape, None, None))
     if before is not None:
@@ -110,15 +139,20 @@ def _weight(module: Module) -> smallfloats.Weight:
     return smallfloats.Weight(raw, Float("e2m1" if packed else "e4m3fn"), shape, tuple(scales))
 
 
-def _tile(raw: RawTensor, scale: RawTensor, shape: tuple[int, ...]) -> tuple[int | None, int | None]:
-    """Rows and columns under one scale, by the dtypes and the shape of the scale."""
+def _tile(module: Module, raw: RawTensor, scale: RawTensor, shape: tuple[int, ...]) -> tuple[int | None, int | None]:
+    """Rows and columns under one scale: by the algorithm of the config, else by the dtypes and the shape of the scale."""
     if raw.dtype == "U8" or scale.dtype in ("U8", "F8_E8M0"):
         return 1, 16 if scale.dtype == "F8_E4M3" else 32
+    algorithm = layer_of(module.match.config, module.name)[0]
+    if algorithm == "FP8_PB_WO":
+        return PB_BLOCK, PB_BLOCK
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        return 1, None
     across = [n for n in scale.shape if n != 1]
     if not across:
         return None, None
     blocks = smallfloats.counts(shape, PB_BLOCK, PB_BLOCK)
-    if across == [n for n in blocks if n != 1] and len(scale.shape) > 1:
+    if algorithm is None and across == [n for n in blocks if n != 1] and len(scale.shape) > 1:
         return PB_BLOCK, PB_BLOCK
     return 1, None
 
@@ -192,9 +226,7 @@ def _bits(weight: smallfloats.Weight) -> float:
 
 
 def _algorithm(module: Module, fitting: tuple[str, ...]) -> str:
-    details = module.match.config.get("quantization", module.match.config)
-    layer = (details.get("quantized_layers") or {}).get(module.name, {})
-    said = str(layer.get("quant_algo") or details.get("quant_algo") or "").upper()
+    said = layer_of(module.match.config, module.name)[0]
     return said if said in fitting else fitting[0]
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["ZERO", "pack_rows", "read", "scheme_of", "storage_of"]
+__all__ = ["ZERO", "pack_rows", "read", "scheme_of", "shape_of", "storage_of"]
 
 ZERO = 8  # two's complement of four bits, seen as unsigned codes
 
@@ -26,13 +26,14 @@ def _is_packed(raw: RawTensor) -> bool:
     return raw.dtype == "U8"
 
 
-def _shape(raw: RawTensor) -> tuple[int, int]:
+def shape_of(raw: RawTensor) -> tuple[int, int]:
+    """N and K of the weight."""
     return raw.shape[0] * 2 if _is_packed(raw) else raw.shape[0], raw.shape[1]
 
 
 def _scales(raw: RawTensor, scale: RawTensor, before: RawTensor | None) -> tuple[smallfloats.Scale, ...]:
     """The groups' scale and the columns' factor, checked; ``BadFile('wrong-shape')`` where they are not of this weight."""
-    n, k = _shape(raw)
+    n, k = shape_of(raw)
     across = scale.shape[1] if len(scale.shape) == 2 else 1
     single = all(size == 1 for size in scale.shape)
     if not single and (scale.shape[0] != n or across == 0 or k % across):
@@ -46,7 +47,7 @@ def _scales(raw: RawTensor, scale: RawTensor, before: RawTensor | None) -> tuple
 
 def scheme_of(raw: RawTensor, scale: RawTensor, before: RawTensor | None) -> Scheme:
     """The scheme of a weight (N, K)."""
-    shape = _shape(raw)
+    shape = shape_of(raw)
     specs = tuple(s.spec(shape) for s in _scales(raw, scale, before))
     if _is_packed(raw):
         return Scheme(shape, Integer(4), specs, ParamSpec("int16", whole(shape), constant=float(ZERO)))
@@ -59,7 +60,7 @@ def read(raw: RawTensor, scale: RawTensor, before: RawTensor | None, start: int,
 
     from qformats.tensor import QuantizedTensor, constant
 
-    n, k = _shape(raw)
+    n, k = shape_of(raw)
     stop = n if stop is None else stop
     if not 0 <= start < stop <= n:
         raise UsageError("row-range", f"rows {start}:{stop} of a weight of {n} rows", tensor=raw.name)

@@ -18,7 +18,9 @@ from qformats.formats.packed import tool_version
 from qformats.formats.protocol import Activations, Match, Target
 from qformats.scheme import Storage
 
-__all__ = ["ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "side_files", "with_activations"]
+__all__ = [
+    "ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "layer_of", "side_files", "with_activations",
+]  # fmt: skip
 
 FILE = "hf_quant_config.json"
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mxfp8", "modelopt_mixed")
@@ -65,6 +67,17 @@ def detect(config: Mapping[str, Any], names: Iterable[str]) -> Match | None:
         hint = "export the experts one by one"
         raise Unsupported("stacked-experts", "is the scale of experts in one tensor with inputs as rows", tensor=stacked, hint=hint)
     return Match("modelopt", config, str(details.get("quant_algo") or ""))
+
+
+def layer_of(config: Mapping[str, Any], name: str) -> tuple[str | None, int | None]:
+    """The algorithm and the group size that the config gives module ``name``, None where it says neither."""
+    details = _details(config)
+    layer = (details.get("quantized_layers") or {}).get(name) or details
+    algorithm, group = layer.get("quant_algo"), layer.get("group_size")
+    if group is not None and (isinstance(group, bool) or not isinstance(group, int) or group < 1):
+        raise BadFile("config-value", f"group_size is {group!r}, expected a number of columns", tensor=name)
+    word = str(algorithm or "").upper()
+    return (None if word in ("", "MIXED_PRECISION") else word), group
 
 
 def config_beside(

@@ -81,10 +81,7 @@ def _float_part(module: Module, leaf: str, others: tuple[str, ...] = ()) -> RawT
 
 def geometry(module: Module) -> Geometry:
     """The layer's sizes, from the headers of its parts; remembered."""
-    if "geometry" not in module.memo:
-        module.memo["geometry"] = _packed(module) if PACKED in module.parts else _bytes(module)
-    found: Geometry = module.memo["geometry"]
-    return found
+    return module.remember("geometry", _packed if PACKED in module.parts else _bytes)
 
 
 def _bytes(module: Module) -> Geometry:

@@ -138,9 +138,12 @@ def _group(entry: Entry, name: str, shape: tuple[int, ...]) -> int:
     return sizes[-1]
 
 
-def swizzled_shape(rows: int, groups: int) -> tuple[int, int]:
-    """The planes of ``to_blocked`` (torchao 0.18.0 ``prototype/mx_formats/utils.py``): tiles of 128 x 4 scales as 32 x 16."""
-    return -(-rows // 128) * 32, -(-groups // 4) * 16
+def swizzled_shape(counts: tuple[int, ...]) -> tuple[int, ...]:
+    """The plane of ``to_blocked`` for scales ``counts`` (…, N, G): tiles of 128 x 4 as 32 x 16.
+
+    torchao 0.18.0 ``prototype/mx_formats/utils.py``: ``hp_data_dims_to_swizzled_scale_dims_nvfp4`` and ``…_mx``.
+    """
+    return *counts[:-2], -(-counts[-2] // 128) * 32, -(-counts[-1] // 4) * 16
 
 
 # ---------------------------------------------------------------- the classes
@@ -201,10 +204,9 @@ def _scaled_blocks(module: Module, entry: Entry, shape: tuple[int, ...], word: s
     if not swizzled:
         _expect(scale, counts)
         return block, "rows"
-    across = swizzled_shape(prod(shape[:-1]), counts[-1])
-    if prod(scale.shape) != prod(across):
-        message = f"has {prod(scale.shape)} scales, expected {prod(across)} swizzled ones for {counts}"
-        raise BadFile("swizzle-size", message, tensor=scale.name)
+    if prod(shape[:-2]) > 1 and shape[-2] % 128:
+        raise BadFile("swizzle-size", f"matrices of {shape[-2]} rows do not fill tiles of 128, as swizzled scales need", tensor=scale.name)
+    _expect(scale, swizzled_shape(counts))
     return block, "swizzled"
 
 

@@ -266,7 +266,7 @@ def _scale_counts(form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
     counts = (*shape[:-2], shape[-2] // form.block[0], form.groups)
     if form.order == "columns":
         return (*counts[:-2], counts[-1], counts[-2])
-    return swizzled_shape(prod(counts[:-1]), counts[-1]) if form.order == "swizzled" else counts
+    return swizzled_shape(counts) if form.order == "swizzled" else counts
 
 
 def can_store(storage: Storage, scheme: Scheme) -> Yes | No:

@@ -103,12 +103,12 @@ def _scale(module: Module, form: Form, start: int, stop: int) -> Param:
     if form.order == "swizzled":
         first, last = start // 128, -(-stop // 128)
         per = 512 * -(-form.groups // 4)
-        flat = replace(raw, shape=(raw.nbytes // per, per))
-        plane = unswizzle(flat.row_range(first, last), form.groups)[start - 128 * first : stop - 128 * first]
+        stored = replace(raw, shape=(raw.nbytes // per, per)).row_range(first, last)
+        plane = unswizzle(stored, form.groups)[start - 128 * first : stop - 128 * first]
     else:
-        plane = raw.row_range(start, stop)
+        stored = plane = raw.row_range(start, stop)
     worst = 255 if form.scale == "F8_E8M0" else 127
-    if bool(((plane if worst == 255 else plane & 127) == worst).any()):
+    if bool(((stored if worst == 255 else stored & 127) == worst).any()):
         raise BadFile("scale-not-finite", "a scale is NaN", tensor=raw.name, hint="the file is damaged; fetch it again")
     tile = form.tile(2)
     codes = QuantizedTensor(tuple(plane.shape), torch.from_numpy(plane), grid)

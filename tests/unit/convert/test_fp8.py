@@ -58,3 +58,15 @@ def test_static_scales_that_another_kind_has_too(tmp_path: Path) -> None:
             mine, theirs = out.read(name), source.read(name)
             assert isinstance(mine, QuantizedTensor) and isinstance(theirs, QuantizedTensor)
             assert torch.equal(mine.dequantize(torch.float64), theirs.dequantize(torch.float64))
+
+
+def test_blocks_of_several_sizes_become_one(tmp_path: Path) -> None:
+    """A config says one block: scales of tensors, rows and blocks are repeated until all are on the largest that fits them."""
+    source = ready("modelopt/mixed", tmp_path)
+    plan = converted(source, tmp_path / "out", "fp8", allow_requantize=True)
+    said = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["weight_block_size"]
+    assert {(j.storage.rows, j.storage.group) for j in plan.jobs if j.storage is not None and j.type == "fp8"} == {tuple(said)}
+    with open_checkpoint(source) as before, open_checkpoint(tmp_path / "out") as after:
+        for name in ("self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj"):
+            weights = [opened.tensors[f"model.layers.0.{name}.weight"].dequantize(torch.float64) for opened in (before, after)]
+            assert torch.equal(*weights), name

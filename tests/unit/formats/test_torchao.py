@@ -232,7 +232,7 @@ def test_wrong_dtypes_and_shapes_are_refused(name: str) -> None:
         ("mxfp4", {"block_size": [32]}, "block-size"),
         ("mxfp4", {"elem_dtype": "fp6_e2m3"}, "wrong-shape"),
         ("mxfp4", {"elem_dtype": "fp5"}, "torchao-attribute"),
-        ("mxfp4", {"is_swizzled_scales": True}, "swizzle-size"),
+        ("mxfp4", {"is_swizzled_scales": True}, "wrong-shape"),
         ("mxfp4_swizzled", {"is_swizzled_scales": False}, "wrong-shape"),
         ("mxfp4", {"is_swizzled_scales": 1}, "torchao-attribute"),
         ("int4", {"shape": [16, 64]}, "wrong-shape"),

@@ -103,7 +103,22 @@ GADGETS = [
     "uuid:_get_command_stdout", "yaml:unsafe_load", "tensorflow.python.ops.io_ops:read_file", "keras.models:load_model",
     "transformers.dynamic_module_utils:get_class_in_module", "torchao.dtypes.affine_quantized_tensor:AffineQuantizedTensor",
     "signal:raise_signal", "torch:__dict__", "collections:OrderedDict.__init__.__globals__", "torch._C:_set_tensor_metadata",
-    "torch.nn.modules.linear:Linear"
+    "torch.nn.modules.linear:Linear", "torch.storage:_load_from_bytes", "torch.storage:UntypedStorage.from_file",
+    "torch.storage:TypedStorage._new_shared_filename_cpu", "torch.package:PackageImporter", "torch.utils.cpp_extension:load_inline",
+    "torch._inductor.codecache:PyCodeCache.load", "torch.nn.modules.module:Module.__setstate__", "torch._tensor:Tensor.__setstate__",
+    "torch._utils:_get_async_or_non_blocking", "torch.serialization:_legacy_load",
+    "torch.distributed.elastic.multiprocessing:start_processes", "torch.multiprocessing.reductions:rebuild_storage_fd",
+    "numpy._core.multiarray:_reconstruct", "numpy._core.multiarray:scalar", "numpy.core.multiarray:scalar", "numpy:ndarray", "numpy:dtype",
+    "numpy.random._pickle:__generator_ctor", "numpy:memmap", "numpy.ctypeslib:load_library", "numpy.lib.npyio:NpzFile", "builtins:object",
+    "builtins:type", "builtins:super", "builtins:globals", "builtins:delattr", "builtins:memoryview", "weakref:finalize",
+    "contextlib:ExitStack", "atexit:register", "threading:Thread", "concurrent.futures:ThreadPoolExecutor", "sqlite3:connect",
+    "site:addsitedir", "pydoc:locate", "pydoc:pipepager", "unittest.mock:_importer", "inspect:getattr_static", "gc:get_objects",
+    "xmlrpc.client:ServerProxy", "ftplib:FTP", "telnetlib:Telnet", "tempfile:NamedTemporaryFile",
+    "test.support.script_helper:run_python_until_end",
+    "_frozen_importlib:BuiltinImporter.load_module", "_posixsubprocess:fork_exec", "_testcapi:run_in_subinterp",
+    "_aix_support:_read_cmd_output", "_osx_support:_read_output", "_pyrepl.pager:pipe_pager", "imaplib:IMAP4_stream", "ssl:SSLContext",
+    "sympy:sympify", "pandas:read_pickle",
+    "pandas.core.computation.eval:eval", "scipy.io:loadmat", "jax:pure_callback", "onnx.hub:load", "sklearn.externals.joblib:load",
 ]  # fmt: skip
 ODD_NAMES = {"a space": ("os ", "system"), "capitals": ("OS", "system"), "wide letters": ("\uff4f\uff53", "system"), "no name": ("", "")}
 
@@ -140,7 +155,34 @@ ALONE = {
     "POP_MARK": (proto(b"}(}1"), Unsafe, "pickle-opcode"),
     "DUP": (proto(b"}2"), Unsafe, "pickle-opcode"),
     "a line without an end": (proto(b"c" + b"o" * 600), BadFile, "pickle-truncated"),
+    "GLOBAL of an allowed function by dots, which is that function": (call("torch", "_utils._rebuild_tensor_v2"), BadFile, "pickle-value"),
+    "GLOBAL of a method of an allowed class": (call("torch", "Size.__new__", COMMAND), Unsafe, GLOBAL),
+    "GLOBAL through an allowed function": (call("torch._utils", "_rebuild_tensor_v2.__globals__"), Unsafe, GLOBAL),
+    "GLOBAL through an allowed function to the system": (call("torch._utils", "torch.os.system", COMMAND), Unsafe, GLOBAL),
+    "GLOBAL with a carriage return": (proto(b"cos\r\nsystem\r\n" + tup(COMMAND) + b"R"), Unsafe, GLOBAL),
+    "GLOBAL of one line": (proto(b"cos\nsystem"), BadFile, "pickle-truncated"),
+    "INST of an allowed class": (proto(b"(icollections\nOrderedDict\n"), Unsafe, "pickle-opcode"),
+    "OBJ of an allowed class": (proto(b"(" + glob("collections", "OrderedDict") + b"o"), Unsafe, "pickle-opcode"),
+    "NEWOBJ of a system's class through the memo": (proto(glob("os", "_wrap_close") + b"q\x00h\x00)\x81"), Unsafe, GLOBAL),
+    "NEWOBJ_EX with keywords of code": (
+        proto(stack_global("collections", "OrderedDict") + b")}" + text("a") + stack_global("os", "system") + b"s\x92", 4), Unsafe, GLOBAL),
+    "STACK_GLOBAL from a long memo": (
+        proto(short("os") + b"r\x00\x01\x00\x00" + short("system") + b"r\x01\x01\x00\x00"
+              b"j\x00\x01\x00\x00j\x01\x01\x00\x00\x93", 4), Unsafe, GLOBAL),
+    "STACK_GLOBAL of bytes": (proto(b"C\x02osC\x06system\x93", 4), BadFile, "pickle-value"),
+    "STACK_GLOBAL of old strings": (proto(b"U\x02osU\x06system\x93", 4), Unsafe, "pickle-opcode"),
+    "STACK_GLOBAL of a joined name": (proto(stack_global("torch._utils._rebuild_tensor_v2", ""), 4), Unsafe, GLOBAL),
+    "STRING with escapes": (proto(b"S'\\x6f\\x73'\n"), Unsafe, "pickle-opcode"),
+    "UNICODE with escapes": (proto(b"V\\u006fs\n"), Unsafe, "pickle-opcode"),
+    "READONLY_BUFFER": (proto(b"\x98", 5), Unsafe, "pickle-opcode"),
+    "EXT1 of zero": (proto(b"\x82\x00"), Unsafe, "pickle-extension"),
+    "a pickle in bytes for torch to load": (
+        call("torch.storage", "_load_from_bytes", b"B" + u(4, 27) + b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R."), Unsafe, GLOBAL),
+    "numpy's reconstruct and its state": (
+        proto(reduce(glob("numpy.core.multiarray", "_reconstruct"), glob("numpy", "ndarray"), b"K\x00\x85", b"C\x01b") + b"}b", 3),
+        Unsafe, GLOBAL),
     # state
+    "BUILD of an ordered dict with __reduce__": (proto(ordered() + b"}" + text("__reduce__") + SYSTEM + b"sb"), Unsafe, GLOBAL),
     "BUILD of a dict with __setstate__": (proto(b"}}" + text("__setstate__") + SYSTEM + b"sb"), Unsafe, GLOBAL),
     "BUILD of a list": (proto(b"]}b"), Unsafe, "pickle-build"),
     "BUILD of a global": (proto(glob("collections", "OrderedDict") + b"}" + text("__init__") + b"K\x01sb"), Unsafe, "pickle-build"),
@@ -197,6 +239,7 @@ ALONE = {
         call("torch._utils", "_rebuild_tensor_v3", storage(), number(0), tup(), tup(), b"\x89", b"N", glob("torch", "bits8")),
         Unsupported, "torch-dtype"),
     "a tensor with its conjugate bit": (state(a=tensor(more=b"}" + text("conj") + b"\x88s")), Unsupported, "torch-tensor"),
+    "a tensor by way of numpy": (call("torch._utils", "_rebuild_device_tensor_from_numpy", b"N", b"N"), Unsupported, "torch-tensor"),
     "a sparse tensor": (call("torch._utils", "_rebuild_sparse_tensor", b"N", b"N"), Unsupported, "torch-tensor"),
     "a quantized tensor": (call("torch._utils", "_rebuild_qtensor", b"N", b"N"), Unsupported, "torch-tensor"),
     "a parameter of nothing": (call("torch._utils", "_rebuild_parameter", b"N", b"\x88", ordered()), BadFile, "pickle-value"),
@@ -214,6 +257,13 @@ ALONE = {
     "a tensor made by itself": (
         call("torch._tensor", "_rebuild_from_type_v2", glob("torch._tensor", "_rebuild_from_type_v2"), glob("torch", "Tensor"), b")", b"}"),
         Unsafe, "pickle-call"),
+    "a tensor of a type with a state of code": (
+        call("torch._tensor", "_rebuild_from_type_v2", glob("torch._utils", "_rebuild_tensor_v2"), glob("torch", "Tensor"), b")",
+             b"}" + text("__setstate__") + SYSTEM + b"s"), Unsafe, GLOBAL),
+    "a tensor of a type that is made by loading": (
+        call("torch._tensor", "_rebuild_from_type_v2", glob("torch", "load"), glob("torch", "Tensor"), tup(COMMAND), b"}"), Unsafe, GLOBAL),
+    "a parameter with a state of code": (
+        call("torch._utils", "_rebuild_parameter_with_state", b"N", b"\x88", ordered(), b"}" + text("a") + SYSTEM + b"s"), Unsafe, GLOBAL),
     "a wrapper of an unknown class": (
         call("torch._utils", "_rebuild_wrapper_subclass", glob("torch", "Tensor"), *[b"N"] * 7), Unsafe, GLOBAL),
     "a device of a list": (call("torch", "device", b"]"), BadFile, "pickle-value"),
@@ -334,12 +384,18 @@ ZIPS = {
     "cut in the data": (torch_file(GOOD)[:200], BadFile, "zip-end"),
     "two data.pkl": (entries(Entry(b"archive/data.pkl", EVIL)).build(), BadFile, "zip-duplicate"),
     "two data.pkl by case": (entries(Entry(b"archive/DATA.pkl", EVIL)).build(), BadFile, "zip-duplicate"),
+    "a storage twice": (entries(Entry(b"archive/data/0", bytes(24))).build(), BadFile, "zip-duplicate"),
+    "a storage twice by case": (entries(Entry(b"archive/Data/0", bytes(24))).build(), BadFile, "zip-duplicate"),
+    "a pickle beside the storages": (entries(Entry(b"archive/data/0.pkl", EVIL)).build(), BadFile, "torch-archive"),
     "data.pkl in two folders": (entries(Entry(b"other/data.pkl", EVIL)).build(), BadFile, "torch-archive"),
     "a second pickle": (entries(Entry(b"archive/data2.pkl", EVIL)).build(), BadFile, "torch-archive"),
     "no data.pkl": (Zip([Entry(b"archive/version", b"3")]).build(), BadFile, "torch-archive"),
     "TorchScript": (entries(Entry(b"archive/constants.pkl", EVIL)).build(), Unsupported, "torch-script"),
     "TorchScript by its code": (entries(Entry(b"archive/code/__torch__.py", b"x")).build(), Unsupported, "torch-script"),
     "a name that climbs": (entries(Entry(b"archive/../../etc/passwd")).build(), Unsafe, "zip-name"),
+    "a name that climbs backwards": (entries(Entry(b"archive\\..\\..\\x")).build(), Unsafe, "zip-name"),
+    "a name that stays": (entries(Entry(b"archive/./data/1")).build(), Unsafe, "zip-name"),
+    "a name with two slashes": (entries(Entry(b"archive//data/1")).build(), Unsafe, "zip-name"),
     "an absolute name": (entries(Entry(b"/etc/passwd")).build(), Unsafe, "zip-name"),
     "a name with a drive": (entries(Entry(b"archive/C:\\x")).build(), Unsafe, "zip-name"),
     "a name with a zero byte": (entries(Entry(b"archive/a\0b")).build(), Unsafe, "zip-name"),
@@ -372,6 +428,11 @@ ZIPS = {
         BadFile, "zip-entry"),
     "64-bit sizes twice": (entries(Entry(b"archive/x", extra=struct.pack("<2HQ", 1, 8, 0))).build(), BadFile, "zip-entry"),
     "a damaged extra field": (entries(Entry(b"archive/x", extra=b"\x01\x00\xff\xff")).build(), BadFile, "zip-entry"),
+    "64-bit sizes where none are needed": (
+        entries(Entry(b"archive/x", extra=struct.pack("<2H2Q", 1, 16, 1 << 62, 1 << 62))).build(), BadFile, "zip-entry"),
+    "a 64-bit offset that lies": (
+        entries(Entry(b"archive/x", offset=0xFFFFFFFF, extra=struct.pack("<2HQ", 1, 8, 1 << 60))).build(), Unsafe, "zip-hidden-bytes"),
+    "a zip64 locator outside": (whole(locator=1 << 60), BadFile, "zip-end"),
     "a zip64 count that lies": (whole(count64=1 << 40), BadFile, "zip-end"),
     "a zip64 count of 2^40 entries": (whole(count64=1 << 40, count=0xFFFF), Unsafe, "zip-limit"),
     "a zip64 start that lies": (whole(start64=0, start=0xFFFFFFFF), BadFile, "zip-end"),
@@ -415,6 +476,16 @@ def test_a_hostile_pickle_is_refused_and_nothing_runs(name: str) -> None:
 @pytest.mark.parametrize("name", ZIPS)
 def test_a_hostile_archive_is_refused_and_nothing_runs(name: str) -> None:
     refused(*ZIPS[name])
+
+
+def test_a_pickle_among_numbers_or_in_an_entry_of_no_meaning_is_not_looked_at() -> None:
+    data = EVIL.ljust(64, b"\0")
+    pickled = state(a=tensor(storage("ByteStorage", count=64), size=(64,), stride=(1,)))
+    file = torch_file(pickled, storages={"0": data}, more=[Entry(b"archive/inner.zip", torch_file(EVIL))])
+    with watched() as events:
+        (raw,) = flatten(open_torch_zip(MemorySource(file)).value).values()
+        assert raw.read() == data
+    assert events == []
 
 
 def test_the_payloads_are_live_and_the_hook_sees_them(monkeypatch: pytest.MonkeyPatch) -> None:
