@@ -50,7 +50,8 @@ class Chooser:
     tensor name. ``blocks``: block types of target modules whose floats are such blocks, as a record says. ``float_default``: the
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
     ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
-    that a record gives back, ``extras`` its tensors that are no weights by module and leaf.
+    that a record gives back, ``extras`` its tensors that are no weights by module and leaf. ``new_type``: the type of new codes where
+    none is named, if not the format's own default.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +67,7 @@ class Chooser:
     kept: Mapping[str, Kept] = field(default_factory=dict)
     extras: Mapping[tuple[str, str], Extra] = field(default_factory=dict)
     schemes: dict[str, Scheme] = field(default_factory=dict)
+    new_type: str = ""
 
     @cached_property
     def _has_codes(self) -> bool:
@@ -405,9 +407,13 @@ class Chooser:
         return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
     def _must_be_float(self, tensor: TensorMap) -> bool:
-        """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats."""
-        ends = tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of and self.checkpoint.gguf is not None
-        return self._is_stack(tensor) or (not self._gguf and ends)
+        """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats.
+
+        From another checkpoint the output stays in codes, and the embedding where the format's owner has codes for one.
+        """
+        ends = tensor.kind in ("embedding", "output") and self.checkpoint.gguf is not None
+        ends |= tensor.kind == "embedding" and not getattr(registry.format_module(self.options.target.format), "EMBEDDINGS", False)
+        return self._is_stack(tensor) or (not self._gguf and ends and tensor.target not in self.storages_of)
 
     def _is_stack(self, tensor: TensorMap) -> bool:
         """Experts in one tensor, which no integer checkpoint format has codes for."""
@@ -583,7 +589,7 @@ class Chooser:
 
     def _default_type(self) -> str:
         """The type for new codes where none is named: one of eight bits in a GGUF, the format's own default elsewhere."""
-        return _SAFE_TYPE if self._gguf else registry.row(self.options.target.format).default_type
+        return self.new_type or (_SAFE_TYPE if self._gguf else registry.row(self.options.target.format).default_type)
 
     def _is_code_source(self, tensor: TensorMap) -> bool:
         coded = any(s.leaf == "weight" and self.checkpoint.is_quantized(s.module) for s in tensor.sources)

@@ -163,7 +163,7 @@ def _stored(checkpoint: Checkpoint, warnings: list[str]) -> Iterator[Stored]:
     for name, module in checkpoint.modules.items():
         planes: set[str] = set()
         if checkpoint.gguf is None and checkpoint.is_quantized(name):
-            planes = {leaf for leaf in module.parts if leaf in registry.format_module(module.match.format).SUFFIXES}
+            planes = {leaf for leaf in module.parts if leaf in {"weight", *registry.format_module(module.match.format).SUFFIXES}}
             nbytes = sum(module.parts[leaf].nbytes for leaf in planes)
             try:
                 scheme = checkpoint.scheme(name)

@@ -40,9 +40,11 @@ from qformats.formats.compressed_tensors.shapes import SUFFIXES, scheme
 from qformats.formats.compressed_tensors.storages import can_store, layout, storage_of, storages
 from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_warnings, read, write
 
+EMBEDDINGS = True  # a target like any other class of modules
 EXTRAS = frozenset({f"{what}_{kind}" for what in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point", "global_scale")})
 
 __all__ = [
+    "EMBEDDINGS",
     "EXTRAS",
     "NAME",
     "ROW_MULTIPLE",
