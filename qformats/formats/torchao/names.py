@@ -103,7 +103,7 @@ def _find_entry(module: Module) -> Entry:
     hint = "the file was saved without torchao's metadata; save it again with transformers"
     if not isinstance(metadata.get("tensor_names"), str) or not _is_list_of_names(metadata["tensor_names"]):
         raise BadFile("torchao-metadata", "the metadata has no list of tensor_names", tensor=name, hint=hint)
-    text = metadata.get(name, metadata.get(_renamed(name, metadata)))
+    text = metadata.get(name, metadata.get(_renamed(name, metadata) or ""))
     if not isinstance(text, str):
         raise BadFile("torchao-metadata", "the metadata does not say what this tensor is", tensor=name, hint=hint)
     entry = _parsed(text, name)
