@@ -295,9 +295,13 @@ class Chooser(Facts):
         return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
     def _must_be_float(self, tensor: TensorMap) -> bool:
-        """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats."""
-        ends = tensor.kind in ("embedding", "output") and tensor.target not in self.storages_of and self.checkpoint.gguf is not None
-        return self.is_stack(tensor) or (not self.to_gguf and ends)
+        """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats.
+
+        From another checkpoint the output stays in codes, and the embedding where the format's owner has codes for one.
+        """
+        ends = tensor.kind in ("embedding", "output") and self.checkpoint.gguf is not None
+        ends |= tensor.kind == "embedding" and not getattr(registry.format_module(self.options.target.format), "EMBEDDINGS", False)
+        return self.is_stack(tensor) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
 
     def _dequantize(self, tensor: TensorMap, named: str | None) -> Job:
         scheme = self.scheme(tensor)
@@ -347,4 +351,4 @@ class Chooser(Facts):
 
     def _default_type(self) -> str:
         """The type for new codes where none is named: one of eight bits in a GGUF, the format's own default elsewhere."""
-        return _SAFE_TYPE if self.to_gguf else registry.row(self.options.target.format).default_type
+        return self.new_type or (_SAFE_TYPE if self.to_gguf else registry.row(self.options.target.format).default_type)

@@ -38,7 +38,8 @@ class Facts:
     2-byte dtype to prefer where the record is silent. ``orders``: absorbed act-orders. ``mix``: types by llama.cpp's rules.
     ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
     that a record gives back, ``extras`` its tensors that are no weights by module and leaf. ``model_dtype``: of the output's
-    floats (torch's word), where the target asks.
+    floats (torch's word), where the target asks. ``new_type``: the type of new codes where none is named, if not the
+    format's own default.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Facts:
     extras: Mapping[tuple[str, str], Extra] = field(default_factory=dict)
     model_dtype: str | None = None
     schemes: dict[str, Scheme] = field(default_factory=dict)
+    new_type: str = ""
 
     @cached_property
     def has_codes(self) -> bool:

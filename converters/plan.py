@@ -161,7 +161,7 @@ class _Rest:
 def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     """Decide every tensor and lay the output out."""
     checkpoint, options = chooser.checkpoint, chooser.options
-    jobs, told = with_importances(_decide(chooser, rest.tensors), options, checkpoint)
+    jobs, told = with_importances(_decide_alike(chooser, rest.tensors), options, checkpoint)
     jobs = _harmonize(options.target.format, jobs)
     _, carried = files.quantization_config(checkpoint, options, jobs, rest.restore)
     jobs, gone, unsaid = activations.settled(checkpoint, options.target.format, jobs, carried)
@@ -310,6 +310,24 @@ def _settled(job: Job, storage: Storage) -> Job:
         return job
     parts = registry.format_module(job.format).layout(storage, job.map.shape)
     return replace(job, storage=storage, parts=parts, type=storage.type)
+
+
+def _decide_alike(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
+    """Decide all jobs; where a checkpoint has one type alone, new codes are like those of the other weights that were kept."""
+    jobs, target = _decide(chooser, tensors), chooser.options.target
+    if not getattr(registry.format_module(target.format), "ONE_TYPE", False):
+        return jobs
+    kept = [job for job in jobs if job.storage is not None and job.kind != "requantized"]
+    types = {job.type for job in kept} | {job.type for job in jobs if job.action == "parts" and job.map.leaf == "weight"}
+    made = {job.type for job in jobs if job.kind == "requantized"}
+    other_type = target.type is None and len(types) == 1 and bool(made - types)
+    groups = {job.storage.group for job in jobs if job.storage is not None}
+    sizes = [job.storage.group for job in kept if job.storage is not None and job.storage.group]
+    other_group = "group" in registry.row(target.format).options and "group" not in target.options and len(groups) > 1 and bool(sizes)
+    if not other_type and not other_group:
+        return jobs
+    options = _with_option(chooser.options, "group", str(min(sizes))) if other_group else chooser.options
+    return _decide(replace(chooser, options=options, new_type=next(iter(types)) if other_type else ""), tensors)
 
 
 _GROUPS = ("128", "64", "32")

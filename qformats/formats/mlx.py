@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_KEYS",
+    "EMBEDDINGS",
     "NAME",
     "SUFFIXES",
     "can_store",
@@ -61,6 +62,7 @@ __all__ = [
 ]
 
 NAME = "mlx"
+EMBEDDINGS = True  # ``quantize_model`` of mlx-lm quantizes what has ``to_quantized``, embeddings too
 SUFFIXES: frozenset[str] = frozenset({"scales", "biases", "qbiases"})
 CONFIG_KEYS = ("quantization", "quantization_config")  # where its config stands in config.json
 GROUPS = (128, 64, 32)

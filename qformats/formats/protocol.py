@@ -40,6 +40,8 @@ What a format may have beside, where it needs it:
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
   (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
+- ``ONE_TYPE = True``: all weights of a checkpoint are of one type and group size. ``EMBEDDINGS = True``: its owner reads embeddings in
+  codes too.
 - ``BARE``: suffixes of a weight that is a parameter, not a module, and bears its module's whole name where it is floats (stacked experts).
   ``KEEPS_AXES = True``: codes have the rows of their floats, inputs too; else outputs are rows whatever the floats have.
   ``CONV1D = True``: its owner quantizes transformers' ``Conv1D`` (GPT-2), as (N, K) like any other matrix.

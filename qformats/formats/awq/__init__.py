@@ -48,9 +48,11 @@ from qformats.formats.awq.weights import (
 )
 
 NAME = "awq"
+ONE_TYPE = True  # ``bits``, ``group_size`` and ``version`` are stated once
 
 __all__ = [
     "NAME",
+    "ONE_TYPE",
     "ROW_MULTIPLE",
     "SUFFIXES",
     "can_store",

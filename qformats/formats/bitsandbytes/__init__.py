@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CONV1D",
     "NAME",
+    "ONE_TYPE",
     "SUFFIXES",
     "can_store",
     "config_out",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 SUFFIXES = fourbit.SUFFIXES | int8.SUFFIXES
+ONE_TYPE = True  # transformers, ``utils/quantization_config.py``: one table, or eight bits
 CONV1D = True  # transposed before they are quantized: transformers, ``integrations/bitsandbytes.py``
 
 

@@ -32,10 +32,12 @@ from qformats.formats.torchao.weights import read, write
 
 NAME = "torchao"
 BARE = frozenset({"_qdata"})
+EMBEDDINGS = True  # transformers, ``include_input_output_embeddings``
 KEEPS_AXES = True
 
 __all__ = [
     "BARE",
+    "EMBEDDINGS",
     "EXTRAS",
     "KEEPS_AXES",
     "NAME",

@@ -103,7 +103,7 @@ def _find_entry(module: Module) -> Entry:
     hint = "the file was saved without torchao's metadata; save it again with transformers"
     if not isinstance(metadata.get("tensor_names"), str) or not _is_list_of_names(metadata["tensor_names"]):
         raise BadFile("torchao-metadata", "the metadata has no list of tensor_names", tensor=name, hint=hint)
-    text = metadata.get(name)
+    text = metadata.get(name, metadata.get(_renamed(name, metadata) or ""))
     if not isinstance(text, str):
         raise BadFile("torchao-metadata", "the metadata does not say what this tensor is", tensor=name, hint=hint)
     entry = _parsed(text, name)
@@ -114,6 +114,19 @@ def _find_entry(module: Module) -> Entry:
         message = f"the metadata names the parts {', '.join(entry.parts)}, the file {what}"
         raise BadFile("torchao-parts", message, tensor=name, hint="fetch all shards")
     return entry
+
+
+def _renamed(name: str, metadata: Mapping[str, Any]) -> str | None:
+    """The one entry whose name is ``name`` with another word in one place, None where there is none or more.
+
+    transformers 5.23 saves tensors under their names in the checkpoint (``block_sparse_moe.experts.down_proj``) and the metadata under
+    the model's own (``mlp.experts.down_proj``).
+    """
+    words = name.split(".")
+    spans = [key.split(".") for key in metadata]
+    others = [key for key in spans if len(key) == len(words) and sum(a != b for a, b in zip(key, words)) == 1]
+    near = [key for key in others if key[-2:] == words[-2:] and not any(a != b and (a + b).isdigit() for a, b in zip(key, words))]
+    return ".".join(near[0]) if len(near) == 1 else None
 
 
 def _parsed(text: str, name: str) -> Entry:
