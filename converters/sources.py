@@ -24,7 +24,7 @@ __all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", 
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
 _CHUNK_WEIGHTS = 4 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
-_PROBE_ROWS = 32
+_PROBE_ROWS = 64  # whole tiles of every tiled storage, as in ``row_step``
 SCAN_WEIGHTS = 16 << 20  # one step of a scan, which reads codes only where a rule asks
 
 
@@ -125,8 +125,8 @@ def in_source_order(job: Job) -> tuple[Job, np.ndarray[Any, Any] | None]:
 
 
 def first_rows(job: Job) -> int:
-    """How many of the target's first rows make a cheap probe: whole periods of the row order."""
-    return min(job.map.rows, max(_PROBE_ROWS, *(s.period for s in job.map.sources)))
+    """How many of the target's first rows make a cheap probe: whole periods of the row order, whole tiles."""
+    return min(job.map.rows, lcm(_PROBE_ROWS, *(s.period or 1 for s in job.map.sources)))
 
 
 def read_rows(

@@ -80,12 +80,13 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
         assert isinstance(t.grid, Integer)
         moved = -t.grid.lowest
         ranges = _unknown
-        t = _zero_in_offset(_one_dtype(_folded(t, notes), storage, notes, rounded, rounding), storage.offset, notes, rounded, rounding)
+        t = one_plane(t, storage, notes, rounded, rounding)
+        t = _zero_in_offset(t, storage.offset, notes, rounded, rounding)
     if not rewrite.is_whole(t):
         t = rewrite.whole_codes(t)
         notes.append("values to integer codes")
     levels = rewrite.levels_of(t.scales, t.shape)
-    t = _folded(t, notes)
+    t = _folded(t, notes, rounding)
     if not exact and (storage.sub_scale is None or levels is None):
         t = _one_dtype(t, storage, notes, rounded, rounding)
     t = rewrite.to_row_blocks(t)
@@ -158,8 +159,12 @@ def _zero_in_offset(
     return t.replace(zero_point=None, offset=Param(stored, Tile((*lead, width))))
 
 
-def _folded(t: QuantizedTensor, notes: list[str]) -> QuantizedTensor:
-    """One plain scale plane: in float32, or float64 where the product of the factors needs it."""
+def _folded(t: QuantizedTensor, notes: list[str], rounding: bool) -> QuantizedTensor:
+    """One plain scale plane: in float32, or float64 where the product of the factors needs it.
+
+    With ``rounding`` a quotient that float64 cuts is taken too: whoever stores it rounds, and says so. That is one rounding: the bits of a
+    number divided by one of 24 bits have no run of 28 zeros or ones, so none of these lies where the second would go astray.
+    """
     if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
         return t
     notes.append("fold scale factors")
@@ -168,12 +173,12 @@ def _folded(t: QuantizedTensor, notes: list[str]) -> QuantizedTensor:
     try:
         return rewrite.fold_scales(t, torch.float32)
     except Refused:
-        return rewrite.fold_scales(t, torch.float64)
+        return rewrite.fold_scales(t, torch.float64, rounding=rounding and any(scale.inverse for scale in t.scales))
 
 
 def one_plane(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
     """All factors in one plane of one of the storage's dtypes."""
-    return _one_dtype(_folded(t, notes), storage, notes, rounded, rounding)
+    return _one_dtype(_folded(t, notes, rounding), storage, notes, rounded, rounding)
 
 
 def _one_dtype(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:

@@ -13,8 +13,10 @@ from qformats.tensor import Param, QuantizedTensor, constant
 __all__ = ["fold_scales", "round_scale", "unnest_scale"]
 
 
-def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
-    """Multiply all scale factors into one plane of ``dtype`` on the finest block; refuses if a product is not representable."""
+def fold_scales(t: QuantizedTensor, dtype: torch.dtype, *, rounding: bool = False) -> QuantizedTensor:
+    """Multiply all scale factors into one plane of ``dtype`` on the finest block; a product that is no such number is refused, or rounded
+    once with ``rounding``.
+    """
     if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
         return t if t.scales[0].values.dtype == dtype else round_scale(t, dtype, rounding=False)[0]
     if not t.scales:
@@ -30,7 +32,7 @@ def fold_scales(t: QuantizedTensor, dtype: torch.dtype) -> QuantizedTensor:
     spread = ((scale.real().map(lambda v, s=scale: _regrid(v, s.block, fine, t.shape)), scale.inverse) for scale in t.scales)
     total = product(Real.of(torch.ones(counts, dtype=torch.float64)), spread)
     folded = round_once(total, dtype)
-    wrong = inexact(total, folded)
+    wrong = 0 if rounding else inexact(total, folded)
     if wrong:
         raise Refused(f"the product of the scale factors rounds in {wrong} of {folded.numel()} groups")
     return t.replace(scales=(Param(folded, fine),))
