@@ -18,10 +18,10 @@ from test_dense import tiny_model
 
 from qformats.checkpoint import open_checkpoint
 
-SOON = ("hqq:int4", "quanto:qint4", "bitnet:ternary", "mlx:int8,metal", "torchao:int4")
+SOON = ("hqq:int4", "quanto:qint4", "bitnet:ternary", "mlx:int8,metal,dtype=bf16", "torchao:int4")
 TARGETS = (
     *SOON, "hqq:int4,axis=0", "hqq:int8", "hqq:int3", "hqq:int2", "quanto:qint2", "quanto:qint8", "quanto:qfloat8_e4m3fn",
-    "bitnet:ternary,class=autobitlinear", "mlx:int4,metal", "torchao:int8", "torchao:fp8", "torchao:nvfp4", "torchao:mxfp4",
+    "bitnet:ternary,class=autobitlinear", "mlx:int4,metal,dtype=bf16", "torchao:int8", "torchao:fp8", "torchao:nvfp4", "torchao:mxfp4",
     "torchao:mxfp8", "compressed-tensors:int4", "compressed-tensors:int4,asym", "compressed-tensors:int8", "compressed-tensors:fp8",
     "compressed-tensors:nvfp4", "compressed-tensors:mxfp4", "compressed-tensors:mxfp8", "bitsandbytes:nf4", "bitsandbytes:nf4,double",
     "bitsandbytes:fp4", "bitsandbytes:int8", "fp8:fp8,block=64x64", "fp8:mxfp8",
@@ -34,8 +34,7 @@ def test_its_owner_loads_it(to: str, workshop: Workshop, lab_model: Any, figure:
     folder, report = workshop.convert(lab_model("smollm2-slice4"), to, allow_requantize=True)
     assert report.kinds["requantized"] == 28
     owner = to.partition(":")[0]
-    # metal is dequantized to the dtype of its scales, float16
-    model = owners_model(folder, owner, torch.float16 if owner == "mlx" else torch.bfloat16)
+    model = owners_model(folder, owner, torch.bfloat16)  # metal is dequantized to the dtype of its scales: theirs must be the model's
     if owner == "compressed-tensors":
         forward(model)  # it unpacks in the first pass
     with open_checkpoint(folder) as made:
