@@ -97,7 +97,7 @@ INTO_ANOTHER = (
     Case("mlx-nvfp4-slice", "torchao", "exact"), Case("mlx-mxfp8-slice", "torchao", "exact"),
     Case("metal-8b-g32-slice", "hqq", "codes-exact"), Case("eetq-int8-slice", "torchao", "exact"),
     Case("eetq-int8-slice", "compressed-tensors", "exact"), Case("fbgemm-fp8-slice", "compressed-tensors", "exact"),
-    Case("fp8-b64-slice", "torchao", "exact"), Case("fp8-b128-wide", "compressed-tensors", "exact"),
+    Case("fp8-b64-slice", "compressed-tensors", "exact"), Case("fp8-b128-wide", "compressed-tensors", "exact"),
     Case("fp8-mxfp8-slice", "compressed-tensors", "exact"), Case("modelopt-fp8-slice", "compressed-tensors", "exact"),
     Case("modelopt-nvfp4-slice", "torchao", "exact"), Case("modelopt-nvfp4-slice", "compressed-tensors", "codes-exact"),
 )  # fmt: skip
