@@ -125,8 +125,8 @@ def in_source_order(job: Job) -> tuple[Job, np.ndarray[Any, Any] | None]:
 
 
 def first_rows(job: Job) -> int:
-    """How many of the target's first rows make a cheap probe: whole periods of the row order."""
-    return min(job.map.rows, max(_PROBE_ROWS, *(s.period for s in job.map.sources)))
+    """How many of the target's first rows make a cheap probe: whole periods of the row order, whole tiles."""
+    return min(job.map.rows, lcm(_PROBE_ROWS, *(s.period or 1 for s in job.map.sources)))
 
 
 def read_rows(

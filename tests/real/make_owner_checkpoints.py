@@ -1,7 +1,9 @@
-"""Checkpoints of bitsandbytes, HQQ, Quanto, torchao and compressed-tensors, each by its own library: ``make_owner_checkpoints.py NAME …``.
+"""Checkpoints of bitsandbytes, HQQ, Quanto, torchao and compressed-tensors, each by its own library, and those that ``packers.py``
+packs weight by weight: ``make_owner_checkpoints.py NAME …``.
 
-Runs under the lab's interpreter that has bitsandbytes 0.50.2, hqq 0.2.8.post1, optimum-quanto 0.2.7, torchao 0.18.0 and
-compressed-tensors 0.20.0. A name is ``OWNER-VARIANT-MODEL`` with a variant of ``RECIPES`` and a model of ``make_checkpoints.BASES``.
+Runs under the lab's interpreter that has bitsandbytes 0.50.2, hqq 0.2.8.post1, optimum-quanto 0.2.7, torchao 0.18.0,
+compressed-tensors 0.20.0, aqlm 1.1.7 and mlx 0.32.4. A name is ``OWNER-VARIANT-MODEL`` with a variant of ``RECIPES`` and a model of
+``make_checkpoints.BASES``.
 Beside the checkpoint stands ``NAME.floats``: the same model as a plain float32 checkpoint in which every quantized weight is what the
 owner itself dequantizes it to. A checkpoint appears under its name only when both are complete.
 """
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from lab import CHECKPOINTS, MODELS, floats_of
 from make_checkpoints import BASES, SIDE_FILES
+from packers import PACKERS
 
 Floats = dict[str, torch.Tensor]  # module -> the owner's values
 
@@ -141,6 +144,27 @@ def _compressed(base: Path, out: Path, form: str, weights: dict[str, Any], acts:
     return found
 
 
+def _packed(base: Path, out: Path, name: str) -> Floats:
+    from safetensors.torch import save_file
+
+    packer, found = PACKERS[name], {}
+    model = _model(base, packer.dtype)
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    for module in [*(linear for linear, _ in _linears(model)), *(["model.embed_tokens"] if packer.embedding else [])]:
+        parts, found[module] = packer.pack(state.pop(f"{module}.weight"))
+        state |= {f"{module}.{leaf}": part.contiguous() for leaf, part in parts.items()}
+    model.config.save_pretrained(out)
+    save_file(state, out / "model.safetensors", metadata={"format": "mlx" if name.startswith("mlx") else "pt"})
+    if packer.beside is not None:
+        (out / "hf_quant_config.json").write_text(json.dumps(packer.beside, indent=4))
+        return found
+    _declare(out, packer.config)
+    if packer.embedding:  # mlx-lm says it twice
+        held = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(held | {"quantization": packer.config}, indent=1))
+    return found
+
+
 def _four(kind: str, **options: Any) -> Callable[[Path, Path], Floats]:
     arguments = {f"bnb_4bit_{key}": value for key, value in options.items()}
     return partial(_bitsandbytes, load_in_4bit=True, bnb_4bit_quant_type=kind, **{"bnb_4bit_compute_dtype": torch.bfloat16} | arguments)
@@ -167,6 +191,7 @@ RECIPES: dict[str, Callable[[Path, Path], Floats]] = {
         "num_bits": 8, "type": "float", "strategy": "block", "block_structure": [64, 64]}),
     "ct-w8a8": partial(_compressed, form="int-quantized", weights=_ROW | {"type": "int"}, acts=_TOKEN | {"type": "int"}),
     "ct-fp8-dynamic": partial(_compressed, form="float-quantized", weights=_ROW | {"type": "float"}, acts=_TOKEN | {"type": "float"}),
+    **{name: partial(_packed, name=name) for name in PACKERS},
 }  # fmt: skip
 
 

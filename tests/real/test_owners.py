@@ -1,4 +1,4 @@
-"""Checkpoints that bitsandbytes, HQQ, Quanto, torchao and compressed-tensors made themselves: into GGUF and into another format.
+"""Checkpoints that their formats' owners made, or that were packed after the owners' sources: into GGUF, into another format, and back.
 
 The floats beside each checkpoint (``make_owner_checkpoints.py``) are the owner's own values of every quantized weight; what is exact has
 those numbers before the owner's last rounding, what has new codes is judged by the type's own rounding.
@@ -26,10 +26,18 @@ from text import evaluation_text
 from converters.verify import verify
 from qformats.checkpoint import open_checkpoint
 
-TOKENS, WINDOW = 1025, 256
+TOKENS, WINDOW = 513, 256
 NEAR = {"gguf:q8_0": 0.01, "gguf:q6_k": 0.03}  # the most that new codes of a type are off, relative to the norm of a tensor
 STORED = 2.0**-7  # codes kept: a scale rounded to float16 or bfloat16, an offset of up to fifteen steps to float16
-OWNERS = {"bnb": "bitsandbytes", "hqq": "hqq", "quanto": "quanto", "torchao": "torchao", "ct": "compressed-tensors"}
+# by the first word of a name: its format, the owner whose order of rounding is asked for, and what that owner dequantizes to
+HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32
+OWNERS: dict[str, tuple[str, str | None, torch.dtype]] = {
+    "bnb": ("bitsandbytes", "bitsandbytes", BRAIN), "hqq": ("hqq", "hqq", HALF), "quanto": ("quanto", "quanto", BRAIN),
+    "torchao": ("torchao", "torchao", BRAIN), "ct": ("compressed-tensors", "compressed-tensors", BRAIN), "aqlm": ("aqlm", "aqlm", HALF),
+    "bitnet": ("bitnet", None, FULL), "mlx": ("mlx", "mlx", BRAIN), "metal": ("mlx", None, FULL), "eetq": ("eetq", None, FULL),
+    "fbgemm": ("fbgemm_fp8", "transformers", FULL), "fp8": ("fp8", "transformers", FULL), "modelopt": ("modelopt", "modelopt", FULL),
+}  # fmt: skip
+OTHER_DTYPES = {"bnb-int8": FULL, "mlx-4b": HALF}
 
 
 @dataclass(frozen=True)
@@ -39,9 +47,10 @@ class Case:
     name: str
     to: str
     kind: str
+    soon: bool = False  # in the short tier
 
     def param(self) -> Any:
-        return pytest.param(self, marks=pytest.mark.real_full, id=f"{self.name} {self.to}")
+        return pytest.param(self, marks=pytest.mark.real if self.soon else pytest.mark.real_full, id=f"{self.name} {self.to}")
 
 
 INTO_GGUF = (
@@ -58,7 +67,16 @@ INTO_GGUF = (
     Case("torchao-int4-g32-whole", "gguf", "codes-exact"), Case("torchao-fp8-wide", "gguf:q6_k", "requantized"),
     Case("ct-nvfp4-slice", "gguf", "codes-exact"), Case("ct-mxfp4-slice", "gguf", "exact"),
     Case("ct-fp8-block-slice", "gguf:q8_0", "requantized"), Case("ct-w8a8-slice", "gguf", "codes-exact"),
-    Case("ct-nvfp4-whole", "gguf", "codes-exact"),
+    Case("ct-nvfp4-whole", "gguf", "codes-exact"), Case("ct-fp8-dynamic-slice", "gguf:q8_0", "requantized"),
+    Case("aqlm-2x8-slice", "gguf:q8_0", "requantized", soon=True), Case("aqlm-1x10-o2-slice", "gguf:q6_k", "requantized"),
+    Case("bitnet-bitlinear-wide", "gguf", "codes-exact"), Case("bitnet-autobitlinear-slice", "gguf", "codes-exact", soon=True),
+    Case("mlx-4b-g64-slice", "gguf", "codes-exact", soon=True), Case("mlx-5b-g32-slice", "gguf", "codes-exact"),
+    Case("mlx-mxfp4-slice", "gguf", "exact"), Case("mlx-nvfp4-slice", "gguf", "exact"),
+    Case("mlx-mxfp8-slice", "gguf:q8_0", "requantized"), Case("metal-8b-g32-slice", "gguf:q8_0", "requantized"),
+    Case("eetq-int8-slice", "gguf", "exact", soon=True), Case("fbgemm-fp8-slice", "gguf:q8_0", "requantized"),
+    Case("fp8-b64-slice", "gguf:q8_0", "requantized"), Case("fp8-b128-wide", "gguf:q6_k", "requantized"),
+    Case("fp8-mxfp8-slice", "gguf:q8_0", "requantized"), Case("modelopt-fp8-slice", "gguf:q8_0", "requantized"),
+    Case("modelopt-nvfp4-slice", "gguf", "exact"),
 )  # fmt: skip
 INTO_ANOTHER = (
     Case("bnb-nf4-slice", "fp8:fp8,block=64x64", "requantized"), Case("bnb-nf4-double-slice", "torchao:int8", "requantized"),
@@ -72,6 +90,16 @@ INTO_ANOTHER = (
     Case("ct-fp8-block-slice", "fp8", "exact"), Case("ct-w8a8-slice", "bitsandbytes", "codes-exact"),
     Case("ct-w8a8-slice", "torchao", "exact"), Case("ct-nvfp4-slice", "torchao", "codes-exact"),
     Case("ct-mxfp4-slice", "torchao", "exact"), Case("torchao-int8-whole", "compressed-tensors", "exact"),
+    Case("torchao-int4-g64-asym-slice", "hqq", "codes-exact"), Case("ct-fp8-dynamic-slice", "torchao", "exact"),
+    Case("aqlm-2x8-slice", "bitsandbytes:nf4", "requantized"), Case("aqlm-1x10-o2-slice", "compressed-tensors:int8", "requantized"),
+    Case("bitnet-bitlinear-wide", "torchao", "codes-exact"), Case("bitnet-autobitlinear-slice", "quanto", "exact"),
+    Case("mlx-4b-g64-slice", "hqq", "codes-exact"), Case("mlx-mxfp4-slice", "compressed-tensors", "exact"),
+    Case("mlx-nvfp4-slice", "torchao", "exact"), Case("mlx-mxfp8-slice", "torchao", "exact"),
+    Case("metal-8b-g32-slice", "hqq", "codes-exact"), Case("eetq-int8-slice", "torchao", "exact"),
+    Case("eetq-int8-slice", "compressed-tensors", "exact"), Case("fbgemm-fp8-slice", "compressed-tensors", "exact"),
+    Case("fp8-b64-slice", "compressed-tensors", "exact"), Case("fp8-b128-wide", "compressed-tensors", "exact"),
+    Case("fp8-mxfp8-slice", "compressed-tensors", "exact"), Case("modelopt-fp8-slice", "compressed-tensors", "exact"),
+    Case("modelopt-nvfp4-slice", "torchao", "exact"), Case("modelopt-nvfp4-slice", "compressed-tensors", "codes-exact"),
 )  # fmt: skip
 LOSSES = ("copied", "exact", "dequantized", "codes-exact", "requantized")
 
@@ -80,26 +108,22 @@ def options(case: Case) -> dict[str, bool]:
     return {"allow_requantize": case.kind == "requantized", "allow_pickle": "-qmodel-" in case.name}
 
 
-def owner_of(name: str) -> str:
-    return OWNERS[name.partition("-")[0]]
-
-
 def owners_dtype(name: str) -> torch.dtype:
     """What the checkpoint's owner dequantizes to."""
-    return torch.float32 if name.startswith("bnb-int8") else torch.float16 if name.startswith("hqq") else torch.bfloat16
+    return next((dtype for start, dtype in OTHER_DTYPES.items() if name.startswith(start)), OWNERS[name.partition("-")[0]][2])
 
 
 def read_exactly(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Every quantized weight in float32, each seen to be the owner's own value in the owner's order of rounding."""
-    oracle, mine = load_file(floats_of(folder) / "model.safetensors"), {}
+    oracle, mine, like = load_file(floats_of(folder) / "model.safetensors"), {}, OWNERS[name.partition("-")[0]][1]
     with open_checkpoint(folder, allow_pickle="-qmodel-" in name) as checkpoint:
         for module in filter(checkpoint.is_quantized, checkpoint.modules):
             tensor: Any = checkpoint.read(module)
             values = oracle[f"{module}.weight"]
-            assert torch.equal(tensor.dequantize(owners_dtype(name), like=owner_of(name)).float(), values), module
+            assert torch.equal(tensor.dequantize(owners_dtype(name), like=like).float(), values), module
             mine[module] = tensor.dequantize()
             assert float((mine[module] - values).norm() / values.norm()) < STORED, module
-    assert len(mine) == len([k for k in oracle if k.endswith("_proj.weight")])
+    assert mine.keys() - {"model.embed_tokens"} == {k.removesuffix(".weight") for k in oracle if k.endswith("_proj.weight")}
     return mine
 
 
@@ -137,14 +161,17 @@ def test_into_gguf(case: Case, checkpoint: Any, workshop: Workshop, llama: Any, 
         with llama.Llama(gguf) as model:
             nll.append(model.nll(ids, WINDOW))
     figure(f"{dict(report.kinds)}, error at most {worst:.2g}: NLL {nll[0]:.4f}, the owner's floats {nll[1]:.4f}")
-    assert abs(nll[0] - nll[1]) <= (0.015 * nll[1] if case.kind == "requantized" else 0.015)
+    # three values of a model that never learned them are noise, in which the 8 bits that llama.cpp gives activations show
+    kept = 0.004 * nll[1] if case.name.startswith("bitnet") else 0.015
+    assert abs(nll[0] - nll[1]) <= (0.015 * nll[1] if case.kind == "requantized" else kept)
 
 
 def stored_dtype(folder: Path, module: str) -> torch.dtype:
     """What the scales are stored in, for a model that computes in it: other parameters would be rounded as they are loaded."""
     with open_checkpoint(folder) as checkpoint:
-        scales = checkpoint.scheme(module).scales
-    return torch.float16 if scales and scales[0].dtype == "float16" else torch.bfloat16
+        scales, form = checkpoint.scheme(module).scales, checkpoint.format
+    known = {"float16": HALF} | ({"float32": FULL} if form == "compressed-tensors" else {})
+    return known.get(scales[0].dtype, BRAIN) if scales else BRAIN
 
 
 @pytest.mark.parametrize("case", [case.param() for case in INTO_ANOTHER])
@@ -156,18 +183,63 @@ def test_into_another(case: Case, checkpoint: Any, workshop: Workshop, figure: A
     assert verify(source, folder, allow_pickle="-qmodel-" in case.name).ok
     kinds, worst = {line.name.removesuffix(".weight"): line.kind for line in report.tensors}, 0.0
     owner = case.to.partition(":")[0]
-    model = owners_model(folder, owner, stored_dtype(folder, next(iter(mine))))
-    if owner == "compressed-tensors":
-        forward(model)  # it unpacks in the first pass; bitsandbytes moves its scales away there
     with open_checkpoint(folder) as made:
         for module, values in mine.items():
             assert LOSSES.index(kinds[module]) <= LOSSES.index(case.kind), (module, kinds[module])
             tensor: Any = made.read(module)
-            worst = max(worst, assert_near(tensor.dequantize(), values, case, kinds[module], module))
-            theirs = owners_weight(model, module)
+            found = tensor.dequantize() if made.is_quantized(module) else tensor.float()
+            worst = max(worst, assert_near(found, values, case, kinds[module], module))
+        if "model.embed_tokens" in mine:
+            pytest.xfail("every weight is near, but MLX's embedding keeps its codes, which the loaders of linear layers do not take")
+        model = owners_model(folder, owner, stored_dtype(folder, next(iter(mine))))
+        if owner == "compressed-tensors":
+            forward(model)  # it unpacks in the first pass; bitsandbytes moves its scales away there
+        for module in mine:
+            tensor, theirs = made.read(module), owners_weight(model, module)
             like = "transformers" if owner == "fp8" else owner
             assert torch.equal(theirs, tensor.dequantize(theirs.dtype, like=like)), module
     logits, plain = forward(model), forward(owners_model(floats_of(source), "hf", torch.float32))
     apart = float((logits - plain).norm() / plain.norm())
     figure(f"{dict(report.kinds)}, error at most {worst:.2g}; logits {apart:.3f} apart")
     assert apart < (0.2 if case.kind == "requantized" or "w8a8" in case.name else 0.05)
+
+
+# Formats that hold the codes of the first: the bytes must come back through them. No other format holds those of NF4, FP4, AQLM and of
+# HQQ's axis 0.
+BACK = (
+    ("bnb-int8-slice", "gguf"), ("hqq-4-g64-ax1-slice", "gguf"), ("hqq-3-g64-ax1-slice", "gguf"),
+    ("quanto-qint8-slice", "gguf"), ("quanto-qint4-slice", "gguf"), ("quanto-qfloat8-slice", "torchao"), ("torchao-int8-slice", "gguf"),
+    ("torchao-int4-g32-slice", "gguf"), ("torchao-int4-g64-asym-slice", "gguf"), ("torchao-fp8-slice", "compressed-tensors"),
+    ("ct-nvfp4-slice", "gguf"), ("ct-mxfp4-slice", "gguf"), ("ct-w8a8-slice", "gguf"), ("ct-fp8-block-slice", "fp8"),
+    ("ct-fp8-dynamic-slice", "torchao"), ("bitnet-bitlinear-wide", "gguf"), ("bitnet-autobitlinear-slice", "gguf"),
+    ("mlx-4b-g64-slice", "gguf"), ("mlx-5b-g32-slice", "gguf"), ("mlx-mxfp4-slice", "gguf"), ("mlx-nvfp4-slice", "gguf"),
+    ("mlx-mxfp8-slice", "torchao"), ("metal-8b-g32-slice", "hqq"), ("eetq-int8-slice", "gguf"), ("fbgemm-fp8-slice", "compressed-tensors"),
+    ("fp8-b64-slice", "compressed-tensors"), ("fp8-b128-wide", "compressed-tensors"), ("fp8-mxfp8-slice", "torchao"),
+    ("modelopt-fp8-slice", "torchao"), ("modelopt-nvfp4-slice", "gguf"),
+)  # fmt: skip
+SOON = ("mlx-4b-g64-slice", "eetq-int8-slice")  # of the short tier
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Name -> (dtype, shape, bytes) of every tensor."""
+    with open_checkpoint(folder) as checkpoint:
+        return {name: (raw.dtype, raw.shape, bytes(raw.read())) for name, raw in checkpoint.raw.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [pytest.param(*pair, marks=pytest.mark.real if pair[0] in SOON else pytest.mark.real_full, id=" ".join(pair)) for pair in BACK],
+)
+def test_there_and_back(name: str, to: str, checkpoint: Any, workshop: Workshop, figure: Any) -> None:
+    """Every tensor has its bytes again, and every configuration file its words."""
+    source = checkpoint(name)
+    middle, report = workshop.convert(source, to)
+    back, _ = workshop.convert(middle, OWNERS[name.partition("-")[0]][0])
+    theirs, mine = stored(source), stored(back)
+    assert theirs.keys() == mine.keys()
+    assert [key for key in theirs if theirs[key] != mine[key]] == []
+    for file in ("config.json", "hf_quant_config.json", "quanto_qmap.json", "quantization_map.json"):
+        if (source / file).exists():
+            assert json.loads((back / file).read_text()) == json.loads((source / file).read_text()), file
+    assert verify(middle, back, replay=True).ok
+    figure(f"{dict(report.kinds)}; {len(theirs)} tensors have their bytes again")

@@ -171,3 +171,17 @@ def test_what_its_writer_takes_stays_as_it_is() -> None:
     t = fp8(runs(K, torch.float32))
     decision = fit(t, FP8_BLOCK, own=lambda scheme: True)
     assert decision.kind == "exact" and finish(t, decision) is t
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_scale_that_divides_is_rounded_once(dtype: str) -> None:
+    """BitNet's bitlinear: its reciprocal is no number of any dtype, so the codes are kept under the nearest one."""
+    divisors = numbers(N, 1, dtype=torch.bfloat16)
+    t, storage = int8(Param(divisors, Tile((1, K)), inverse=True)), replace(ROW32, scale_dtypes=(dtype,))
+    with pytest.raises(Refused, match="product of the scale factors rounds"):
+        fit(t, storage)
+    found = fit(t, storage, rounding=True)
+    assert found.kind == "codes-exact" and "round to" in found.reason
+    exact = 1 / divisors.double().numpy()  # nearest to a quotient whose bits repeat: never on a tie of the narrower dtype
+    assert torch.equal(torch.from_numpy(exact.astype(dtype)), found.scale.values)
+    assert torch.equal(finish(t, found).codes, t.codes)
