@@ -299,10 +299,22 @@ def _some_rows(p: ParamLayout, planes: Mapping[str, Tensor], rows: slice | Tenso
         expert, row = at // shape[-2], at % shape[-2]
         place: slice | Tensor = expert // sizes[0] * lead[1] + row // sizes[1]
         place = rows if sizes[0] == sizes[1] == 1 else place
+    elif sizes[0] > 1 and (whole_tiles := _tiles(rows, sizes[0], shape[0])) is not None:
+        return Param(_plane_rows(p, planes, whole_tiles), block, p.inverse, _dtype(p.rounded_to))
     else:
         place = rows if sizes[0] == 1 else at // sizes[0]
     tile = Tile((1, max(width, k) if p.shape[-1] == 1 else width))
     return Param(_plane_rows(p, planes, place), tile, p.inverse, _dtype(p.rounded_to))
+
+
+def _tiles(rows: slice | Tensor, height: int, total: int) -> slice | None:
+    """The tiles of ``height`` rows that ``rows`` are made of, None where they cut one."""
+    if not isinstance(rows, slice):
+        return None
+    start, stop, _ = rows.indices(total)
+    if start % height or (stop % height and stop != total):
+        return None
+    return slice(start // height, -(-stop // height))
 
 
 def _by_column(param: Param, index: Tensor) -> Param:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
+from qformats.runtime.record import Origin, Record
 from qformats.runtime.supply import Supply
 
 if TYPE_CHECKING:
@@ -61,8 +62,10 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     model = skeleton.empty_model(config, wanted)
     supply = Supply.of(checkpoint, skeleton.rename(model))
     with torch.inference_mode(False), torch.no_grad():
-        _fill(model, supply, wanted, compute)
+        packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
+    held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
+    model.qformats_record = Record.of(supply, packed, held, rounded)
     return model
 
 
@@ -85,7 +88,8 @@ class _Place:
     names: tuple[tuple[str, ...], ...]
 
 
-def _fill(model: Any, supply: Supply, dtype: torch.dtype, compute: str) -> None:
+def _fill(model: Any, supply: Supply, dtype: torch.dtype, compute: str) -> tuple[dict[str, Origin], set[str]]:
+    """Put every tensor in its place; where packed ones went, and which floats the model's dtype does not hold."""
     places = list(_places(model, supply))
     _check(model, supply, places)
     filled = {place.module for place in places}
@@ -98,9 +102,24 @@ def _fill(model: Any, supply: Supply, dtype: torch.dtype, compute: str) -> None:
         for place, segments in zip(places, made, strict=True):
             _put_packed(model, supply, place, segments, dtype, compute)
         values = _in_order(pool, [*floats, *buffers], supply.floats, workers)
-        for name, value in zip([*floats, *buffers], values, strict=True):
-            _put_floats(model, name, value, dtype)
+        rounded = {name for name, value in zip([*floats, *buffers], values, strict=True) if not _put_floats(model, name, value, dtype)}
     _tie(model, ties)
+    return {name: origin for place in places for name, origin in _origins(supply, place)}, rounded
+
+
+def _origins(supply: Supply, place: _Place) -> Iterator[tuple[str, Origin]]:
+    """Where the tensors of a place are in the model."""
+    leaves = ("",) if place.kind != "experts" else _leaves(len(place.names))
+    for leaf, stack in zip(leaves, place.names, strict=True):
+        at = 0
+        for name in stack:
+            yield name, Origin(f"{place.module}.{leaf}" if leaf else place.module, at)
+            at += supply.tensors[name].rows
+
+
+def _leaves(stacks: int) -> tuple[str, ...]:
+    """What the stacks of experts are called."""
+    return ("gate_up_proj", "down_proj") if stacks == 2 else ("gate_proj", "up_proj", "down_proj")
 
 
 def _in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int) -> Iterator[Any]:
@@ -242,7 +261,7 @@ def _experts(old: Any, supply: Supply, place: _Place, made: list[list[Lowered]],
     count = _count(old)
     stacks = [ExpertStack(segments, count, dtype, compute) for segments in made]
     *first, down = stacks
-    names = ("gate_up_proj",) if len(first) == 1 else ("gate_proj", "up_proj")
+    names = _leaves(len(stacks))[:-1]
     biases = {}
     for leaf in ("gate_up_proj_bias", "down_proj_bias"):
         full = f"{place.module}.{leaf}"
@@ -252,16 +271,19 @@ def _experts(old: Any, supply: Supply, place: _Place, made: list[list[Lowered]],
     return QuantExperts(dict(zip(names, first, strict=True)), down, gate, biases["gate_up_proj_bias"], biases["down_proj_bias"])
 
 
-def _put_floats(model: Any, name: str, value: Tensor, dtype: torch.dtype) -> None:
+def _put_floats(model: Any, name: str, value: Tensor, dtype: torch.dtype) -> bool:
+    """Put a parameter or a buffer in its place; whether the model's dtype holds it exactly."""
     from torch import nn
 
     module_name, _, leaf = name.rpartition(".")
     module = model.get_submodule(module_name)
     old = module._parameters.get(leaf)
     if old is None:
-        module._buffers[leaf] = value.to(module._buffers[leaf].dtype)
-        return
-    module._parameters[leaf] = nn.Parameter(value.to(old.dtype if old.dtype.is_floating_point else dtype), requires_grad=False)
+        module._buffers[leaf] = made = value.to(module._buffers[leaf].dtype)
+    else:
+        made = value.to(old.dtype if old.dtype.is_floating_point else dtype)
+        module._parameters[leaf] = nn.Parameter(made, requires_grad=False)
+    return made.dtype == value.dtype or bool((made.to(value.dtype) == value).all())
 
 
 def _tied_names(model: Any) -> dict[str, str]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from qformats.kernels import dispatch
-from qformats.kernels.lower import Lowered
+from qformats.kernels.lower import Lowered, raised
+from qformats.tensor import QuantizedTensor
 
 __all__ = ["Packed", "PackedWeight"]
 
@@ -107,6 +108,18 @@ class Packed(nn.Module):
             held = Lowered(layout, planes)  # type: ignore[arg-type]
             self._held[number] = held
         return held
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows as a canonical tensor; those of several segments must be of one scheme."""
+        from qformats.rewrite import concatenate_rows
+
+        parts = []
+        for number, (first, layout) in enumerate(zip(self.starts, self.layouts, strict=True)):
+            low, high = max(start, first) - first, min(stop, first + layout.rows) - first
+            if low < high:
+                whole = low == 0 and high == layout.rows and len(layout.shape) == 2
+                parts.append(raised(self.segment(number)) if whole else self.segment(number).tensor(slice(low, high)))
+        return concatenate_rows(parts)
 
     def multiply(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
         """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``."""
