@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,14 +31,15 @@ class ExpertStack(Packed):
 class QuantExperts(nn.Module):
     """Gated (or plain) feed-forward experts. ``first``: the stacks whose outputs side by side are what ``gate`` takes.
 
-    ``gate`` (n, N) -> (n, I) is the model's own: it splits into gate and up as the family does. ``first_bias``, ``down_bias``: (E, N).
+    ``plain``: the model's own module, without parameters; its gate (n, N) -> (n, I) splits and multiplies as the family does.
+    ``first_bias``, ``down_bias``: (E, N).
     """
 
     def __init__(
         self,
         first: dict[str, ExpertStack],
         down: ExpertStack,
-        gate: Callable[[Tensor], Tensor],
+        plain: nn.Module,
         first_bias: Tensor | None = None,
         down_bias: Tensor | None = None,
     ) -> None:
@@ -47,7 +49,8 @@ class QuantExperts(nn.Module):
         for name, stack in first.items():
             self.add_module(name, stack)
         self.down_proj = down
-        self.__dict__["_gate"] = gate
+        plain._parameters.clear()
+        self.__dict__["plain"] = plain
         for name, bias in (("first_bias", first_bias), ("down_bias", down_bias)):
             self.register_parameter(name, None if bias is None else nn.Parameter(bias, requires_grad=False))
         self._is_hf_initialized = True
@@ -67,8 +70,33 @@ class QuantExperts(nn.Module):
             first = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             if self.first_bias is not None:
                 first = first + self.first_bias[expert].to(first.dtype)
-            made = self.down_proj.product(self.__dict__["_gate"](first), expert)
+            made = self.down_proj.product(self._gate(first), expert)
             if self.down_bias is not None:
                 made = made + self.down_bias[expert].to(made.dtype)
             out.index_add_(0, token, (made * top_k_weights[token, place, None]).to(out.dtype))
         return out
+
+    def _gate(self, x: Tensor) -> Tensor:
+        plain: Any = self.__dict__["plain"]
+        gate = getattr(plain, "_apply_gate", None) or plain.act_fn
+        made: Tensor = gate(x)
+        return made
+
+    def to_floats(self, dtype: torch.dtype) -> nn.Module:
+        """The module that this one stands for, with stacked parameters of ``dtype``."""
+        plain: Any = self.__dict__["plain"]
+        first = torch.cat([self._matrices(name, dtype) for name in self._first], 1)
+        name = "gate_up_proj" if getattr(plain, "has_gate", True) else "up_proj"
+        for leaf, values in ((name, first), ("down_proj", self._matrices("down_proj", dtype))):
+            turned = values.transpose(1, 2).contiguous() if getattr(plain, "is_transposed", False) else values
+            plain._parameters[leaf] = nn.Parameter(turned, requires_grad=False)
+        for leaf, bias in ((f"{name}_bias", self.first_bias), ("down_proj_bias", self.down_bias)):
+            if bias is not None:
+                plain._parameters[leaf] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        made: nn.Module = plain.train(self.training)
+        return made
+
+    def _matrices(self, name: str, dtype: torch.dtype) -> Tensor:
+        stack = self.get_submodule(name)
+        assert isinstance(stack, ExpertStack)
+        return stack.dequantize(dtype).view(stack.experts, stack.outputs, -1)

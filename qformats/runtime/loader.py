@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
+from qformats.runtime.model import packed_class
 from qformats.runtime.record import Origin, Record
 from qformats.runtime.supply import Supply
 
@@ -65,6 +66,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
+    model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
     return model
 
@@ -248,8 +250,7 @@ def _put_packed(model: Any, supply: Supply, place: _Place, made: list[list[Lower
     if place.kind == "experts":
         new = _experts(old, supply, place, made, dtype, compute)
     elif place.kind == "embedding":
-        factor = getattr(old, "scalar_embed_scale", getattr(old, "embed_scale", None))
-        new = QuantEmbedding(made[0], old.padding_idx, dtype, compute, factor)
+        new = QuantEmbedding(made[0], old, dtype, compute)
     else:
         new = QuantLinear(made[0], values, dtype, compute)
     model.set_submodule(place.module, new)
@@ -266,9 +267,7 @@ def _experts(old: Any, supply: Supply, place: _Place, made: list[list[Lowered]],
     for leaf in ("gate_up_proj_bias", "down_proj_bias"):
         full = f"{place.module}.{leaf}"
         biases[leaf] = supply.floats(full).to(dtype) if full in supply.tensors else None
-    gate = getattr(old, "_apply_gate", None) or old.act_fn
-    old._parameters.clear()
-    return QuantExperts(dict(zip(names, first, strict=True)), down, gate, biases["gate_up_proj_bias"], biases["down_proj_bias"])
+    return QuantExperts(dict(zip(names, first, strict=True)), down, old, biases["gate_up_proj_bias"], biases["down_proj_bias"])
 
 
 def _put_floats(model: Any, name: str, value: Tensor, dtype: torch.dtype) -> bool:

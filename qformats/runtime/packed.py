@@ -81,6 +81,8 @@ class Packed(nn.Module):
         for number, segment in enumerate(segments):
             for name, plane in segment.planes.items():
                 self.register_buffer(_buffer(name, number), plane)
+        self._texts = tuple(layout.text for layout in self.layouts)
+        self._names = tuple(tuple(_buffer(name, i) for name in layout.names) for i, layout in enumerate(self.layouts))
         self._held: list[Lowered | None] = [None] * len(self.layouts)
         self._is_hf_initialized = True  # transformers then leaves it alone
 
@@ -132,12 +134,11 @@ class Packed(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _product(self, x: Tensor, number: int, start: int, stop: int) -> Tensor:
-        lowered = self.segment(number)
         if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
-            planes = list(lowered.planes.values())
-            made: Tensor = dispatch.matmul(x, planes, lowered.layout.text, start, stop, self.compute)
+            planes = [self._buffers[name] for name in self._names[number]]
+            made: Tensor = dispatch.matmul(x, planes, self._texts[number], start, stop, self.compute)
             return made
-        return dispatch.multiply(x, lowered, start, stop, self.compute)
+        return dispatch.multiply(x, self.segment(number), start, stop, self.compute)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """All rows, each exact value rounded once to ``dtype`` (None: the compute dtype)."""
@@ -147,7 +148,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move planes and cast none: a dtype is that of the results and of the bias."""
-        planes = {name: self._buffers.pop(name) for name in self._plane_names()}
+        planes = {name: self._buffers.pop(name) for names in self._names for name in names}
         try:
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             device = fn(torch.empty(0, dtype=torch.uint8, device=self._device_of(planes))).device
@@ -164,9 +165,6 @@ class Packed(nn.Module):
         first = planes["codes0"]
         assert first is not None
         return first.device
-
-    def _plane_names(self) -> list[str]:
-        return [_buffer(name, number) for number, layout in enumerate(self.layouts) for name in layout.names]
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)

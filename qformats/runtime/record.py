@@ -72,6 +72,9 @@ class Record:
     renamed: Mapping[str, str]
     small: Mapping[str, bytes] = field(default_factory=dict)
 
+    def __deepcopy__(self, memo: object) -> Record:
+        return self  # nothing in it changes
+
     @staticmethod
     def of(supply: Supply, packed: Mapping[str, Origin], held: set[str], rounded: set[str]) -> Record:
         """``packed``, ``held``, ``rounded``: by the model's own names; all that it holds, and what of it not exactly."""
@@ -98,7 +101,7 @@ def _storage(checkpoint: Checkpoint, module: Module) -> Storage:
 def _not_held(checkpoint: Checkpoint, held: object) -> set[str]:
     """Full names of stored tensors that the model has no value of: extras, copies of tied weights, buffers that it computes."""
     names = set(held)  # type: ignore[call-overload]
-    found = set()
+    found: set[str] = set()
     for name, module in checkpoint.modules.items():
         coded = checkpoint.is_quantized(name)
         if coded and not _writable(checkpoint, module):

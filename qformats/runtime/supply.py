@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qformats import assemble, registry
 from qformats.architectures.mapping import SourceRows, TensorMap
 from qformats.checkpoint import Checkpoint
+from qformats.scheme import Tile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +72,14 @@ class Supply:
         if tensor.leaf != "weight" or tensor.altered or tensor.weave in ("columns", "beside") or not tensor.sources:
             return False
         plain = all(s.module and s.transposed is None and s.columns == (0, 1) for s in tensor.sources)
-        return plain and all(s.leaf == "weight" and self.checkpoint.is_quantized(s.module) for s in tensor.sources)
+        return plain and all(s.leaf == "weight" and self._is_compact(s.module) for s in tensor.sources)
+
+    def _is_compact(self, module: str) -> bool:
+        """Whether a module is codes under shared scales; sparse weights, one number for each, are better off as floats."""
+        if not self.checkpoint.is_quantized(module):
+            return False
+        scheme = self.checkpoint.scheme(module)
+        return not any(isinstance(s.block, Tile) and set(s.block.sizes) == {1} and max(scheme.shape) > 1 for s in scheme.scales)
 
     def segments(self, name: str) -> list[QuantizedTensor]:
         """A packed tensor's rows: one tensor where its pieces are of one scheme, else one for each run of such."""
