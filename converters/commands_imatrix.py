@@ -17,7 +17,7 @@ from qformats.errors import BadFile, OutputError
 if TYPE_CHECKING:
     from qformats.quantize.imatrix import ImportanceMatrix
 
-__all__ = ["imatrix"]
+__all__ = ["imatrix", "read_text"]
 
 MAX_TEXT_NBYTES = 1 << 30
 _PATH = click.Path(path_type=Path)
@@ -46,7 +46,7 @@ def imatrix(
     from qformats.runtime.activations import measure
 
     output = output_of(as_json, quiet)
-    words = _read_text(text)
+    words = read_text(text)
     check_not_same([model, text], path)
     if path.exists() and not overwrite:
         raise OutputError("exists", "already exists", path=path, hint="choose another name or add --overwrite")
@@ -56,7 +56,7 @@ def imatrix(
     output.result(_data(found, path), lambda: _lines(found, path))
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_TEXT_NBYTES:
             raise BadFile("text", f"is larger than {MAX_TEXT_NBYTES} bytes", path=path)

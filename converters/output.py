@@ -75,6 +75,13 @@ class Output:
             for line in lines():
                 _write(printable(line, _LINE_LIMIT))
 
+    def stream(self, text: str) -> None:
+        """A piece of a model's words as they come: lines and tabs stay, other control characters are escaped; nothing with ``--json``."""
+        if not self.as_json:
+            pieces = ("\t".join(printable(part, len(part) * 8 + 8) for part in line.split("\t")) for line in text.split("\n"))
+            _write("\n".join(pieces), end="")
+            sys.stdout.flush()
+
     def note(self, text: str) -> None:
         """Something the user may want to know now; on standard error, never with ``--json`` or ``--quiet``."""
         if not (self.as_json or self.quiet):
@@ -142,10 +149,10 @@ def error_json(error: QFormatError) -> dict[str, Any]:
     return found
 
 
-def _write(text: str, *, err: bool = False) -> None:
+def _write(text: str, *, err: bool = False, end: str = "\n") -> None:
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        click.echo(text.encode(encoding, "backslashreplace").decode(encoding), err=err)
+        click.echo(text.encode(encoding, "backslashreplace").decode(encoding) + end, err=err, nl=False)
     except BrokenPipeError:  # the reader went away: the command ends as it would have, unheard
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

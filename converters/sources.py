@@ -1,15 +1,14 @@
-"""Reading the rows of a target tensor out of its source modules: permuted, stacked, padded, act-order absorbed."""
+"""Reading the rows of a job's tensor: in which steps, through what memory, act-order absorbed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from math import lcm
 from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
-from qformats import rewrite
-from qformats.architectures.mapping import SourceRows
+from qformats import assemble, rewrite
 from qformats.checkpoint import Checkpoint
 from qformats.containers.raw import ReadAhead
 from qformats.formats.protocol import Module
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "overlaps", "read_ahead", "read_rows", "slabs", "tasks"]
+__all__ = ["SCAN_WEIGHTS", "Slab", "first_rows", "in_source_order", "read_ahead", "read_rows", "slabs", "tasks"]
 
 _SLAB_NBYTES = 32 << 20  # of a module whose rows are columns of its planes, this much is held at a time
 _CHUNK_WEIGHTS = 4 << 20  # one step's codes: small beside the memory bound, large beside the cost of a step
@@ -49,17 +48,6 @@ def read_ahead(module: Module) -> Module:
     parts = {leaf: ReadAhead.of(raw, int(raw.nbytes * share)) for leaf, raw in module.parts.items()}
     # nothing remembered: the file may have changed since the plan was made
     return Module(module.name, parts, module.match, columns=module.columns)
-
-
-def overlaps(job: Job, start: int, stop: int) -> Iterator[tuple[SourceRows, int, int]]:
-    """The source pieces under flattened target rows ``start:stop``, with the row range inside each piece."""
-    at = 0
-    for source in job.map.sources:
-        length = source.stop - source.start
-        low, high = max(start, at), min(stop, at + length)
-        if low < high:
-            yield source, low - at, high - at
-        at += length
 
 
 def row_step(job: Job, weights: int = 0) -> int:
@@ -129,122 +117,36 @@ def first_rows(job: Job) -> int:
     return min(job.map.rows, lcm(_PROBE_ROWS, *(s.period or 1 for s in job.map.sources)))
 
 
+class _Rows:
+    """The modules of a job's sources for ``assemble.read_rows``: read through a slab, act-order absorbed where the plan says so."""
+
+    def __init__(self, job: Job, slab: Slab, checkpoint: Checkpoint) -> None:
+        self._job, self._slab, self._checkpoint = job, slab, checkpoint
+
+    def codes(self, module: str, start: int, stop: int, *, codes: bool = True) -> QuantizedTensor | None:
+        if not self._checkpoint.is_quantized(module):
+            return None
+        import torch
+
+        from qformats import registry
+
+        found = self._slab.module(module)
+        tensor: QuantizedTensor = registry.format_module(found.match.format).read(found, start, stop, codes=codes)
+        order = self._job.orders.get(module)
+        return tensor if order is None else rewrite.absorb_group_index(tensor, torch.from_numpy(order))[0]
+
+    def floats(self, module: str, leaf: str, start: int | None, stop: int | None) -> Tensor:
+        from qformats.formats.dense import read_float
+
+        raw = self._slab.module(module).parts[leaf]
+        return read_float(raw) if start is None else read_float(raw, start, stop)
+
+    def shape(self, module: str, leaf: str) -> tuple[int, ...]:
+        return self._slab.module(module).parts[leaf].shape
+
+
 def read_rows(
     job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int, *, codes: bool = True
 ) -> QuantizedTensor | Tensor:
-    """Target rows ``start:stop`` before any rewrite: a canonical tensor when the sources are codes, else floats (n, K).
-
-    Vectors come back as (n, 1). ``codes=False`` reads parameters only, all codes are then 0. ``rewrite.Refused`` if the pieces
-    cannot be one tensor.
-    """
-    import torch
-
-    if job.map.weave:
-        return _read_woven(job, slab, checkpoint, start, stop, codes)
-    pieces = [_read_piece(job, slab, checkpoint, source, low, high, codes) for source, low, high in overlaps(job, start, stop)]
-    if all(not isinstance(p, torch.Tensor) for p in pieces) and (job.action == "codes" or len(pieces) == 1):
-        return rewrite.concatenate_rows(pieces)
-    floats = _as_floats(pieces)
-    return floats[0] if len(floats) == 1 else torch.cat(floats)
-
-
-def _as_floats(pieces: Sequence[Any]) -> list[Tensor]:
-    import torch
-
-    return [p if isinstance(p, torch.Tensor) else p.dequantize(torch.float32) for p in pieces]
-
-
-def _read_woven(job: Job, slab: Slab, checkpoint: Checkpoint, start: int, stop: int, codes: bool) -> QuantizedTensor | Tensor:
-    """Target rows ``start:stop`` of sources that come in pairs, the rows or columns of which take turns."""
-    import torch
-
-    by_rows, at = job.map.weave == "rows", 0
-    pieces: list[Any] = []
-    for pair in zip(job.map.sources[::2], job.map.sources[1::2], strict=True):
-        length = (pair[0].stop - pair[0].start) * (2 if by_rows else 1)
-        low, high = max(start, at) - at, min(stop, at + length) - at
-        at += length
-        if low >= high:
-            continue
-        if not by_rows:
-            both = _as_floats([_read_piece(job, slab, checkpoint, source, low, high, codes) for source in pair])
-            pieces.append(torch.cat(both, -1) if job.map.weave == "beside" else torch.stack(both, -1).flatten(-2))
-            continue
-        ranges = [((low + 1 - side) // 2, (high + 1 - side) // 2) for side in (0, 1)]
-        found = [_read_piece(job, slab, checkpoint, s, a, b, codes) for s, (a, b) in zip(pair, ranges, strict=True) if a < b]
-        pieces.append(_alternate(found, ranges, low, high))
-    whole = all(not isinstance(p, torch.Tensor) for p in pieces)
-    return rewrite.concatenate_rows(pieces) if whole else torch.cat(_as_floats(pieces))
-
-
-def _alternate(found: list[Any], ranges: list[tuple[int, int]], low: int, high: int) -> Any:
-    """Rows ``low:high`` of two pieces taking turns; ``ranges`` says which rows of each were read."""
-    import torch
-
-    first = ranges[0][1] - ranges[0][0]
-    target = torch.arange(low, high)
-    index = torch.where(target % 2 == 0, target // 2 - ranges[0][0], target // 2 - ranges[1][0] + first)
-    if any(isinstance(p, torch.Tensor) for p in found):
-        return torch.cat(_as_floats(found)).index_select(0, index)
-    return rewrite.select_rows(rewrite.concatenate_rows(found), index)
-
-
-def _read_piece(job: Job, slab: Slab, checkpoint: Checkpoint, source: SourceRows, low: int, high: int, codes: bool) -> Any:
-    import torch
-
-    if not (source.module or source.leaf):
-        return torch.zeros(high - low, job.map.shape[-1])
-    first, last, local = _source_range(source, low, high)
-    value = _read_module(slab, checkpoint, source, first, last, job, codes)
-    if local is None:
-        return value
-    index = torch.from_numpy(local)
-    return value.index_select(0, index) if isinstance(value, torch.Tensor) else rewrite.select_rows(value, index)
-
-
-def _source_range(source: SourceRows, low: int, high: int) -> tuple[int, int, np.ndarray[Any, Any] | None]:
-    if source.index is None:
-        return source.start + low, source.start + high, None
-    wanted = source.index[low:high] + source.start
-    first, last = int(wanted.min()), int(wanted.max()) + 1
-    return first, last, wanted - first
-
-
-def _read_columns(module: Module, checkpoint: Checkpoint, leaf: str, rows: tuple[int, int], first: int, last: int) -> Tensor:
-    """Columns ``first:last`` of rows ``rows`` of a weight as rows, in floats; those rows are read whole."""
-    import torch
-
-    from qformats import registry
-    from qformats.formats.dense import read_float
-
-    if checkpoint.is_quantized(module.name):
-        whole = registry.format_module(module.match.format).read(module, *rows).dequantize(torch.float32)
-    else:
-        whole = read_float(module.parts[leaf], *rows)
-    columns: Tensor = whole.t()[first:last].contiguous()
-    return columns
-
-
-def _read_module(slab: Slab, checkpoint: Checkpoint, source: SourceRows, first: int, last: int, job: Job, codes: bool) -> Any:
-    import torch
-
-    from qformats import registry
-    from qformats.formats.dense import read_float
-
-    module = slab.module(source.module)
-    if source.transposed is not None:
-        return _read_columns(module, checkpoint, source.leaf, source.transposed, first, last)
-    if source.leaf == "weight" and checkpoint.is_quantized(source.module):
-        tensor = registry.format_module(module.match.format).read(module, first, last, codes=codes)
-        order = job.orders.get(source.module)
-        if order is not None:
-            tensor, _ = rewrite.absorb_group_index(tensor, torch.from_numpy(order))
-        return tensor
-    raw = module.parts[source.leaf]
-    if source.columns != (0, 1):
-        start, step = source.columns
-        return read_float(raw, first, last)[:, start::step]
-    width = job.map.shape[-1] if len(job.map.shape) > 1 else 1
-    if min(len(raw.shape), len(job.map.shape)) <= 1:  # a vector on either side: its rows are the target's
-        return read_float(raw).reshape(-1, width)[first:last]
-    return read_float(raw, first, last)
+    """``assemble.read_rows`` of the job's tensor; pieces of codes are joined where the job keeps codes."""
+    return assemble.read_rows(job.map, _Rows(job, slab, checkpoint), start, stop, joined=job.action == "codes", codes=codes)

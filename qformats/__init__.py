@@ -2,6 +2,7 @@
 
 ``qformats.open(path)`` gives a ``Checkpoint``; its ``tensors`` are ``QuantizedTensor`` values or floats, read when asked for;
 ``qformats.save(checkpoint, path)`` writes it in its own format. Converting to another is ``converters.convert``.
+``qformats.load_model(path)`` gives a transformers model that runs on the packed weights, ``qformats.load_tokenizer`` its tokenizer.
 Importing this package imports neither torch nor transformers.
 
 >>> import qformats
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
         UsageError,
         WouldLose,
     )
+    from qformats.runtime.loader import load_model
+    from qformats.runtime.tokenizer import load_tokenizer
     from qformats.saving import save
     from qformats.tensor import QuantizedTensor
 
@@ -44,12 +47,17 @@ __all__ = [
     "Unsupported",
     "UsageError",
     "WouldLose",
+    "load_model",
+    "load_tokenizer",
     "open",
     "save",
     "version",
 ]
 
-_HOMES = {"Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "open": "checkpoint", "save": "saving"}
+_HOMES = {
+    "Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "load_model": "runtime.loader", "load_tokenizer": "runtime.tokenizer",
+    "open": "checkpoint", "save": "saving",
+}  # fmt: skip
 _SPELLINGS = {"open": "open_checkpoint"}
 
 

@@ -32,7 +32,7 @@ from qformats.errors import Unsupported
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["FLOAT_NAMES", "TABLE_WIDTHS", "float_values", "table_values"]
+__all__ = ["FLOAT_NAMES", "TABLE_BITS", "TABLE_WIDTHS", "float_values", "table_values"]
 
 # name: exponent bits, mantissa bits, bias, has a sign bit
 _FLOATS = {
@@ -81,6 +81,11 @@ TABLE_WIDTHS = {
     "nf4": 1, "fp4": 1, "dynamic": 1, "iq4_nl": 1, "iq1_s": 8, "iq2_xxs": 8, "iq2_xs": 8, "iq2_s": 8, "iq3_xxs": 4, "iq3_s": 4,
 }  # fmt: skip
 """Name of every book and the number of weights along K that one entry stands for (``Table.v_in``)."""
+
+TABLE_BITS = {
+    "nf4": 4, "fp4": 4, "dynamic": 8, "iq4_nl": 4, "iq1_s": 11, "iq2_xxs": 8, "iq2_xs": 9, "iq2_s": 10, "iq3_xxs": 8, "iq3_s": 9,
+}  # fmt: skip
+"""Name of every book and the bits that its codes need."""
 
 
 def _float_value(code: int, exponent_bits: int, mantissa_bits: int, bias: int, signed: bool) -> float:

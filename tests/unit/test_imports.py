@@ -23,7 +23,7 @@ ORDER = (
     ("containers",),
     ("formats", "quantize"),
     ("registry", "architectures"),
-    ("checkpoint", "reencode"),
+    ("assemble", "checkpoint", "reencode"),
     ("saving",),
     ("kernels",),
     ("runtime",),

@@ -1,0 +1,76 @@
+"""The operators ``qformats::matmul``, ``qformats::matmul_back`` and ``qformats::embed`` over lowered planes, and which kernel runs.
+
+An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
+way of computing: ``"exact"`` (weights exactly, products in float32 or in the tensor cores' own precision) or ``"int8"`` (the input
+quantized to 8 bits for each 32 columns, on a CPU). ``multiply`` is the same without the operator's overhead, for code that is neither
+compiled nor differentiated. The gradient is that of the input; planes have none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qformats.kernels import reference
+from qformats.kernels.layout import Layout
+from qformats.kernels.lower import Lowered
+
+__all__ = ["COMPUTE", "embed", "matmul", "multiply"]
+
+COMPUTE = ("exact", "int8")
+
+
+def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:
+    found = Layout.parse(layout)
+    return Lowered(found, dict(zip(found.names, planes, strict=True)))
+
+
+def multiply(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor:
+    """``x`` (..., K) times the transposed rows ``start:stop``, by the fastest kernel that serves this layout, device and batch."""
+    return reference.matmul(x, lowered, start, stop)
+
+
+@torch.library.custom_op("qformats::matmul", mutates_args=())
+def matmul(x: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int, compute: str) -> Tensor:
+    return multiply(x, _lowered(planes, layout), start, stop, compute)
+
+
+@matmul.register_fake
+def _(x: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int, compute: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], stop - start))
+
+
+@torch.library.custom_op("qformats::matmul_back", mutates_args=())
+def matmul_back(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
+    return reference.matmul_back(grad, _lowered(planes, layout), start, stop)
+
+
+@matmul_back.register_fake
+def _(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], Layout.parse(layout).columns))
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, planes, ctx.layout, ctx.start, ctx.stop, _ = inputs
+    ctx.save_for_backward(*planes)
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    planes = list(ctx.saved_tensors)  # read once: activation checkpointing refuses a second time
+    return matmul_back(grad, planes, ctx.layout, ctx.start, ctx.stop), [None] * len(planes), None, None, None, None
+
+
+matmul.register_autograd(_gradient, setup_context=_keep)
+
+
+@torch.library.custom_op("qformats::embed", mutates_args=())
+def embed(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    return reference.embed(ids, _lowered(planes, layout), dtype)
+
+
+@embed.register_fake
+def _(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    return torch.empty((*ids.shape, Layout.parse(layout).columns), dtype=dtype, device=ids.device)

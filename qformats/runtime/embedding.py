@@ -1,0 +1,44 @@
+"""``QuantEmbedding``: an ``nn.Embedding`` whose rows are dequantized when they are looked up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from qformats.kernels import dispatch
+from qformats.kernels.lower import Lowered
+from qformats.runtime.packed import Packed, PackedWeight
+
+__all__ = ["QuantEmbedding"]
+
+
+class QuantEmbedding(Packed, nn.Embedding):
+    """Rows of a packed matrix by number. ``plain``: the model's own module, whose factor (Gemma has one) each row is multiplied with."""
+
+    def __init__(
+        self, segments: Sequence[Lowered], plain: nn.Embedding, compute_dtype: torch.dtype = torch.float32, compute: str = "exact"
+    ) -> None:
+        nn.Module.__init__(self)
+        self.hold(segments, compute_dtype, compute)
+        self.num_embeddings, self.embedding_dim = self.weight_shape
+        self.padding_idx, self.max_norm, self.norm_type = plain.padding_idx, None, 2.0
+        self.scale_grad_by_freq, self.sparse = False, False
+        plain._parameters["weight"] = None
+        self.factor: float | None = getattr(plain, "scalar_embed_scale", getattr(plain, "embed_scale", None))
+        if "embed_scale" in plain._buffers:
+            plain._buffers["embed_scale"] = torch.tensor(self.factor)
+        self.__dict__["plain"] = plain
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        return PackedWeight(self)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        planes = [self._buffers[name] for name in self._names[0]]
+        rows: Tensor = dispatch.embed(ids, planes, self._texts[0], self.compute_dtype)
+        return rows if self.factor is None else rows * torch.tensor(self.factor, device=rows.device).to(rows.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.layouts[0].grid}"

@@ -1,0 +1,102 @@
+"""``QuantExperts``: the experts of a mixture as stacks of packed rows, in place of transformers' stacked parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qformats.kernels.lower import Lowered
+from qformats.runtime.packed import Packed
+
+__all__ = ["ExpertStack", "QuantExperts"]
+
+
+class ExpertStack(Packed):
+    """One matrix of every expert, (E, N, K) as E N rows."""
+
+    def __init__(self, segments: Sequence[Lowered], experts: int, compute_dtype: torch.dtype, compute: str) -> None:
+        nn.Module.__init__(self)
+        self.hold(segments, compute_dtype, compute)
+        self.experts = experts
+        self.outputs = self.weight_shape[0] // experts
+
+    def product(self, x: Tensor, expert: int) -> Tensor:
+        """``x`` (n, K) times the transposed matrix of one expert, (n, N)."""
+        return self.multiply(x, expert * self.outputs, (expert + 1) * self.outputs)
+
+
+class QuantExperts(nn.Module):
+    """Gated (or plain) feed-forward experts. ``first``: the stacks whose outputs side by side are what ``gate`` takes.
+
+    ``plain``: the model's own module, without parameters; its gate (n, N) -> (n, I) splits and multiplies as the family does.
+    ``first_bias``, ``down_bias``: (E, N).
+    """
+
+    def __init__(
+        self,
+        first: dict[str, ExpertStack],
+        down: ExpertStack,
+        plain: nn.Module,
+        first_bias: Tensor | None = None,
+        down_bias: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_experts = down.experts
+        self._first = tuple(first)
+        for name, stack in first.items():
+            self.add_module(name, stack)
+        self.down_proj = down
+        plain._parameters.clear()
+        self.__dict__["plain"] = plain
+        for name, bias in (("first_bias", first_bias), ("down_bias", down_bias)):
+            self.register_parameter(name, None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._is_hf_initialized = True
+
+    first_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``hidden`` (n, K), ``top_k_index`` and ``top_k_weights`` (n, k); the weighted sum of the experts' outputs, (n, K)."""
+        out = torch.zeros_like(hidden)
+        for expert in torch.unique(top_k_index).tolist():
+            if not 0 <= expert < self.num_experts:
+                continue
+            token, place = torch.where(top_k_index == expert)
+            x = hidden[token]
+            parts = [self.get_submodule(name).product(x, expert) for name in self._first]  # type: ignore[operator]
+            first = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            if self.first_bias is not None:
+                first = first + self.first_bias[expert].to(first.dtype)
+            made = self.down_proj.product(self._gate(first), expert)
+            if self.down_bias is not None:
+                made = made + self.down_bias[expert].to(made.dtype)
+            out.index_add_(0, token, (made * top_k_weights[token, place, None]).to(out.dtype))
+        return out
+
+    def _gate(self, x: Tensor) -> Tensor:
+        plain: Any = self.__dict__["plain"]
+        gate = getattr(plain, "_apply_gate", None) or plain.act_fn
+        made: Tensor = gate(x)
+        return made
+
+    def to_floats(self, dtype: torch.dtype) -> nn.Module:
+        """The module that this one stands for, with stacked parameters of ``dtype``."""
+        plain: Any = self.__dict__["plain"]
+        first = torch.cat([self._matrices(name, dtype) for name in self._first], 1)
+        name = "gate_up_proj" if getattr(plain, "has_gate", True) else "up_proj"
+        for leaf, values in ((name, first), ("down_proj", self._matrices("down_proj", dtype))):
+            turned = values.transpose(1, 2).contiguous() if getattr(plain, "is_transposed", False) else values
+            plain._parameters[leaf] = nn.Parameter(turned, requires_grad=False)
+        for leaf, bias in ((f"{name}_bias", self.first_bias), ("down_proj_bias", self.down_bias)):
+            if bias is not None:
+                plain._parameters[leaf] = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+        made: nn.Module = plain.train(self.training)
+        return made
+
+    def _matrices(self, name: str, dtype: torch.dtype) -> Tensor:
+        stack = self.get_submodule(name)
+        assert isinstance(stack, ExpertStack)
+        return stack.dequantize(dtype).view(stack.experts, stack.outputs, -1)

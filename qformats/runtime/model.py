@@ -1,0 +1,51 @@
+"""What a transformers model gains when its weights are packed: it saves as the files it came from, and can become plain floats again."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["PackedModel", "packed_class"]
+
+
+class PackedModel:
+    """Mixed in before the model's own class, whose name the result keeps."""
+
+    qformats_record: Any
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As transformers' own; the weights are written in the format and the files they came from, other options have no effect on them.
+
+        A model loaded from a GGUF becomes one .gguf: ``save_directory`` names it, or is a directory that gets one of the source's name.
+        Adapters attached through transformers are saved alone, as transformers does.
+        """
+        from qformats.runtime.saving import save_model
+
+        if getattr(self, "_hf_peft_config_loaded", False):
+            super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+            return
+        where, record = Path(save_directory), self.qformats_record
+        if record.checkpoint.gguf is not None and where.suffix != ".gguf":
+            where.mkdir(parents=True, exist_ok=True)
+            where = where / record.files[0].name.rpartition("/")[2]
+        save_model(self, where, overwrite=True)
+
+    def dequantize(self, dtype: torch.dtype | str | None = None) -> Any:
+        """Replace every packed weight by floats, each exact value rounded once to ``dtype`` (None: the model's own); the model itself."""
+        from qformats.runtime.dense import to_floats
+
+        wanted = getattr(torch, dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
+        to_floats(self, wanted or self.dtype)  # type: ignore[attr-defined]
+        self.__class__ = type(self).__mro__[2]
+        del self.qformats_record
+        return self
+
+
+@cache
+def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """``cls`` with ``PackedModel`` before it."""
+    return type(cls.__name__, (PackedModel, cls), {"__module__": cls.__module__})

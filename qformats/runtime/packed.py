@@ -1,0 +1,185 @@
+"""What all modules with packed weights share: planes as buffers, products with them, and a ``weight`` that stands for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from qformats.kernels import dispatch
+from qformats.kernels.lower import Lowered, raised
+from qformats.tensor import QuantizedTensor
+
+__all__ = ["Packed", "PackedWeight"]
+
+_OWN_OP = torch.ops.aten.detach.default
+
+
+class PackedWeight(torch.Tensor):
+    """Stands for the floats of a module's packed weight: any torch function gets them dequantized, nothing can write to it.
+
+    It is made anew whenever it is asked for and holds the module, so that looking at its shape, dtype or device costs nothing.
+    """
+
+    module: Packed
+
+    @staticmethod
+    def __new__(cls, module: Packed) -> PackedWeight:
+        made: PackedWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, module.weight_shape, dtype=module.compute_dtype, device=module.plane_device
+        )
+        return made
+
+    def __init__(self, module: Packed) -> None:
+        self.module = module
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"PackedWeight({tuple(self.shape)}, {self.dtype})"
+
+    @property
+    def data(self) -> PackedWeight:  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise RuntimeError("a packed weight cannot be assigned: merge adapters with requantize(), or call dequantize() on the model")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is _OWN_OP:
+            return args[0]
+        if func._schema.is_mutable and any(
+            isinstance(value, cls) and argument.alias_info is not None and argument.alias_info.is_write
+            for value, argument in zip(args, func._schema.arguments, strict=False)
+        ):
+            raise RuntimeError(f"{func}: a packed weight cannot be written to; merge adapters with requantize()")
+
+        def dense(value: Any) -> Any:
+            return value.module.dequantize(value.dtype) if isinstance(value, cls) else value
+
+        return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
+
+
+class Packed(nn.Module):
+    """Segments of rows, each lowered by itself; their planes are buffers that move between devices and are never cast.
+
+    A weight is one segment unless its rows come from tensors of different schemes (a fused projection). Buffers bear the planes' names
+    (``qformats.kernels.layout``), those of segment i > 0 with ``_i`` behind.
+    """
+
+    compute: str
+    compute_dtype: torch.dtype
+
+    def hold(self, segments: Sequence[Lowered], compute_dtype: torch.dtype, compute: str) -> None:
+        """Register the planes; ``compute``: see ``qformats.kernels.dispatch``. ``compute_dtype``: of the floats that it stands for."""
+        self.compute, self.compute_dtype = compute, compute_dtype
+        self.layouts = tuple(segment.layout for segment in segments)
+        self.starts = tuple(sum(layout.rows for layout in self.layouts[:i]) for i in range(len(self.layouts)))
+        for number, segment in enumerate(segments):
+            for name, plane in segment.planes.items():
+                self.register_buffer(_buffer(name, number), plane)
+        self._texts = tuple(layout.text for layout in self.layouts)
+        self._names = tuple(tuple(_buffer(name, i) for name in layout.names) for i, layout in enumerate(self.layouts))
+        self._held: list[Lowered | None] = [None] * len(self.layouts)
+        self._is_hf_initialized = True  # transformers then leaves it alone
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Rows of all segments, and columns."""
+        return (sum(layout.rows for layout in self.layouts), self.layouts[0].columns)
+
+    @property
+    def plane_device(self) -> torch.device:
+        return self._buffers["codes0"].device  # type: ignore[union-attr]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(self.segment(i).nbytes for i in range(len(self.layouts)))
+
+    def segment(self, number: int) -> Lowered:
+        """The planes of a segment as they are now."""
+        held = self._held[number]
+        first = self._buffers[_buffer("codes0", number)]
+        if held is None or held.planes["codes0"] is not first:
+            layout = self.layouts[number]
+            planes = {name: self._buffers[_buffer(name, number)] for name in layout.names}
+            held = Lowered(layout, planes)  # type: ignore[arg-type]
+            self._held[number] = held
+        return held
+
+    def rows(self, start: int, stop: int) -> QuantizedTensor:
+        """Rows as a canonical tensor; those of several segments must be of one scheme."""
+        from qformats.rewrite import concatenate_rows
+
+        parts = []
+        for number, (first, layout) in enumerate(zip(self.starts, self.layouts, strict=True)):
+            low, high = max(start, first) - first, min(stop, first + layout.rows) - first
+            if low < high:
+                whole = low == 0 and high == layout.rows and len(layout.shape) == 2
+                parts.append(raised(self.segment(number)) if whole else self.segment(number).tensor(slice(low, high)))
+        return concatenate_rows(parts)
+
+    def multiply(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``."""
+        stop = self.weight_shape[0] if stop is None else stop
+        parts = []
+        for number, (first, layout) in enumerate(zip(self.starts, self.layouts, strict=True)):
+            low, high = max(start, first) - first, min(stop, first + layout.rows) - first
+            if low < high:
+                parts.append(self._product(x, number, low, high))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _product(self, x: Tensor, number: int, start: int, stop: int) -> Tensor:
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            planes = [self._buffers[name] for name in self._names[number]]
+            made: Tensor = dispatch.matmul(x, planes, self._texts[number], start, stop, self.compute)
+            return made
+        return dispatch.multiply(x, self.segment(number), start, stop, self.compute)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """All rows, each exact value rounded once to ``dtype`` (None: the compute dtype)."""
+        wanted = self.compute_dtype if dtype is None else dtype
+        parts = [self.segment(i).dequantize(slice(None), wanted) for i in range(len(self.layouts))]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move planes and cast none: a dtype is that of the results and of the bias."""
+        planes = {name: self._buffers.pop(name) for names in self._names for name in names}
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            device = fn(torch.empty(0, dtype=torch.uint8, device=self._device_of(planes))).device
+            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=self._device_of(planes))).dtype
+            moved = {name: _moved(plane, device, fn) for name, plane in planes.items()}
+        except BaseException:
+            self._buffers.update(planes)
+            raise
+        self._buffers.update(moved)
+        return self
+
+    @staticmethod
+    def _device_of(planes: dict[str, Tensor | None]) -> torch.device:
+        first = planes["codes0"]
+        assert first is not None
+        return first.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        state["_held"] = [None] * len(self.layouts)
+        return state
+
+
+def _buffer(name: str, number: int) -> str:
+    return name if number == 0 else f"{name}_{number}"
+
+
+def _moved(plane: Tensor | None, device: torch.device, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    assert plane is not None
+    if not plane.dtype.is_floating_point:
+        return fn(plane)
+    if plane.is_meta and device != plane.device:
+        return torch.empty_like(plane, device=device)
+    return plane.to(device) if plane.device != device else plane

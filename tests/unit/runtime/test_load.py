@@ -1,0 +1,49 @@
+"""A loaded model computes what transformers computes on the same weights dequantized."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import ALL, FIXTURES, converted, ready
+
+from qformats.errors import QFormatError
+from qformats.runtime.loader import load_model
+from qformats.runtime.packed import Packed
+
+transformers = pytest.importorskip("transformers")
+torch.set_num_threads(1)
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
+
+
+def floats(source: Path, out: Path) -> Any:
+    """The checkpoint dequantized, in plain transformers."""
+    converted(source, out, "hf:f32", allow_requantize=True)
+    return transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+
+
+MODELS = [case for case in ALL if "model_type" in json.loads((FIXTURES / case / "config.json").read_text())]
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) -> None:
+    source = ready(case, tmp_path)
+    model = load_model(source, dtype=torch.float32)
+    assert any(isinstance(module, Packed) for module in model.modules())
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]) % model.config.get_text_config().vocab_size
+    found = logits(model, ids)
+    wanted = logits(floats(source, tmp_path / "floats"), ids)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max())), float((found - wanted).abs().max())
+
+
+def test_an_unknown_way_of_computing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QFormatError, match="compute"):
+        load_model(ready(ALL[0], tmp_path), compute="int4")
