@@ -51,9 +51,10 @@ def to_unsigned(t: QuantizedTensor) -> QuantizedTensor:
 
 def _moved(codes: Tensor, by: int) -> Tensor:
     """``codes + by`` as bytes, modulo 256; blank codes (of stride zero) stay so."""
-    if codes.numel() and all(stride == 0 for stride in codes.stride()):
-        return _moved(codes.flatten()[:1].contiguous(), by).reshape((1,) * codes.ndim).expand(codes.shape)
-    return codes.to(torch.int8 if codes.dtype == torch.int16 else codes.dtype).view(torch.uint8) + (by & 0xFF)
+    blank = codes.numel() and all(stride == 0 for stride in codes.stride())
+    shape, codes = codes.shape, codes.as_strided((1,) * codes.ndim, (1,) * codes.ndim) if blank else codes
+    moved = codes.to(torch.int8 if codes.dtype == torch.int16 else codes.dtype).view(torch.uint8) + (by & 0xFF)
+    return moved.expand(shape)
 
 
 def _shift_zero(t: QuantizedTensor, by: int) -> Param | None:
