@@ -59,6 +59,7 @@ def test_run_puts_a_prompt_into_the_chat_template(models: tuple[Path, Path, Path
     assert data("run", models[0], "-p", "word", "-n", 1, "--chat", "--device", "cpu")["prompt_tokens"] > plain["prompt_tokens"]
     bare = tmp_path / "bare"
     shutil.copytree(models[0], bare)
+    (bare / "chat_template.jinja").unlink()
     config = json.loads((bare / "tokenizer_config.json").read_text())
     (bare / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "chat_template"}))
     result = cli("run", bare, "-p", "hello", "--chat", "--device", "cpu")

@@ -411,7 +411,7 @@ CASES: list[tuple[str, str, Change, str, type[QFormatError], str]] = [
     ("unknown type", GPTQ, lambda source: None, "gguf:q9_9", UsageError, "target-type"),
     ("unknown option", GPTQ, lambda source: None, "gptq:int4,colour=red", UsageError, "target-option"),
     ("group of letters", DENSE, lambda source: None, "gptq:int4,group=many", UsageError, "option"),
-    ("several widths into one AWQ file", "gptq/dynamic-mixed", lambda source: None, "awq", Unsupported, "awq-mixed"),
+    ("several widths into one AWQ file", "gptq/dynamic-mixed", lambda source: None, "awq", WouldLose, "requantize"),
     ("act-order that needs new codes", ACT, lambda source: None, "gguf", WouldLose, "requantize"),
     ("infinite scale times a zero point", AWQ, not_finite(f"{Q}.scales", float("inf")), "gguf:q4_1", BadFile, "not-finite"),
 ]  # fmt: skip

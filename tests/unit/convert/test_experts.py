@@ -186,7 +186,7 @@ def test_stacks_that_were_taken_apart_keep_their_codes(name: str, tmp_path: Path
 EXPERTS_KEPT = {
     "compressed-tensors:int8,group=32": ("Q8_0", "exact"), "compressed-tensors:nvfp4": ("NVFP4", "codes-exact"),
     "compressed-tensors:mxfp4": ("MXFP4", "exact"), "torchao:nvfp4": ("NVFP4", "exact"), "modelopt:nvfp4": ("NVFP4", "exact"),
-    "bitsandbytes:int8": ("Q8_0", "codes-exact"), "quanto:qint8": ("Q8_0", "exact"), "gptq:int4,group=32": ("Q4_0", "exact"),
+    "bitsandbytes:int8": ("Q8_0", "codes-exact"), "quanto:qint8": ("Q8_0", "codes-exact"), "gptq:int4,group=32": ("Q4_0", "exact"),
 }  # fmt: skip
 
 

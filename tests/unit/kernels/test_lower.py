@@ -79,7 +79,7 @@ def test_every_kind_of_quantization_survives(name: str) -> None:
 def test_every_fixture_survives(case: str, tmp_path: Path) -> None:
     with qformats.open(ready(case, tmp_path)) as checkpoint:
         names = [name for name in checkpoint.modules if checkpoint.is_quantized(name)]
-        for name in names[:8]:
+        for name in names[:2]:
             t = checkpoint.read(name)
             assert isinstance(t, QuantizedTensor)
             check(t)
