@@ -171,8 +171,19 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
     ignored = [f"{job.name} {IGNORED}" for job in jobs if IGNORED in job.notes]
-    warnings = (*rest.warnings, *told, *ignored, *unsaid, *_not_back(lost))
+    warnings = (*rest.warnings, *told, *ignored, *unsaid, *_not_back(lost), *_single_experts(options.target.format, jobs))
     return Plan(checkpoint, options, tuple(jobs), output, {**rest.dropped, **gone}, warnings, not options.header_only, rest.unsorted)
+
+
+def _single_experts(format_name: str, jobs: Sequence[Job]) -> list[str]:
+    """transformers 5 keeps a layer's experts in one parameter and fills it from single experts in floats, or FP8, alone."""
+    if format_name in ("gguf", "hf", "fp8", "mxfp4"):
+        return []
+    found = [job.name for job in jobs if ".experts." in job.name and job.map.leaf == "weight" and (job.storage or job.action == "parts")]
+    if not found:
+        return []
+    text = f"{len(found)} experts, the first is {found[0]!r}, are written in codes one by one, as vLLM reads them"
+    return [f"{text}; transformers 5 leaves such experts out and says so in its log only: load the model with qformats.load_model"]
 
 
 def _with_lost(job: Job, lost: Mapping[str, str]) -> Job:

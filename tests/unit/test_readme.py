@@ -51,10 +51,13 @@ def test_the_first_command_converts_and_verifies(clone: Path) -> None:
     assert (clone / "model.gguf").read_bytes()[:4] == b"GGUF"
 
 
-def test_the_python_example_runs(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (example,) = blocks("python")
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_python_examples_run(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    example, running = blocks("python")
+    exec(compile(example, "README.md", "exec"), names)
     shown = capsys.readouterr().out
+    exec(compile(running, "README.md", "exec"), names)
+    assert (clone / "again" / "model.safetensors").read_bytes() == (ROOT / "fixtures/awq/gemm-g32/model.safetensors").read_bytes()
     assert "awq (64, 64) torch.uint8" in shown
     assert shown.splitlines()[-2:] == ["{'copied': 1, 'exact': 10} True", "True"]
 
