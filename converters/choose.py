@@ -318,6 +318,9 @@ class Chooser(Facts):
         module = registry.format_module(target.format)
         scheme = self.scheme(tensor) if self.is_code_source(tensor) else float_scheme(tensor.shape)
         storage = self._searchable(module.storages(target, scheme))
+        before = self.storages_of.get(tensor.target)
+        if before is not None and self.options.target.type is None and not self.options.target.options and before.type == storage.type:
+            storage = before  # the group and the layout that the record says
         smaller = mixes.fallback(kind, tensor.shape[-1]) if self.to_gguf else kind
         if smaller != kind and smaller not in FLOAT_WORDS:
             return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")

@@ -27,7 +27,7 @@ from math import gcd, prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
-from qformats.errors import BadFile, UsageError
+from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.packed import int_option
 from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
@@ -344,6 +344,9 @@ def with_activations(config: Mapping[str, Any], activations: Activations | None,
 def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
     """Storages of one checkpoint on one block, since a config says one: the largest that all blocks are made of; FP4 keeps its own."""
     eights = {name: s for name, s in modules.items() if s.type != "fp4"}
+    if len({s.scale_grid for s in eights.values()}) > 1:
+        text = "some weights keep scales that are powers of two, others get plain ones, and a checkpoint has one kind"
+        raise Unsupported("fp8-mixed", text, hint="name a type for all: fp8:fp8 or fp8:mxfp8")
     if len({(s.rows, s.group) for s in eights.values()}) < 2:
         return dict(modules)
     rows = gcd(*(s.rows for s in eights.values() if s.rows is not None)) or None

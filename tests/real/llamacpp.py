@@ -19,6 +19,7 @@ import ctypes as C
 import functools
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ FTYPE = {
 
 _ptr, _i32, _i64, _u32, _bool, _f32, _size = C.c_void_p, C.c_int32, C.c_int64, C.c_uint32, C.c_bool, C.c_float, C.c_size_t
 _TAIL = ("_tail", C.c_char * 64)  # room for fields a later version may append
+
+
+def _in_a_new_thread(function: Any, *arguments: Any) -> int:
+    """llama.cpp sets up a thread's matrix tiles (AMX) once and dies where torch has changed them since: a new thread is set up anew."""
+    found: list[int] = []
+    thread = threading.Thread(target=lambda: found.append(function(*arguments)))
+    thread.start()
+    thread.join()
+    return found[0]
 
 
 class _ModelParams(C.Structure):
@@ -411,7 +421,7 @@ class Llama:
             batch.token[at], batch.pos[at], batch.n_seq_id[at] = token, position + at, 1
             batch.seq_id[at][0] = 0
             batch.logits[at] = int(every or at == len(ids) - 1)
-        status = getattr(self._lib, step)(self._context, batch)
+        status = _in_a_new_thread(getattr(self._lib, step), self._context, batch)
         self._lib.llama_batch_free(batch)
         if status:
             raise RuntimeError(f"{step} returned {status}")

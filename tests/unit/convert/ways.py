@@ -42,6 +42,8 @@ def differences(a: Path, b: Path) -> list[str]:
         words = [{k: v for k, v in c.metadata.items() if not k.startswith("qformats.")} for c in (x, y)]
         found += [] if words[0] == words[1] or words[0].keys() <= {"format"} else ["metadata"]
     for file in a.glob("*.json"):
+        if file.name == "quantization_config.json":  # AutoRound's second copy of what config.json has
+            continue
         if not file.name.startswith("tokenizer") and (not (b / file.name).exists() or _json(file) != _json(b / file.name)):
             found.append(file.name)
     return found
@@ -69,9 +71,10 @@ def unkept(source: Path, target: str, folder: Path) -> list[str] | None:
     for replay in (False, True):
         assert verify(source, there, replay=replay).ok and verify(there, back, replay=replay).ok
     found = differences(source, back)
-    if len(kept) == len(linear):
+    new = {source.module for job in plan.jobs if job.kind in ("requantized", "dequantized") for source in job.map.sources}
+    if not new:
         return found
-    modules = {source.module for job in kept for source in job.map.sources}
+    modules = {source.module for job in kept for source in job.map.sources} - new
     return [name for name in found if _module(plan, name) in modules]
 
 
