@@ -342,15 +342,18 @@ def with_activations(config: Mapping[str, Any], activations: Activations | None,
         return None
     return {**config, "activation_scheme": "dynamic" if activations.dynamic else "static"}
 def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:
-    """Storages of one checkpoint on one block, since a config says one: the largest that all blocks are made of; FP4 keeps its own."""
+    """Storages of one checkpoint on one block, since a config says one: the largest that all blocks are made of; FP4 keeps its own.
+
+    ``Unsupported('fp8-mixed')`` where scales that are exponents would have to be cut.
+    """
     eights = {name: s for name, s in modules.items() if s.type != "fp4"}
-    if len({s.scale_grid for s in eights.values()}) > 1:
-        text = "some weights keep scales that are powers of two, others get plain ones, and a checkpoint has one kind"
-        raise Unsupported("fp8-mixed", text, hint="name a type for all: fp8:fp8 or fp8:mxfp8")
     if len({(s.rows, s.group) for s in eights.values()}) < 2:
         return dict(modules)
     rows = gcd(*(s.rows for s in eights.values() if s.rows is not None)) or None
     group = gcd(*(s.group for s in eights.values() if s.group is not None)) or None
+    if any(s.scale_grid is not None and (s.rows, s.group) != (rows, group) for s in eights.values()):
+        text = f"exponents for blocks of other sizes stand beside scales for blocks of {rows} x {group}, and a config says one block"
+        raise Unsupported("fp8-mixed", text, hint="name a type for all weights: fp8:fp8 or fp8:mxfp8")
     return {**modules, **{name: _on_block(storage, rows, group) for name, storage in eights.items()}}
 
 
