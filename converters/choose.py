@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from converters.activations import extra_job
-from converters.choose_floats import TORCH_WORDS, float_dtype, float_kind
+from converters.choose_floats import float_dtype, float_kind
 from converters.claims import float32_exact, float_scheme, row_count
 from converters.facts import MATRIX_KINDS, Facts
 from converters.fitting import best_fit, savings
@@ -21,6 +21,7 @@ from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import FLOAT_TYPES, INTEGER_TYPES
 from qformats.errors import Unsupported, UsageError
+from qformats.formats.dense import FLOAT_DTYPES
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
 from qformats.scheme import Storage
@@ -106,7 +107,7 @@ class Chooser(Facts):
         embedding = next((tensor for tensor in tensors if tensor.kind == "embedding" and tensor.leaf == "weight"), None)
         if embedding is None or not getattr(registry.format_module(self.options.target.format), "NEEDS_DTYPE", False):
             return self
-        return replace(self, model_dtype=TORCH_WORDS.get(self.decide(embedding).type))
+        return replace(self, model_dtype=FLOAT_DTYPES.get(self.decide(embedding).type))
 
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
         """The type the user named for this tensor, or None for the default rule."""

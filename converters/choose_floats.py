@@ -6,10 +6,9 @@ from converters.facts import MATRIX_KINDS, Facts
 from converters.options import FLOAT_WORDS
 from converters.sources import Slab, read_rows, slabs
 from qformats.architectures.mapping import TensorMap
+from qformats.formats.dense import FLOAT_DTYPES
 
-__all__ = ["TORCH_WORDS", "float_dtype", "float_kind"]
-
-TORCH_WORDS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+__all__ = ["float_dtype", "float_kind"]
 
 
 def float_dtype(facts: Facts, tensor: TensorMap, found: set[str], named: str | None) -> str:
@@ -51,7 +50,7 @@ def _is_exact(facts: Facts, tensor: TensorMap, dtype: str) -> bool:
     """Whether every value is a number of ``dtype``."""
     import torch
 
-    target = getattr(torch, TORCH_WORDS[dtype])
+    target = getattr(torch, FLOAT_DTYPES[dtype])
     probe = facts.job(tensor, "float", "exact", "", dtype)
     slab = Slab(facts.checkpoint)
     for start, stop in slabs(probe, facts.checkpoint):

@@ -24,15 +24,24 @@ def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--device", metavar="DEVICE", help="Where it runs: cpu, cuda, cuda:1 (default: cuda where there is one)."),
         click.option("--dtype", type=click.Choice(_DTYPES), help="Of the activations (default: the checkpoint's own)."),
-        click.option("--compute", type=click.Choice(("exact", "int8")), default="exact", show_default=True,
-                     help="int8 quantizes activations on a CPU: faster, not exact."),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
-    ):  # fmt: skip
+    ):
         command = option(command)
     return command
 
 
-def _load(path: Path, output: Output, device: str | None, dtype: str | None, compute: str, allow_pickle: bool) -> Any:
+def _text_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """What the models read, and in which windows."""
+    for option in (
+        click.option("--windows", type=click.IntRange(1), metavar="N", help="At most this many windows of the text (default: all)."),
+        click.option("--context", type=click.IntRange(2, 1 << 20), default=512, show_default=True, metavar="N", help="Tokens of a window."),
+        click.option("--text", type=_PATH, required=True, metavar="FILE", help="Plain text, UTF-8."),
+    ):
+        command = option(command)
+    return command
+
+
+def _load(path: Path, output: Output, device: str | None, dtype: str | None, allow_pickle: bool) -> Any:
     import torch
 
     from qformats.runtime.loader import load_model
@@ -46,7 +55,7 @@ def _load(path: Path, output: Output, device: str | None, dtype: str | None, com
         raise UsageError("device", f"{where!r} is no device of this machine: {error}", hint="use --device cpu") from None
     wanted = None if dtype is None else getattr(torch, dtype)
     with output.working(f"loading {path.name}"):
-        return load_model(path, device=where, dtype=wanted, compute=compute, allow_pickle=allow_pickle)
+        return load_model(path, device=where, dtype=wanted, allow_pickle=allow_pickle)
 
 
 @click.command(short_help="Generate text.", epilog='Example: qconvert run model.gguf -p "The capital of France is"')
@@ -119,9 +128,7 @@ class _Printer:
 
 @click.command(short_help="How well a model predicts a text.", epilog="Example: qconvert perplexity model.gguf --text wiki.txt")
 @click.argument("model", type=_PATH)
-@click.option("--text", type=_PATH, required=True, metavar="FILE", help="Plain text, UTF-8.")
-@click.option("--context", type=click.IntRange(2, 1 << 20), default=512, show_default=True, metavar="N", help="Tokens of a window.")
-@click.option("--windows", type=click.IntRange(1), metavar="N", help="At most this many windows of the text (default: all).")
+@_text_flags
 @_model_flags
 @output_flags
 def perplexity(model: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, **how: Any) -> None:
@@ -145,9 +152,7 @@ def perplexity(model: Path, text: Path, context: int, windows: int | None, as_js
 @click.command(short_help="How much two models agree.", epilog="Example: qconvert compare model-awq/ model.gguf --text wiki.txt")
 @click.argument("first", type=_PATH)
 @click.argument("second", type=_PATH)
-@click.option("--text", type=_PATH, required=True, metavar="FILE", help="Plain text, UTF-8.")
-@click.option("--context", type=click.IntRange(2, 1 << 20), default=512, show_default=True, metavar="N", help="Tokens of a window.")
-@click.option("--windows", type=click.IntRange(1), metavar="N", help="At most this many windows of the text (default: all).")
+@_text_flags
 @_model_flags
 @output_flags
 def compare(first: Path, second: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, **how: Any) -> None:

@@ -1,9 +1,8 @@
 """The operators ``qformats::matmul``, ``qformats::matmul_back`` and ``qformats::embed`` over lowered planes, and which kernel runs.
 
 An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
-way of computing: ``"exact"`` (weights exactly, products in float32 or in the tensor cores' own precision) or ``"int8"`` (the input
-quantized to 8 bits for each 32 columns, on a CPU). ``multiply`` is the same without the operator's overhead, for code that is neither
-compiled nor differentiated. The gradient is that of the input; planes have none.
+way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32. ``multiply`` is the same without
+the operator's overhead, for code that is neither compiled nor differentiated. The gradient is that of the input; planes have none.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from qformats.kernels.lower import Lowered
 
 __all__ = ["COMPUTE", "embed", "matmul", "multiply"]
 
-COMPUTE = ("exact", "int8")
+COMPUTE = ("exact",)
 
 
 def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:

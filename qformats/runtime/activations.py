@@ -21,6 +21,8 @@ from qformats.architectures.mapping import Mapped
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, QFormatError, Unsupported, UsageError
 from qformats.quantize.imatrix import Entry, ImportanceMatrix
+from qformats.runtime.skeleton import transformers as _transformers
+from qformats.runtime.tokenizer import adds_bos
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,15 +96,6 @@ def measure(
     return ImportanceMatrix(_entries(sums, checkpoint), (dataset,) if dataset else (), len(runs), context)
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError:
-        hint = "install it: pip install transformers"
-        raise Unsupported("transformers-missing", "running a model needs the package transformers", hint=hint) from None
-    return transformers
-
-
 @contextmanager
 def _silent(transformers: Any) -> Iterator[None]:
     """Neither progress bars nor advice while transformers loads."""
@@ -145,7 +138,7 @@ def chunk_tokens(tokenizer: Any, text: str, context: int, chunks: int | None = N
     if context < 1 or (chunks is not None and chunks < 1):
         raise UsageError("text-chunks", f"{chunks} chunks of {context} tokens are none")
     bos = tokenizer.bos_token_id
-    starts = bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
+    starts = adds_bos(tokenizer)
     ids = [*([bos] if starts else []), *tokenizer(text, add_special_tokens=False).input_ids]
     if len(ids) < 2 * context:
         hint = "give a longer text, or a smaller --context"

@@ -41,7 +41,7 @@ def load_model(
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
-    ``compute``: ``"exact"``, or ``"int8"`` to quantize activations to 8 bits on a CPU, faster and not exact.
+    ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
@@ -83,7 +83,7 @@ def _dtype_of(config: Any) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class _Place:
-    """A module of the model that takes packed weights (``names``: for each stack its tensors), or one parameter that takes floats."""
+    """A module of the model that takes packed weights (``names``: for each stack its tensors)."""
 
     module: str
     kind: str
@@ -225,18 +225,10 @@ def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
     found = []
     for stack in place.names:
         tensors = [segment for name in stack for segment in supply.segments(name)]
-        flat = [t if len(t.shape) < 3 else _two_dimensions(t) for t in tensors]
-        if len(flat) > 1:
-            with suppress(Refused):
-                flat = [concatenate_rows(flat)]
-        found.append([lower(t) for t in flat])
+        with suppress(Refused):
+            tensors = [concatenate_rows(tensors)]
+        found.append([lower(t) for t in tensors])
     return found
-
-
-def _two_dimensions(t: Any) -> Any:
-    from qformats.kernels.lower import lower
-
-    return lower(t).tensor(slice(None))
 
 
 def _put_packed(model: Any, supply: Supply, place: _Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> None:

@@ -12,6 +12,7 @@ from math import exp
 from typing import TYPE_CHECKING, Any
 
 from qformats.errors import BadFile, UsageError
+from qformats.runtime.tokenizer import adds_bos
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +50,7 @@ def windows(tokenizer: Any, text: str, context: int, most: int | None = None) ->
         raise UsageError("text-chunks", f"a window of {context} tokens predicts none", hint="use --context 2 or more")
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     bos = tokenizer.bos_token_id
-    starts = bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
+    starts = adds_bos(tokenizer)
     step = context - 1 if starts else context
     cut = [ids[at : at + step] for at in range(0, len(ids), step)]
     found = [[bos, *window] if starts else window for window in cut]

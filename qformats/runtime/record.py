@@ -81,15 +81,15 @@ class Record:
         checkpoint = supply.checkpoint
         narrowed = {supply.stored[name] for name in rounded}
         stored = {new: old for new, old in supply.stored.items() if new in held}
-        kept = _not_held(checkpoint, stored.values())
+        storages = {name: _storage(module) for name, module in checkpoint.modules.items() if checkpoint.is_quantized(name)}
+        kept = _not_held(checkpoint, storages, set(stored.values()))
         files = tuple(_file(checkpoint, source, kept, narrowed) for source in checkpoint.sources())
-        storages = {name: _storage(checkpoint, module) for name, module in checkpoint.modules.items() if checkpoint.is_quantized(name)}
         places = {supply.stored[new]: origin for new, origin in packed.items()}
         small = {} if checkpoint.gguf is not None else {**checkpoint.side_files(), **_more_files(checkpoint)}
         return Record(checkpoint, files, places, storages, {old: new for new, old in stored.items()}, small)
 
 
-def _storage(checkpoint: Checkpoint, module: Module) -> Storage:
+def _storage(module: Module) -> Storage:
     form = registry.format_module(module.match.format)
     if hasattr(form, "storage_of"):
         found: Storage = form.storage_of(module)
@@ -98,13 +98,12 @@ def _storage(checkpoint: Checkpoint, module: Module) -> Storage:
     return only  # type: ignore[no-any-return]
 
 
-def _not_held(checkpoint: Checkpoint, held: object) -> set[str]:
+def _not_held(checkpoint: Checkpoint, storages: Mapping[str, Storage], names: set[str]) -> set[str]:
     """Full names of stored tensors that the model has no value of: extras, copies of tied weights, buffers that it computes."""
-    names = set(held)  # type: ignore[call-overload]
     found: set[str] = set()
     for name, module in checkpoint.modules.items():
-        coded = checkpoint.is_quantized(name)
-        if coded and not _writable(checkpoint, module):
+        coded = name in storages
+        if coded and not _writable(storages[name], module):
             found.update(raw.name for raw in module.parts.values())
             continue
         own = registry.format_module(module.match.format).SUFFIXES if coded else ()
@@ -115,10 +114,10 @@ def _not_held(checkpoint: Checkpoint, held: object) -> set[str]:
     return found
 
 
-def _writable(checkpoint: Checkpoint, module: Module) -> bool:
+def _writable(storage: Storage, module: Module) -> bool:
     """Whether the format writes what it reads here: some layouts are only read."""
     form = registry.format_module(module.match.format)
-    return bool(form.can_store(_storage(checkpoint, module), form.scheme(module)))
+    return bool(form.can_store(storage, form.scheme(module)))
 
 
 def _more_files(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from qformats import assemble, registry
 from qformats.containers.atomic import OutputDirectory, OutputFile
 from qformats.containers.raw import RawTensor
 from qformats.containers.source import FileSource, MemorySource
-from qformats.errors import BadFile, Unsupported, WouldLose
+from qformats.errors import Unsupported, WouldLose
 from qformats.formats.dense import read_float, write_float
 from qformats.runtime.packed import Packed
 from qformats.runtime.record import FileRecord, Record, Stored
@@ -36,7 +37,7 @@ def save_model(model: Any, path: str | Path, *, overwrite: bool = False) -> None
     if not isinstance(record, Record):
         raise Unsupported("not-packed", "the model was not loaded by qformats", hint="use its own save_pretrained")
     final = Path(path)
-    tensors = _tensors(model, record)
+    tensors = _Tensors(model, record)
     if record.checkpoint.gguf is not None and len(record.files) == 1:
         (file,) = record.files
         with OutputFile(final, file.size, overwrite) as out:
@@ -69,6 +70,8 @@ class _Tensors:
     def __init__(self, model: Any, record: Record) -> None:
         self._record, self._reader = record, _ModelReader(model, record)
         self._last: tuple[str, dict[str, memoryview]] = ("", {})
+        modules = record.checkpoint.modules.items()
+        self._places = {raw.name: (name, leaf) for name, module in modules for leaf, raw in module.parts.items()}
         gguf = record.checkpoint.gguf is not None
         self._maps = {m.name: m for m in self._gguf_maps()} if gguf else {}
 
@@ -104,10 +107,9 @@ class _Tensors:
         """The bytes of the stored tensor ``name``."""
         if self._record.checkpoint.gguf is not None:
             return self._of_gguf(name)
-        module = _module_of(self._record, name)
+        module, leaf = self._places[name]
         if self._last[0] != module:
             self._last = (module, self._parts(module))
-        leaf = next(leaf for leaf, raw in self._record.checkpoint.modules[module].parts.items() if raw.name == name)
         return self._last[1][leaf]
 
     def _parts(self, name: str) -> dict[str, memoryview]:
@@ -118,10 +120,7 @@ class _Tensors:
         if storage is not None:
             form = registry.format_module(module.match.format)
             shape = checkpoint.scheme(name).shape
-            rows = 1
-            for size in shape[:-1]:
-                rows *= size
-            tensor = self._reader.codes(name, 0, rows)
+            tensor = self._reader.codes(name, 0, prod(shape[:-1]))
             assert tensor is not None
             sizes = {leaf: raw.nbytes for leaf, raw in module.parts.items()}
             found.update(_joined(form.write(storage, tensor, 0, shape), form.layout(storage, shape), sizes))
@@ -145,17 +144,6 @@ class _Tensors:
         storage = self._record.storages[name.rpartition(".")[0]]
         (piece, *_) = write(storage, rows, 0, raw.shape)
         return _bytes(piece.array)
-
-
-def _tensors(model: Any, record: Record) -> _Tensors:
-    return _Tensors(model, record)
-
-
-def _module_of(record: Record, name: str) -> str:
-    for module, found in record.checkpoint.modules.items():
-        if any(raw.name == name for raw in found.parts.values()):
-            return module
-    raise BadFile("unmapped-tensor", "belongs to no module", tensor=name)
 
 
 def _joined(pieces: list[Piece], layout: Any, sizes: dict[str, int]) -> dict[str, memoryview]:
@@ -205,8 +193,7 @@ class _ModelReader:
             return None
         held = self._model.get_submodule(origin.module)
         assert isinstance(held, Packed)
-        found = held.rows(origin.start + start, origin.start + stop)
-        return found
+        return held.rows(origin.start + start, origin.start + stop)
 
     def value(self, name: str) -> Tensor:
         """The model's own of a stored tensor of floats."""

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qformats.checkpoint import Checkpoint
-from qformats.errors import BadFile, QFormatError, Unsupported
+from qformats.errors import BadFile, Unsupported
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,8 @@ def transformers() -> Any:
     try:
         import transformers as package
     except ImportError:
-        text = "running a model needs the package transformers"
-        raise Unsupported("transformers-missing", text, hint="install it: pip install transformers") from None
+        hint = "install it: pip install transformers"
+        raise Unsupported("transformers-missing", "running a model needs the package transformers", hint=hint) from None
     return package
 
 
@@ -112,8 +112,6 @@ def expert_sources(model: Any) -> dict[str, tuple[str, ...]]:
 
 def finish(model: Any, checkpoint: Checkpoint) -> None:
     """Compute the buffers that no checkpoint holds, tie what is tied, read the generation settings; nothing may be left empty."""
-    import torch
-
     for module in model.modules():
         left = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if left:
@@ -125,15 +123,12 @@ def finish(model: Any, checkpoint: Checkpoint) -> None:
             model.generation_config = generation.from_pretrained(str(checkpoint.path))
         elif model.can_generate():
             model.generation_config = generation.from_model_config(model.config)
-    except QFormatError:
-        raise
     except (OSError, ValueError) as error:
         raise BadFile("generation-config", f"generation_config.json: {error}", path=checkpoint.path) from None
     empty = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if empty:
         text = f"{len(empty)} tensors of the model are not in the checkpoint, the first is {empty[0]!r}"
         raise BadFile("missing-tensor", text, path=checkpoint.path, tensor=empty[0], hint="the checkpoint is incomplete")
-    assert isinstance(model, torch.nn.Module)
 
 
 def _fresh_buffers(module: Any, names: list[str], model: Any) -> None:

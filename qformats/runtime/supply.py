@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from qformats import assemble, registry
@@ -121,8 +122,6 @@ def _mapped(checkpoint: Checkpoint) -> tuple[list[TensorMap], dict[str, str]]:
     found = []
     for module, leaves in checkpoint.shapes().items():
         for leaf, shape in leaves.items():
-            rows = 1
-            for size in shape[:-1] if len(shape) > 1 else shape:
-                rows *= size
+            rows = prod(shape[:-1] if len(shape) > 1 else shape)
             found.append(TensorMap(module, leaf, shape, (SourceRows(module, leaf, 0, rows),)))
     return found, {}

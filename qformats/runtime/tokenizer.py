@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from qformats.checkpoint import open_checkpoint
-from qformats.errors import BadFile, QFormatError, Unsupported
+from qformats.errors import BadFile, Unsupported
 from qformats.runtime import skeleton
 
-__all__ = ["load_tokenizer"]
+__all__ = ["adds_bos", "load_tokenizer"]
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -32,11 +32,15 @@ def load_tokenizer(path: str | Path) -> Any:
             return _load(package, Path(folder), checkpoint.path)
 
 
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether a text's tokens begin with BOS."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and list(tokenizer("a").input_ids)[:1] == [bos]
+
+
 def _load(package: Any, directory: Path, shown: Path) -> Any:
     try:
         return package.AutoTokenizer.from_pretrained(str(directory))
-    except QFormatError:
-        raise
     except Exception as error:  # whatever transformers meets in files that are not to its liking
         message = f"transformers cannot read the tokenizer: {type(error).__name__}: {error}"
         raise BadFile("tokenizer", message, path=shown, hint="add tokenizer.json and tokenizer_config.json") from error
