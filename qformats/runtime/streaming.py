@@ -73,10 +73,8 @@ def _stored_by_rows(supply: Supply, name: str) -> bool:
     tensor = supply.tensors[name]
     for source in tensor.sources:
         module = supply.checkpoint.modules[source.module]
-        rows = next((raw.shape[0] for raw in module.parts.values() if raw.nbytes > _LARGE_NBYTES), 0)
-        if any(raw.nbytes > _LARGE_NBYTES and raw.shape[:1] != (rows,) for raw in module.parts.values()):
-            return False
-        if rows != supply.checkpoint.scheme(source.module).shape[0]:
+        heights = {raw.shape[:1] for raw in module.parts.values() if raw.nbytes > _LARGE_NBYTES}
+        if heights != {supply.checkpoint.scheme(source.module).shape[:1]}:
             return False
     return True
 
