@@ -43,13 +43,11 @@ def best_fit(
                     own = partial(registry.format_module(format_name).can_store, storage)
                     seen = fit(probe[0], storage, probe[1], facts.hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
                     found = _scan(facts, tensor, storage, seen, rounding)
+                return _codes_job(facts, tensor, storage, format_name, found, rounding), refusals
             except Refused as refusal:
                 refusals[storage.type] = str(refusal)
-                continue
             except Unsupported as error:
                 refusals[storage.type] = error.message
-                continue
-            return _codes_job(facts, tensor, storage, format_name, found, rounding), refusals
     return None, refusals
 
 
