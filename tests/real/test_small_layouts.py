@@ -59,3 +59,27 @@ def test_blocks_of_fp8_go_to_torchao_and_back(sizes: dict[str, int], tmp_path: P
     convert(tmp_path / "out", tmp_path / "back", to="fp8")
     with open_checkpoint(tmp_path / "fp8") as before, open_checkpoint(tmp_path / "back") as after:
         assert {k: bytes(v.read()) for k, v in before.raw.items()} == {k: bytes(v.read()) for k, v in after.raw.items()}
+
+
+# ---------------------------------------------------------------- embeddings
+
+
+@pytest.mark.parametrize("to", ["compressed-tensors", "torchao", "bitsandbytes", "quanto", "hqq"])
+@pytest.mark.parametrize("codes", ["int4", "mxfp4"])
+def test_an_embedding_is_codes_only_where_it_loads(codes: str, to: str, tmp_path: Path) -> None:
+    """MLX has embeddings in codes; of transformers' loaders torchao's alone takes them, and no microscaled ones."""
+    random_model("llama_bpe", torch.bfloat16, **WIDE).save_pretrained(tmp_path / "floats")
+    convert(tmp_path / "floats", tmp_path / "mlx", to=f"mlx:{codes}", allow_requantize=True, tensor_types=[("embed_tokens", codes)])
+    with open_checkpoint(tmp_path / "mlx") as source:
+        assert source.is_quantized("model.embed_tokens")
+    report = convert(tmp_path / "mlx", tmp_path / "out", to=to, allow_requantize=True)
+    with open_checkpoint(tmp_path / "out") as made:
+        kept, tensor = made.is_quantized("model.embed_tokens"), made.read("model.embed_tokens")
+    assert kept == (to == "torchao" and codes == "int4")
+    values = tensor.dequantize() if kept else tensor.float()  # type: ignore[union-attr]
+    reason = next(line.reason for line in report.tensors if line.name == "model.embed_tokens.weight")
+    assert ("take no embedding" in reason) == ((to, codes) != ("torchao", "int4"))
+    if to in ("compressed-tensors", "torchao", "bitsandbytes"):  # the others have loaders of their own, for linear layers
+        weight = loaded(tmp_path / "out").get_input_embeddings().weight
+        found = weight.dequantize() if hasattr(weight, "qdata") else weight
+        assert float((found.float() - values).norm() / values.norm()) < 2.0**-7

@@ -16,7 +16,7 @@ from qformats.formats.torchao.names import entry_of, prefix_of
 from qformats.formats.torchao.shapes import Form, form_of, swizzled_shape, zero_is_absent
 from qformats.scheme import Block, Factor, Float, Grid, Integer, No, Scheme, Storage, Tile, Yes, whole
 
-__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "form_to_write", "layout", "storage_of", "storages"]
+__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "embeddings", "form_to_write", "layout", "storage_of", "storages"]
 
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, of the rows under one scale, and of 128 where scales are swizzled
 OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym")
@@ -95,6 +95,12 @@ def _bits(form: Form, zero: str | None, columns: int, rows: int) -> float:
 
 
 # ---------------------------------------------------------------- targets
+
+
+def embeddings(target: Target, scheme: Scheme) -> bool:
+    """transformers takes them under ``include_input_output_embeddings``; the microscaled classes have no ``aten.embedding``."""
+    kinds = [target.type] if target.type is not None else _likely(scheme)
+    return not kinds[0].startswith(("mx", "nv"))
 
 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
