@@ -83,3 +83,27 @@ def test_an_embedding_is_codes_only_where_it_loads(codes: str, to: str, tmp_path
         weight = loaded(tmp_path / "out").get_input_embeddings().weight
         found = weight.dequantize() if hasattr(weight, "qdata") else weight
         assert float((found.float() - values).norm() / values.norm()) < 2.0**-7
+
+
+# ---------------------------------------------------------------- single experts
+
+
+SINGLE = ("fp8:fp8,block=64x64", "compressed-tensors:int8", "compressed-tensors:int4", "mlx:int4,metal", "torchao:int8")
+
+
+@pytest.mark.parametrize("to", SINGLE)
+def test_a_plan_says_whether_transformers_takes_single_experts(to: str, tmp_path: Path) -> None:
+    """Mixtral's experts are one parameter in transformers 5: some loaders fill it from single experts in codes, others leave these out."""
+    pytest.importorskip({"torchao": "torchao", "compressed-tensors": "compressed_tensors"}.get(to.partition(":")[0], "torch"))
+    model = random_model("mixtral", torch.bfloat16, hidden_size=128, intermediate_size=128)
+    model.save_pretrained(tmp_path / "floats")
+    report = convert(tmp_path / "floats", tmp_path / "out", to=to, allow_requantize=True)
+    warned = any("leaves such experts out" in text for text in report.warnings)
+    from transformers import AutoModelForCausalLM
+
+    found, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, device_map="cpu", output_loading_info=True)
+    assert warned == bool(told["missing_keys"])
+    if not warned:
+        name = "model.layers.1.mlp.experts.gate_up_proj"
+        mine, theirs = found.get_parameter(name).float(), model.get_parameter(name).float()
+        assert float((mine - theirs).norm() / theirs.norm()) < 0.17
