@@ -230,13 +230,13 @@ def embeddings(target: Target, scheme: Scheme) -> bool:
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """The storages of a type, or of all; ``group=``, ``dtype=`` of scales and biases, ``metal`` for transformers' spelling.
 
-    Without ``dtype`` the model's, where the target says it, for mlx computes in float32 where inputs and scales differ
-    (``quantized_matmul`` of 0.32.4) and transformers rounds those of ``metal`` to the inputs' dtype; else half precision and bfloat16, the
-    source's first.
+    Without ``dtype`` the model's first, where the target says it, for mlx computes in float32 where inputs and scales differ
+    (``quantized_matmul`` of 0.32.4), then those that keep a scale as it is; ``metal`` has the model's alone, to which transformers rounds
+    them (``MetalLinear.forward``).
     """
     metal = yes_no(target, "metal")
     named = _named(target, metal)
-    groups, dtypes = _groups(target, scheme, metal), _dtypes(target, scheme)
+    groups, dtypes = _groups(target, scheme, metal), _dtypes(target, scheme, metal)
     found = []
     for name in named:
         if name in MODES:
@@ -271,12 +271,13 @@ def _groups(target: Target, scheme: Scheme, metal: bool) -> list[int]:
     return [next((group for group in GROUPS if width % group == 0 and k % group == 0), 32)]
 
 
-def _dtypes(target: Target, scheme: Scheme) -> list[str]:
-    value = dtype_option(target) or target.dtype
+def _dtypes(target: Target, scheme: Scheme, metal: bool) -> list[str]:
+    value = dtype_option(target) or (target.dtype if metal else None)
     if value is not None:
         return [value]
     own = {s.dtype for s in scheme.scales}
-    return sorted(("float16", "bfloat16"), key=lambda dtype: dtype not in own)
+    others = sorted(("float16", "bfloat16"), key=lambda dtype: dtype not in own)
+    return list(dict.fromkeys([target.dtype or others[0], *others]))
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:
