@@ -15,8 +15,8 @@ import numpy as np
 from qformats.loops.compiled import compiled
 
 __all__ = [
-    "common_divisor", "common_step", "multiply", "offset_blocks", "recode", "relabel", "run_range", "search_offset", "table_range",
-    "translate", "union",
+    "beside", "common_divisor", "common_step", "multiply", "offset_blocks", "recode", "relabel", "run_range", "search_offset",
+    "table_range", "translate", "union",
 ]  # fmt: skip
 
 u8, i16, i32, i64, u64 = np.uint8, np.int16, np.int32, np.int64, np.uint64
@@ -109,6 +109,18 @@ def table_range(codes: Any, table: Any, width: int, low: Any, high: Any) -> None
                 smallest = min(smallest, line[b, i])
                 largest = max(largest, line[b, i])
             low[first + b], high[first + b] = i16(smallest), i16(largest)
+
+
+@compiled
+def beside(codes: Any, zero: Any, most: Any) -> Any:
+    """How many rows of ``codes`` (runs, width) hold another number than ``zero + most`` and ``zero - most``; all int16."""
+    bad = 0
+    for b in range(codes.shape[0]):
+        upper, lower, other = i16(zero[b] + most[b]), i16(zero[b] - most[b]), u8(0)
+        for i in range(codes.shape[1]):
+            other |= u8((codes[b, i] != upper) & (codes[b, i] != lower))
+        bad += other != u8(0)
+    return bad
 
 
 @compiled

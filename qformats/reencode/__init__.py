@@ -123,8 +123,7 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
         shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
         codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed, reuse=reuse)
     if decision.half is not None:
-        runs = codes.unflatten(-1, (-1, decision.width)).to(torch.int16)
-        codes = torch.div(runs, 2 * decision.half.unsqueeze(-1), rounding_mode="floor").to(torch.uint8).flatten(-2)
+        codes = (codes != 0).view(torch.uint8)  # 0 or twice the number
     scales = (decision.scale, *decision.extra, *((constant(2, t.shape),) if decision.half is not None else ()))
     return QuantizedTensor(t.shape, codes, decision.grid, scales, decision.zero_point, decision.offset, None, t.group_index)
 
@@ -457,8 +456,7 @@ def _to_doubled(a: Affine, storage: Storage) -> Fit:
     zero = a.plane(a.zero, width)
     low, high = a.ranges(width)
     most = torch.maximum(high - zero, zero - low)
-    each = (a.ranges(1)[0].unflatten(-1, (-1, width)) - zero.unsqueeze(-1)).abs()
-    bad = int((each != most.unsqueeze(-1)).any(-1).sum())
+    bad = _beside(a.ranges(1)[0].unflatten(-1, (-1, width)), zero.expand(most.shape), most)
     if bad:
         raise Refused(f"{bad} of {most.numel()} blocks hold more than plus and minus one number")
     exact = a.plane(a.scale, width).to(torch.float64) * most
@@ -467,6 +465,15 @@ def _to_doubled(a: Affine, storage: Storage) -> Fit:
     made = _done(a, storage, width, most - zero, None, scale, "every block holds plus and minus one number")
     half = constant(0.5, a.shape, torch.float32)
     return replace(made, shift=(most - zero).expand(most.shape), zero_point=half, half=most.clamp(min=1))
+
+
+def _beside(codes: Tensor, zero: Tensor, most: Tensor) -> int:
+    """How many runs of ``codes`` (…, B, width) hold another number than ``zero ± most`` (…, B)."""
+    loops = rewrite.block_loops()
+    if loops is None or codes.device.type != "cpu":
+        return int(((codes - zero.unsqueeze(-1)).abs() != most.unsqueeze(-1)).any(-1).sum())
+    planes = [plane.to(torch.int16).contiguous().view(-1).numpy() for plane in (zero, most)]
+    return int(loops.beside(codes.to(torch.int16).contiguous().flatten(0, -2).numpy(), *planes))
 
 
 def _keep_offset(a: Affine, offset: Tensor, storage: Storage, rounding: bool) -> Fit:

@@ -184,8 +184,9 @@ def _rows_of_scales(rng: np.random.Generator, count: int) -> np.ndarray:
     small = grids.float_values("e4m3fn").numpy()
     small = small[np.isfinite(small)]
     rows = [rng.choice(small, (200, count)), rng.choice(small[56:100], (200, count)) * np.float32(0.0123),
-            2.0 ** rng.integers(-9, 9, (50, count)), rng.integers(-40000, 40000, (50, count)) * 5e-324, rng.integers(1, 1 << 15, (50, count)) * (2.0**39 + 1),
-            -1.0 * rng.integers(0, 40, (50, count)), rng.standard_normal((50, 1)) * np.ones(count), np.zeros((2, count)),
+            2.0 ** rng.integers(-9, 9, (50, count)), rng.integers(-40000, 40000, (50, count)) * 5e-324,
+            rng.integers(1, 1 << 15, (50, count)) * (2.0**39 + 1), -1.0 * rng.integers(0, 40, (50, count)),
+            rng.standard_normal((50, 1)) * np.ones(count), np.zeros((2, count)),
             rng.integers(-(2**63), 2**63, (300, count)).view(np.float64), np.full((1, count), np.inf)]  # fmt: skip
     return np.concatenate(rows)
 
@@ -251,3 +252,15 @@ def test_codes_of_a_table_in_one_pass_equal_the_definition(width: int, seed: int
     assert torch.equal(reencode.finish(t, decision).codes, (turned + shift.repeat_interleave(width, -1)).to(torch.uint8))
     wanted = rewrite.block_range(rewrite.whole_codes(t), width)
     assert all(torch.equal(a, b) for a, b in zip(rewrite.whole_range(t, width), wanted, strict=True))
+
+
+@RUNS
+@given(shapes, seeds)
+def test_two_numbers_in_a_block_equal_the_definition(shape: tuple[int, int, int], seed: int) -> None:
+    rows, runs, width = shape
+    rng = np.random.default_rng(seed)
+    zero, most = (torch.from_numpy(rng.integers(0, 3, (rows * runs,)).astype(np.int16)) for _ in range(2))
+    signs = torch.from_numpy(rng.choice([-1, 1, 1, 1], (rows * runs, width)).astype(np.int16))
+    codes = zero.unsqueeze(-1) + signs * most.unsqueeze(-1) + torch.from_numpy((rng.random((rows * runs, width)) < 0.01).astype(np.int16))
+    wanted = int(((codes - zero.unsqueeze(-1)).abs() != most.unsqueeze(-1)).any(-1).sum())
+    assert blocks.beside(codes.numpy(), zero.numpy(), most.numpy()) == wanted
