@@ -10,13 +10,13 @@ a plane of width w is a stream of its own, w words a block. One plane (2, 4, 8 b
 the words are 0x55555555 0x55555555 (low two bits: 01) 0xffffffff (the third).
 
 ``pack_stream`` and ``unpack_stream`` (torch, last axis) are the definition. The ``*_columns`` and ``*_interleaved`` functions work on numpy
-arrays, transpose on the way, and run compiled loops (``qformats.loops.words``) where numba can be imported, else the definition.
+arrays, transpose on the way, and run compiled loops (``qformats.loops.words``, ``planar``) where numba can be imported, else what is
+defined.
 """
 
 from __future__ import annotations
 
 import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qformats.errors import Unsupported
@@ -37,6 +37,7 @@ __all__ = [
     "pack_interleaved",
     "pack_pairs",
     "pack_planar_columns",
+    "pack_planar_definition",
     "pack_planar_rows",
     "pack_rows",
     "pack_stream",
@@ -47,6 +48,7 @@ __all__ = [
     "unpack_interleaved",
     "unpack_pairs",
     "unpack_planar_columns",
+    "unpack_planar_definition",
     "unpack_planar_rows",
     "unpack_rows",
     "unpack_stream",
@@ -135,12 +137,10 @@ def reorder(values: Tensor, order: tuple[int, ...]) -> Tensor:
     return blocks.index_select(-1, torch.tensor(order)).reshape(values.shape)
 
 
-def _loops() -> ModuleType | None:
-    try:
-        from qformats.loops import words
-    except ImportError:
-        return None
-    return words
+def _loops(name: str = "words") -> Any:
+    from qformats.loops import find
+
+    return find(name)
 
 
 def _as_tensor(array: Array) -> Tensor:
@@ -322,14 +322,14 @@ def unpack_planar_columns(words: Array, bits: int, count: int) -> Array:
     """Planar words (W, n) packed along the first axis, W = count * bits / 32 -> uint8 codes (n, count), count a multiple of 32."""
     import numpy as np
 
-    blocks = words.reshape(-1, bits, words.shape[1])  # (count / 32, bits, n)
-    out: Array | None = None
-    at = 0
-    for width in PLANES[bits]:
-        plane = unpack_columns(np.ascontiguousarray(blocks[:, at : at + width]).reshape(-1, words.shape[1]), width, count)
-        out = plane if out is None else np.bitwise_or(out, np.left_shift(plane, at, out=plane), out=out)
-        at += width
-    assert out is not None
+    if len(PLANES[bits]) == 1:
+        return unpack_columns(words, bits, count)
+    loops = _loops("planar")
+    if loops is None or not words.size:
+        return unpack_planar_definition(np.ascontiguousarray(words.T), bits, count)
+    out = np.empty((words.shape[1], count), np.uint8)
+    run, step, _ = _run(words)
+    loops.unpack_columns(run, step, bits, out.view(np.uint64))
     return out
 
 
@@ -337,25 +337,27 @@ def pack_planar_columns(codes: Array, bits: int) -> Array:
     """uint8 codes (n, count), count a multiple of 32 -> planar words (count * bits / 32, n)."""
     import numpy as np
 
-    out = np.empty((codes.shape[1] // 32, bits, codes.shape[0]), np.int32)
-    at = 0
-    for width in PLANES[bits]:
-        plane = (codes >> at) & ((1 << width) - 1)
-        out[:, at : at + width] = pack_columns(plane, width).reshape(-1, width, codes.shape[0])
-        at += width
-    return out.reshape(-1, codes.shape[0])
+    if len(PLANES[bits]) == 1:
+        return pack_columns(codes, bits)
+    loops = _loops("planar")
+    if loops is None or not codes.size:
+        return np.ascontiguousarray(pack_planar_definition(codes, bits).T)
+    out = np.empty((codes.shape[1] // 32 * bits, codes.shape[0]), np.uint32)
+    loops.pack_columns(np.ascontiguousarray(codes).view(np.uint64), bits, out)
+    return out.view(np.int32)
 
 
 def unpack_planar_rows(words: Array, bits: int, count: int) -> Array:
     """Planar words (n, W) packed along the last axis, W = count * bits / 32 -> uint8 codes (n, count), count a multiple of 32."""
     import numpy as np
 
-    blocks = words.reshape(words.shape[0], -1, bits)
-    out = np.zeros((words.shape[0], count), np.uint8)
-    at = 0
-    for width in PLANES[bits]:
-        out |= unpack_rows(np.ascontiguousarray(blocks[:, :, at : at + width]).reshape(len(words), -1), width, count) << at
-        at += width
+    if len(PLANES[bits]) == 1:
+        return unpack_rows(words, bits, count)
+    loops = _loops("planar")
+    if loops is None or not words.size:
+        return unpack_planar_definition(words, bits, count)
+    out = np.empty((words.shape[0], count), np.uint8)
+    loops.unpack_rows(np.ascontiguousarray(words).view(np.uint32), bits, out.view(np.uint64))
     return out
 
 
@@ -363,10 +365,38 @@ def pack_planar_rows(codes: Array, bits: int) -> Array:
     """uint8 codes (n, count), count a multiple of 32 -> planar words (n, count * bits / 32)."""
     import numpy as np
 
+    if len(PLANES[bits]) == 1:
+        return pack_rows(codes, bits)
+    loops = _loops("planar")
+    if loops is None or not codes.size:
+        return pack_planar_definition(codes, bits)
+    out = np.empty((codes.shape[0], codes.shape[1] // 32 * bits), np.uint32)
+    loops.pack_rows(np.ascontiguousarray(codes).view(np.uint64), bits, out)
+    return out.view(np.int32)
+
+
+def unpack_planar_definition(words: Array, bits: int, count: int) -> Array:
+    """``unpack_planar_rows`` plane by plane in torch: what the compiled loops must equal."""
+    import numpy as np
+
+    blocks = words.reshape(words.shape[0], -1, bits)
+    out = np.zeros((words.shape[0], count), np.uint8)
+    at = 0
+    for width in PLANES[bits]:
+        plane = np.ascontiguousarray(blocks[:, :, at : at + width]).reshape(len(words), -1)
+        out |= unpack_stream(_as_tensor(plane), width, count).numpy() << at
+        at += width
+    return out
+
+
+def pack_planar_definition(codes: Array, bits: int) -> Array:
+    """``pack_planar_rows`` plane by plane in torch: what the compiled loops must equal."""
+    import numpy as np
+
     out = np.empty((codes.shape[0], codes.shape[1] // 32, bits), np.int32)
     at = 0
     for width in PLANES[bits]:
         plane = np.ascontiguousarray((codes >> at) & ((1 << width) - 1))
-        out[:, :, at : at + width] = pack_rows(plane, width).reshape(codes.shape[0], -1, width)
+        out[:, :, at : at + width] = pack_stream(_as_tensor(plane), width).numpy().reshape(codes.shape[0], -1, width)
         at += width
     return out.reshape(codes.shape[0], -1)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from qformats.errors import Unsupported
+from qformats.loops import find
 
-__all__ = ["Real", "product", "round_once", "round_to_odd"]
+__all__ = ["Real", "inexact", "product", "round_once", "round_to_odd", "rounded"]
 
 _SPLIT = 134217729.0  # 2^27 + 1
 
@@ -234,3 +235,28 @@ def round_once(value: Real, dtype: torch.dtype) -> Tensor:
     odd = _nudge(single.contiguous().view(torch.int32), error != 0, torch.signbit(error) == torch.signbit(single))
     single = torch.where(torch.isfinite(single), odd.view(torch.float32), single)
     return single.to(dtype)
+
+
+_PLACES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as in qformats.loops.steps
+
+
+def rounded(value: Real, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """``round_once(value, dtype)`` and how many of its numbers are not ``value`` any more, NaN among them."""
+    loops = find("steps") if value.high.device.type == "cpu" and value.low is None and dtype in _PLACES else None
+    if loops is not None:
+        made = torch.empty(value.high.shape, dtype=dtype)
+        size = made.element_size()
+        bits = made.view(torch.int32 if size == 4 else torch.int16).view(-1).numpy().view(f"u{size}")
+        wrong, none = loops.round_line(value.high.contiguous().view(-1).numpy(), _PLACES[dtype], bits)
+        if not none:  # what is in a NaN is left to torch
+            return made, int(wrong)
+    made = round_once(value, dtype)
+    return made, inexact(value, made)
+
+
+def inexact(exact: Real, rounded: Tensor) -> int:
+    """How many numbers of ``rounded`` are not those of ``exact``; a NaN equals none."""
+    differs = rounded.to(torch.float64) != exact.high
+    if exact.low is not None:
+        differs |= exact.low != 0
+    return int(differs.sum())

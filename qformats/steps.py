@@ -32,7 +32,7 @@ from qformats.scheme import Block, Flat, Float, Integer, Table, Tile
 if TYPE_CHECKING:
     from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["exact", "rounded"]
+__all__ = ["exact", "rounded", "single"]
 
 _CACHED = 1 << 17  # weights that torch works on at a time
 _NARROWEST = 8  # columns under one number: with fewer the planes are as large as the weights
@@ -263,6 +263,25 @@ def exact(t: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
     return _exact_rows(runs, (*highs, offset), None, dtype).reshape(t.shape)
 
 
+def single(t: QuantizedTensor) -> Tensor | None:
+    """Every weight as a float32 that it is by the extents of what it is made of; None for other tensors."""
+    runs = _runs(t)
+    if runs is None or any(inverse for _, inverse in runs.scales):
+        return None
+    factors = [scale for scale, _ in runs.scales]
+    singles = [_single(p) for p in (runs.zero, *factors, runs.offset) if p is not None]
+    table = None if runs.table is None else _single(Real.of(runs.table))
+    if any(plane is None for plane in singles) or (table is None and runs.table is not None):
+        return None
+    if singles:
+        extents = _extents(runs, factors)
+        if extents is None or not all(_in_single(extent) for extent in extents):
+            return None
+    zero, offset = (None if p is None else _single(p) for p in (runs.zero, runs.offset))
+    planes = (table, zero, [f.high.to(torch.float32) for f in factors], offset)
+    return _rounded_rows(runs, planes, False, torch.float32, torch.float32).reshape(t.shape)
+
+
 def _to_single(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.to(torch.float32)
 
@@ -272,18 +291,22 @@ def _in_single(extent: Extent) -> bool:
 
 
 def _extents(runs: _Runs, factors: list[Real]) -> list[Extent] | None:
-    """The extents of the values and of the result after each step; None where one is not known."""
+    """The extents of the values and of the result after each step, measured unless all are in float32; None where one is not known."""
     extent = runs.extent()
-    if extent is None:
+    steps = [(runs.zero, Extent.plus), *((factor, Extent.times) for factor in factors), (runs.offset, Extent.plus)]
+    planes = [(real, grow) for real, grow in steps if real is not None]
+    if extent is None or any(real.extent is None for real, _ in planes):
         return None
-    found = [extent]
-    for real, grow in ((runs.zero, Extent.plus), *((factor, Extent.times) for factor in factors), (runs.offset, Extent.plus)):
-        if real is not None:
-            other = real.measured().extent
-            if other is None:
-                return None
+
+    def grown(others: list[Extent | None]) -> list[Extent]:
+        found = [extent]
+        for other, (_, grow) in zip(others, planes, strict=True):
+            assert other is not None
             found.append(grow(found[-1], other))
-    return found
+        return found
+
+    quick = grown([real.extent for real, _ in planes])
+    return quick if all(_in_single(e) for e in quick) else grown([real.measured().extent for real, _ in planes])
 
 
 def _exact_rows(runs: _Runs, planes: _Planes, divisor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -15,11 +15,13 @@ import numpy as np
 from qformats.loops.compiled import compiled
 
 __all__ = [
-    "common_divisor", "common_step", "multiply", "offset_blocks", "relabel", "run_range", "search_offset", "translate",
+    "beside", "common_divisor", "common_step", "multiply", "offset_blocks", "recode", "relabel", "run_range", "search_offset",
+    "table_range", "translate", "union",
 ]  # fmt: skip
 
 u8, i16, i32, i64, u64 = np.uint8, np.int16, np.int32, np.int64, np.uint64
 f32, f64 = np.float32, np.float64
+_PIECE = 8192  # codes in the nearest cache
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
 _MAX_HALF, _OVER_HALF = f64(65504.0), f64(65520.0)  # the largest fp16, and where rounding to it gives infinity
 
@@ -62,6 +64,72 @@ def multiply(codes: Any, factor: Any) -> None:
         f = factor[b]
         for i in range(codes.shape[1]):
             codes[b, i] = u8(codes[b, i] * f)
+
+
+@compiled
+def recode(codes: Any, table: Any, factor: Any, add: Any, width: int, out: Any) -> None:
+    """``table[code] * factor + add``, modulo 256, for each run of ``width``: uint8 (n,) to ``out`` (n,), which may be ``codes``.
+
+    ``table`` (256,); ``factor`` and ``add`` (runs,), the first may be empty.
+    """
+    runs, lines = len(add), out.reshape((len(add), width))
+    piece = max(1, _PIECE // width)
+    for first in range(0, runs, piece):
+        last = min(runs, first + piece)
+        source, target, line = codes[first * width : last * width], out[first * width : last * width], lines[first:last]
+        for i in range(len(source)):
+            target[i] = table[source[i]]
+        plus, times = add[first:last], factor[first:last]
+        if len(times):
+            for b in range(len(plus)):
+                a, f = plus[b], times[b]
+                for i in range(width):
+                    line[b, i] = u8(u8(line[b, i] * f) + a)
+        else:
+            for b in range(len(plus)):
+                a = plus[b]
+                for i in range(width):
+                    line[b, i] = u8(line[b, i] + a)
+
+
+@compiled
+def table_range(codes: Any, table: Any, width: int, low: Any, high: Any) -> None:
+    """Smallest and largest ``table[code]`` (int8) of each run of ``width``, int16 (runs,)."""
+    runs = len(low)
+    piece = max(1, _PIECE // width)
+    line = np.empty((piece, width), np.int8)
+    for first in range(0, runs, piece):
+        last = min(runs, first + piece)
+        source, target = codes[first * width : last * width], line.reshape(-1)
+        for i in range(len(source)):
+            target[i] = table[source[i]]
+        for b in range(last - first):
+            smallest, largest = line[b, 0], line[b, 0]
+            for i in range(width):
+                smallest = min(smallest, line[b, i])
+                largest = max(largest, line[b, i])
+            low[first + b], high[first + b] = i16(smallest), i16(largest)
+
+
+@compiled
+def beside(codes: Any, zero: Any, most: Any) -> Any:
+    """How many rows of ``codes`` (runs, width) hold another number than ``zero + most`` and ``zero - most``; all int16."""
+    bad = 0
+    for b in range(codes.shape[0]):
+        upper, lower, other = i16(zero[b] + most[b]), i16(zero[b] - most[b]), u8(0)
+        for i in range(codes.shape[1]):
+            other |= u8((codes[b, i] != upper) & (codes[b, i] != lower))
+        bad += other != u8(0)
+    return bad
+
+
+@compiled
+def union(codes: Any) -> Any:
+    """All bits that any of ``codes`` uint8 (n,) has."""
+    seen = u8(0)
+    for i in range(len(codes)):
+        seen |= codes[i]
+    return seen
 
 
 @compiled

@@ -12,7 +12,7 @@ import numpy as np
 
 from qformats.loops.compiled import compiled
 
-__all__ = ["BFLOAT16", "FLOAT16", "FLOAT32", "FLOAT64", "exact_rows", "rounded_rows"]
+__all__ = ["BFLOAT16", "FLOAT16", "FLOAT32", "FLOAT64", "exact_rows", "round_line", "rounded_rows"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, i32, f32, f64 = np.uint8, np.uint16, np.uint32, np.int32, np.float32, np.float64
@@ -199,3 +199,39 @@ def exact_rows(
         if len(offset):
             _add(groups, offset[row])
         _store_wide(line, to, out[row])
+
+
+_PIECE = 2048  # float64 in the nearest cache
+
+
+@compiled
+def _widened(bits: Array, to: int, wide: Array) -> None:
+    """What ``_store_wide`` stored, as float64."""
+    if to == BFLOAT16:
+        for i in range(len(wide)):
+            wide[i] = u32(u32(bits[i]) << u32(16)).view(f32)
+    elif to == FLOAT16:
+        for i in range(len(wide)):
+            h = u32(bits[i])
+            sign, size = u32(u32(h & u32(0x8000)) << u32(16)), u32(h & u32(0x7FFF))
+            usual = u32(u32(size << u32(13)) + u32(0x38000000))
+            usual = usual if size < u32(0x7C00) else u32(usual + u32(0x38000000))
+            small = f32(f32(size) * f32(2.0**-24)).view(u32)
+            wide[i] = u32(sign | (small if size < u32(0x400) else usual)).view(f32)
+    else:
+        for i in range(len(wide)):
+            wide[i] = u32(bits[i]).view(f32)
+
+
+@compiled
+def round_line(values: Array, to: int, out: Array) -> tuple[int, int]:
+    """``values`` float64 (n,) rounded once to the bits ``out`` (uint32 of float32, or uint16); how many of them changed, and are NaN."""
+    wide, wrong, none = np.empty(_PIECE, f64), 0, 0
+    for first in range(0, len(values), _PIECE):
+        line, stored = values[first : first + _PIECE], out[first : first + _PIECE]
+        _store_wide(line, to, stored)
+        _widened(stored, to, wide[: len(line)])
+        for i in range(len(line)):
+            wrong += wide[i] != line[i]
+            none += line[i] != line[i]
+    return wrong, none

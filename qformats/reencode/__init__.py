@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.reencode.affine import F16_BOUND, Affine, Ranges, affine_form, merge_range, spread, straighten
+from qformats.reencode.affine import F16_BOUND, Affine, Folded, Ranges, affine_form, merge_range, spread, straighten
 from qformats.reencode.decision import KINDS, Fit, Hint
-from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, sub_levels, super_scale
+from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, must_fold, sub_levels, super_scale
 from qformats.reencode.offsets import narrow_offset, offset_blocks
 from qformats.reencode.shaped import is_shaped, row_storage, shaped_scale
 from qformats.reencode.values import same_codes
@@ -63,16 +63,27 @@ def fit(
         kept = _keep_levels(t, storage, rounding)
         if kept is not None:
             return kept
+    known: Folded = []
+    if must_fold(t, storage):
+        try:
+            return _fold(t, storage, ranges, hint, rounding, known)
+        except Refused:
+            pass  # the reason is that of both ways
     try:
-        return _into(*affine_form(t, storage, ranges, rounding), storage, hint, rounding)
+        return _into(*affine_form(t, storage, ranges, rounding, known=known), storage, hint, rounding)
     except Refused as refusal:
         if not may_fold(t, storage):
             raise
         try:
-            form, _ = affine_form(t, storage, ranges, rounding, exact=True)
-            return _into(folded_form(form, storage, rounding), None, storage, hint, rounding)
+            return _fold(t, storage, ranges, hint, rounding, known)
         except Refused as second:
             raise Refused(f"{refusal}; sub-scales in codes: {second}") from None
+
+
+def _fold(t: QuantizedTensor, storage: Storage, ranges: Ranges, hint: Hint | None, rounding: bool, known: Folded) -> Fit:
+    """The decision with sub-scales multiplied into the codes."""
+    form, _ = affine_form(t, storage, ranges, rounding, True, known)
+    return _into(folded_form(form, storage, rounding), None, storage, hint, rounding)
 
 
 def _into(affine: Affine, offset: Tensor | None, storage: Storage, hint: Hint | None, rounding: bool) -> Fit:
@@ -101,6 +112,10 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
         return t
     if not isinstance(decision.grid, Integer):
         return t.replace(scales=(decision.scale, *decision.extra))
+    recoded = _recoded(t, decision, reuse)
+    if recoded is not None:
+        return QuantizedTensor(t.shape, recoded, decision.grid, (decision.scale, *decision.extra), decision.zero_point, decision.offset,
+                               None, t.group_index)  # fmt: skip
     codes = t.codes if decision.own_codes else rewrite.whole_codes(t).codes
     if decision.factor is not None:
         codes = _multiplied(codes, decision.factor_width, decision.factor)
@@ -108,10 +123,36 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
         shift = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
         codes = rewrite.flip_and_shift(codes, decision.width, shift, decision.flip, decision.grid.signed, reuse=reuse)
     if decision.half is not None:
-        runs = codes.unflatten(-1, (-1, decision.width)).to(torch.int16)
-        codes = torch.div(runs, 2 * decision.half.unsqueeze(-1), rounding_mode="floor").to(torch.uint8).flatten(-2)
+        codes = (codes != 0).view(torch.uint8)  # 0 or twice the number
     scales = (decision.scale, *decision.extra, *((constant(2, t.shape),) if decision.half is not None else ()))
     return QuantizedTensor(t.shape, codes, decision.grid, scales, decision.zero_point, decision.offset, None, t.group_index)
+
+
+def _recoded(t: QuantizedTensor, decision: Fit, reuse: bool) -> Tensor | None:
+    """The codes of ``finish`` out of bytes of a table in one pass; None where a loop does not serve them."""
+    k, wide = t.codes.shape[-1], decision.width
+    width = min(k if decision.factor is None else decision.factor_width, k if decision.shift is None else wide)
+    nested = not (k % width or wide % width or (decision.factor is not None and decision.factor_width % width))
+    table = rewrite.code_table(t) if nested and not decision.own_codes and decision.half is None else None
+    if table is None:
+        return None
+    counts = (*t.codes.shape[:-1], k // width)
+
+    def spread(plane: Tensor, coarse: int) -> Tensor:
+        return (rewrite.spread_runs(plane, coarse, width, k) if plane.shape[-1] > 1 else plane).expand(counts)
+
+    add = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
+    planes = [spread(add.to(torch.int16), wide)]
+    factor = None if decision.factor is None else spread(decision.factor, decision.factor_width)
+    if decision.flip is not None:
+        one = torch.ones((), dtype=torch.int16) if factor is None else factor
+        factor = torch.where(spread(decision.flip, wide), -one, one)
+    planes.append(torch.empty(0, dtype=torch.int16) if factor is None else factor)
+    plus, times = ((plane & 0xFF).to(torch.uint8).contiguous().view(-1).numpy() for plane in planes)
+    codes = t.codes.contiguous().view(torch.uint8)
+    out = codes if reuse or codes.data_ptr() != t.codes.data_ptr() else torch.empty_like(codes)
+    rewrite.block_loops().recode(codes.view(-1).numpy(), table.view(torch.uint8).numpy(), times, plus, width, out.view(-1).numpy())
+    return out.view(torch.int8 if decision.grid.signed else torch.uint8)  # type: ignore[union-attr]
 
 
 def _multiplied(codes: Tensor, width: int, factor: Tensor) -> Tensor:
@@ -160,7 +201,7 @@ def _lazy_ranges(t: QuantizedTensor) -> Ranges:
 
     def ranges(width: int) -> tuple[Tensor, Tensor]:
         if width not in known:
-            known[width] = rewrite.block_range(rewrite.whole_codes(t), width)
+            known[width] = rewrite.whole_range(t, width)
         return known[width]
 
     return ranges
@@ -415,8 +456,7 @@ def _to_doubled(a: Affine, storage: Storage) -> Fit:
     zero = a.plane(a.zero, width)
     low, high = a.ranges(width)
     most = torch.maximum(high - zero, zero - low)
-    each = (a.ranges(1)[0].unflatten(-1, (-1, width)) - zero.unsqueeze(-1)).abs()
-    bad = int((each != most.unsqueeze(-1)).any(-1).sum())
+    bad = _beside(a.ranges(1)[0].unflatten(-1, (-1, width)), zero.expand(most.shape), most)
     if bad:
         raise Refused(f"{bad} of {most.numel()} blocks hold more than plus and minus one number")
     exact = a.plane(a.scale, width).to(torch.float64) * most
@@ -425,6 +465,15 @@ def _to_doubled(a: Affine, storage: Storage) -> Fit:
     made = _done(a, storage, width, most - zero, None, scale, "every block holds plus and minus one number")
     half = constant(0.5, a.shape, torch.float32)
     return replace(made, shift=(most - zero).expand(most.shape), zero_point=half, half=most.clamp(min=1))
+
+
+def _beside(codes: Tensor, zero: Tensor, most: Tensor) -> int:
+    """How many runs of ``codes`` (…, B, width) hold another number than ``zero ± most`` (…, B)."""
+    loops = rewrite.block_loops()
+    if loops is None or codes.device.type != "cpu":
+        return int(((codes - zero.unsqueeze(-1)).abs() != most.unsqueeze(-1)).any(-1).sum())
+    planes = [plane.to(torch.int16).contiguous().view(-1).numpy() for plane in (zero, most)]
+    return int(loops.beside(codes.to(torch.int16).contiguous().flatten(0, -2).numpy(), *planes))
 
 
 def _keep_offset(a: Affine, offset: Tensor, storage: Storage, rounding: bool) -> Fit:

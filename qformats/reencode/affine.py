@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.real import Real, round_once
+from qformats.real import Real, product
+from qformats.real import rounded as rounded_to
 from qformats.rewrite import Levels, Refused
-from qformats.rewrite.forms import inexact
-from qformats.scheme import Integer, Learned, Storage, Tile
+from qformats.scheme import Float, Integer, Learned, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["F16_BOUND", "Affine", "Ranges", "affine_form", "bound", "merge_range", "one_plane", "spread", "straighten"]
+__all__ = ["F16_BOUND", "Affine", "Folded", "Ranges", "affine_form", "bound", "merge_range", "one_plane", "spread", "straighten"]
 
 F16_BOUND = "relative 2^-11, absolute 2^-25 below 2^-14"
 _BOUNDS = {"float16": F16_BOUND, "bfloat16": "relative 2^-8", "float32": "relative 2^-24", "float64": "relative 2^-53"}
@@ -26,6 +26,8 @@ def bound(dtype: str) -> str:
     return _BOUNDS.get(dtype, f"one rounding to {dtype}")
 
 Ranges = Callable[[int], tuple[Tensor, Tensor]]
+Folded = list[QuantizedTensor]
+"""Nothing, or a tensor with its scale factors multiplied without rounding."""
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Affine:
     indexed: bool = False
     levels: Levels | None = None
     factor: Tensor | None = None  # int16 on runs of ``width``: codes, zeros and ranges here are the stored times it
+    unit: float = 1.0  # scales are the tensor's divided by it: a factor of all, which two-level forms leave out
     moved: int | None = None  # codes and ranges here are the tensor's own codes (not ``rewrite.whole_codes``) plus it
 
     @property
@@ -68,10 +71,13 @@ def spread(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
     return values.unsqueeze(-1).expand(*values.shape, coarse // fine).flatten(-2)[..., :count]
 
 
-def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool, exact: bool = False) -> tuple[Affine, Tensor | None]:
+def affine_form(
+    t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: bool, exact: bool = False, known: Folded | None = None
+) -> tuple[Affine, Tensor | None]:
     """Bring parameters to one plane of the storage's dtype and integer zero points; a fractional offset is returned apart.
 
-    With ``exact``, or two levels on both sides, the scale keeps its value in float32 or float64 whatever the storage's dtype.
+    With ``exact``, or two levels on both sides, the scale keeps its value in float32 or float64 whatever the storage's dtype. ``known``
+    is for a caller who asks twice about one tensor: its product of scale factors is kept there.
     """
     notes: list[str] = []
     rounded: list[str] = []
@@ -88,7 +94,8 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
         notes.append("values to integer codes")
     levels = rewrite.levels_of(t.scales, t.shape)
     plain = not exact and (storage.sub_scale is None or levels is None)
-    t = one_plane(t, storage, notes, rounded, rounding) if plain else _folded(t, notes)
+    t, unit = _apart(t) if exact and levels is None else (t, 1.0)
+    t = one_plane(t, storage, notes, rounded, rounding, known) if plain else _folded(t, notes, known=known)
     t = rewrite.to_row_blocks(t)
     keep = t.offset is not None and storage.offset is not None
     if t.offset is not None and not keep:
@@ -103,7 +110,21 @@ def affine_form(t: QuantizedTensor, storage: Storage, ranges: Ranges, rounding: 
     width, scale, zero, offset = _common_planes(t)
     assert isinstance(t.grid, Integer)
     return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded, indexed=t.group_index is not None, levels=levels,
-                  moved=moved), offset  # fmt: skip
+                  unit=unit, moved=moved), offset  # fmt: skip
+
+
+def _apart(t: QuantizedTensor) -> tuple[QuantizedTensor, float]:
+    """The tensor without its constant factors, and their product, where the other is the codes of a small float: its scales stay short."""
+    ones = [p for p in t.scales if isinstance(p.values, Tensor) and p.values.numel() == 1 and not p.inverse]
+    rest = [p for p in t.scales if not any(p is one for one in ones)]
+    inner = rest[0].values if len(rest) == 1 else None
+    if not ones or not isinstance(inner, QuantizedTensor) or not isinstance(inner.grid, Float) or inner.params():
+        return t, 1.0
+    total = product(Real.of(torch.ones((), dtype=torch.float64)), ((p.real().map(lambda v: v.reshape(())), False) for p in ones))
+    extent = total.measured().extent
+    if total.low is not None or extent is None or extent.bits > 29 or not -200 < extent.unit <= extent.top < 200 or not total.high > 0:
+        return t, 1.0
+    return t.replace(scales=tuple(rest)), float(total.high)
 
 
 def _needs_offset(t: QuantizedTensor) -> bool:
@@ -147,8 +168,7 @@ def _zero_in_offset(
         return Real.of(spread(values, min(param.block.sizes[-1], t.shape[-1]), width, t.shape[-1]).expand(counts))
 
     exact = plane(t.offset) + -(plane(scale) * plane(zero))
-    stored = round_once(exact, getattr(torch, dtype))
-    wrong = inexact(exact, stored)
+    stored, wrong = rounded_to(exact, getattr(torch, dtype))
     if not bool(torch.isfinite(stored).all()):
         raise Refused(f"scale x zero point overflows {dtype}")
     if wrong and not rounding:
@@ -159,7 +179,7 @@ def _zero_in_offset(
     return t.replace(zero_point=None, offset=Param(stored, Tile((*lead, width))))
 
 
-def _folded(t: QuantizedTensor, notes: list[str], rounding: bool = False) -> QuantizedTensor:
+def _folded(t: QuantizedTensor, notes: list[str], rounding: bool = False, known: Folded | None = None) -> QuantizedTensor:
     """One plain scale plane: in float32, or float64 where the product of the factors needs it.
 
     With ``rounding`` a quotient that has no end is there too, rounded to odd, for the one rounding that follows.
@@ -167,17 +187,20 @@ def _folded(t: QuantizedTensor, notes: list[str], rounding: bool = False) -> Qua
     if len(t.scales) == 1 and not t.scales[0].inverse and not isinstance(t.scales[0].values, QuantizedTensor):
         return t
     notes.append("fold scale factors")
+    if known:
+        return known[0]
     nested = any(isinstance(p.values, QuantizedTensor) for _, p in t.params())
-    t = rewrite.unnest_scale(t) if nested else t
-    try:
-        return rewrite.fold_scales(t, torch.float32)
-    except Refused:
-        return rewrite.fold_scales(t, torch.float64, odd=rounding)
+    folded, certain = rewrite.fold_wide(rewrite.unnest_scale(t) if nested else t, odd=rounding)
+    if known is not None and certain:
+        known.append(folded)
+    return folded
 
 
-def one_plane(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:
+def one_plane(
+    t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool, known: Folded | None = None
+) -> QuantizedTensor:
     """All factors in one plane of one of the storage's dtypes."""
-    return _one_dtype(_folded(t, notes, rounding), storage, notes, rounded, rounding)
+    return _one_dtype(_folded(t, notes, rounding, known), storage, notes, rounded, rounding)
 
 
 def _one_dtype(t: QuantizedTensor, storage: Storage, notes: list[str], rounded: list[str], rounding: bool) -> QuantizedTensor:

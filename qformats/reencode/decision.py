@@ -27,8 +27,8 @@ class Fit:
     """How a tensor is relabelled for a storage: ``new code = shift ± factor * code`` on runs of ``width`` columns, and the new parameters.
 
     ``code`` is that of ``rewrite.whole_codes`` where the storage's codes are integers. ``factor``, int16, is on runs of ``factor_width``.
-    ``half``: the new code is divided by twice this number of its run. ``extra``: further scales. ``as_it_stands``: nothing changes.
-    ``own_codes``: ``code`` is the tensor's own.
+    ``half``: the new code is 0 or twice this number of its run, and 1 is written for it. ``extra``: further scales.
+    ``as_it_stands``: nothing changes. ``own_codes``: ``code`` is the tensor's own.
     """
 
     kind: str

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from qformats import rewrite
-from qformats.real import Real, round_once
+from qformats.loops import find
+from qformats.real import Real, rounded
 from qformats.reencode.affine import F16_BOUND, Affine
 from qformats.rewrite import Levels, Refused
-from qformats.scheme import Integer, Storage, SubScale
+from qformats.scheme import Float, Integer, Storage, SubScale, Tile
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["choose_sub_zero", "folded_form", "keep_levels", "may_fold", "sub_levels", "super_scale"]
+__all__ = ["choose_sub_zero", "folded_form", "folded_range_definition", "keep_levels", "may_fold", "must_fold", "sub_levels", "super_scale"]
 
 _LARGEST = 127  # factor of a code: their products and those with zero points stay in int16
 
@@ -48,17 +49,16 @@ def _in_range(levels: Levels, sub: SubScale) -> Levels:
     return Levels(step, runs.flatten(-2), levels.wide, levels.narrow)
 
 
-def super_scale(step: Tensor, storage: Storage, rounding: bool, rounded: list[str], what: str = "super-block scales") -> Tensor:
+def super_scale(step: Tensor, storage: Storage, rounding: bool, notes: list[str], what: str = "super-block scales") -> Tensor:
     """Float64 ``step`` in the storage's scale dtype; rounded once and said so with ``rounding``, else refused if it must be."""
     dtype = storage.scale_dtypes[0]
-    stored = round_once(Real(step), getattr(torch, dtype))
-    wrong = int((stored.to(torch.float64) != step).sum())
+    stored, wrong = rounded(Real(step), getattr(torch, dtype))
     if not bool(torch.isfinite(stored).all()):
         raise Refused(f"{what} overflow {dtype}")
     if wrong and not rounding:
         raise Refused(f"{wrong} of {step.numel()} {what} are not {dtype} numbers")
     if wrong:
-        rounded.append(f"{wrong} of {step.numel()} {what} round to {dtype} ({F16_BOUND})")
+        notes.append(f"{wrong} of {step.numel()} {what} round to {dtype} ({F16_BOUND})")
     return stored
 
 
@@ -129,11 +129,12 @@ def folded_form(a: Affine, storage: Storage, rounding: bool) -> Affine:
         raise Refused(f"groups of {a.width} do not fill groups of {group}")
     wide = max(group, a.width)
     if a.levels is not None and a.levels.wide % wide == 0:
-        levels = a.levels.on(wide, a.width, a.k)
+        step, number = _largest_step(a.levels.on(wide, a.width, a.k))
     else:
         levels = rewrite.stepped(a.scale, a.width, wide)
-    step, number = _largest_step(levels)
-    bad = int((number.abs() > _LARGEST).sum())
+        step, number = levels.step * a.unit, levels.number  # of no common divisor
+    low, high = (int(end) for end in number.aminmax())
+    bad = int((number.abs() > _LARGEST).sum()) if max(-low, high) > _LARGEST else 0
     if bad:
         raise Refused(f"the scales of {bad} runs of {a.width} columns are no small multiples of their group's")
     scale = super_scale(step, storage, rounding, a.rounded, "scales")
@@ -143,16 +144,45 @@ def folded_form(a: Affine, storage: Storage, rounding: bool) -> Affine:
     def ranges(w: int) -> tuple[Tensor, Tensor]:
         low, high = inner(min(w, width))
         f = rewrite.spread_runs(factor, width, min(w, width), a.k)
-        low, high = low * f, high * f
-        low, high = torch.minimum(low, high), torch.maximum(low, high)
-        if w > width:
-            low, high = low.unflatten(-1, (-1, w // width)).amin(-1), high.unflatten(-1, (-1, w // width)).amax(-1)
-        return low, high
+        return _folded_range(low, high, f.expand(low.shape), max(1, w // width))
 
-    most = max(1, int(number.abs().max())) * max(abs(a.grid.lowest), a.grid.highest)
+    most = max(1, -low, high) * max(abs(a.grid.lowest), a.grid.highest)
     note = "multiply sub-scales into codes"
     return replace(a, scale=rewrite.spread_runs(scale, wide, width, a.k), zero=a.zero.expand(factor.shape) * factor, ranges=ranges,
                    grid=Integer(most.bit_length() + 1, True), notes=[*a.notes, note], factor=factor, levels=None)  # fmt: skip
+
+
+def _folded_range(low: Tensor, high: Tensor, factor: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The range of codes times ``factor`` over runs of ``count``, int16."""
+    loops = find("levels") if low.device.type == "cpu" and low.shape[-1] % count == 0 else None
+    planes = [plane.unflatten(-1, (-1, count)) if loops is not None else plane for plane in (low, high, factor)]
+    if loops is None:
+        return folded_range_definition(low, high, factor, count)
+    out = [torch.empty(planes[0].shape[:-1], dtype=torch.int16) for _ in range(2)]
+    loops.folded_range(*(p.reshape(-1, count).contiguous().numpy() for p in planes), *(p.view(-1).numpy() for p in out))
+    return out[0], out[1]
+
+
+def folded_range_definition(low: Tensor, high: Tensor, factor: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``_folded_range`` in torch: what the compiled loop must equal."""
+    low, high = low * factor, high * factor
+    low, high = torch.minimum(low, high), torch.maximum(low, high)
+    return low.unflatten(-1, (-1, count)).amin(-1), high.unflatten(-1, (-1, count)).amax(-1)
+
+
+def must_fold(t: QuantizedTensor, storage: Storage) -> bool:
+    """Whether its sub-scales, codes of a small float under constants, differ within a group of the storage: no one scale serves that."""
+    k, nested = t.shape[-1], [p for p in t.scales if isinstance(p.values, QuantizedTensor)]
+    if not may_fold(t, storage) or len(nested) != 1:
+        return False
+    inner, block, group = nested[0].values, nested[0].block, min(storage.group or k, k)
+    plain = isinstance(inner, QuantizedTensor) and isinstance(inner.grid, Float) and not inner.params() and isinstance(block, Tile)
+    if not plain or block.sizes[-1] >= group or group % block.sizes[-1] or k % group:  # type: ignore[union-attr]
+        return False
+    if any(isinstance(p.values, Tensor) and (p.values.shape[-1] != 1 or not bool((p.values != 0).all())) for p in t.scales):
+        return False
+    runs = inner.codes.unflatten(-1, (-1, group // block.sizes[-1]))  # type: ignore[union-attr]
+    return bool((runs != runs[..., :1]).any())
 
 
 def _largest_step(levels: Levels) -> tuple[Tensor, Tensor]:

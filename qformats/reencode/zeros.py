@@ -7,11 +7,12 @@ from torch import Tensor
 
 from qformats import rewrite
 from qformats.real import Real, round_once
+from qformats.real import rounded as rounded_to
 from qformats.reencode.affine import bound, one_plane, spread
 from qformats.reencode.decision import Fit
 from qformats.rewrite import Refused
 from qformats.rewrite.forms import bit_view
-from qformats.scheme import Integer, Storage, Tile
+from qformats.scheme import Integer, Learned, Storage, Tile
 from qformats.tensor import Param, QuantizedTensor
 
 __all__ = ["to_float_zero"]
@@ -22,6 +23,8 @@ def to_float_zero(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit:
     notes: list[str] = []
     rounded: list[str] = []
     own = isinstance(t.grid, Integer) and t.signs is None
+    if not isinstance(t.grid, Learned):  # codes are looked at when they are written
+        t = t.replace(codes=torch.zeros((), dtype=t.codes.dtype).expand(t.codes.shape))
     if not own:
         t = rewrite.whole_codes(t)
         notes.append("values to integer codes")
@@ -73,13 +76,17 @@ def _zeros(
     exact = Real.of(torch.full((1,) * scale.ndim, float(move), dtype=torch.float64))
     if zero is not None:
         exact = exact + Real.of(zero)
+    if offset is None:
+        stored, wrong = rounded_to(exact, dtype)
+        if not wrong and bool(torch.isfinite(stored).all()) and bool(torch.isfinite(scale).all()):
+            return stored.expand(scale.shape)
     s = scale.to(torch.float64)
     wanted = round_once(exact, torch.float64).expand(scale.shape)
     if offset is not None:
         if bool(((s == 0) & (offset != 0)).any()):
             raise Refused("an offset under a scale of zero is no zero point")
         wanted = wanted - torch.where(s == 0, 0, offset.to(torch.float64) / torch.where(s == 0, 1, s))
-    stored = round_once(Real(wanted), dtype)
+    stored, _ = rounded_to(Real(wanted), dtype)
     held = Real.of(stored)
     means = (held + -exact) * Real.of(scale)  # what the stored zero point takes away beyond the old one: must be -offset
     goal = torch.zeros_like(s) if offset is None else -offset.to(torch.float64)

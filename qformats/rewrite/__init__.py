@@ -33,8 +33,8 @@ from qformats.rewrite.rows import (
     select_rows,
     single_row_entries,
 )
-from qformats.rewrite.scales import fold_scales, round_scale, unnest_scale
-from qformats.rewrite.whole import common_divisor, is_whole, looked_up, whole_codes
+from qformats.rewrite.scales import fold_scales, fold_wide, round_scale, unnest_scale
+from qformats.rewrite.whole import code_table, common_divisor, is_whole, looked_up, whole_codes, whole_range
 
 __all__ = [
     "Levels",
@@ -43,11 +43,13 @@ __all__ = [
     "block_loops",
     "block_range",
     "block_range_definition",
+    "code_table",
     "common_divisor",
     "concatenate_rows",
     "drop_trivial_group_index",
     "flip_and_shift",
     "fold_scales",
+    "fold_wide",
     "is_whole",
     "level_param",
     "levels_of",
@@ -70,6 +72,7 @@ __all__ = [
     "to_unsigned",
     "unnest_scale",
     "whole_codes",
+    "whole_range",
     "widen",
     "zero_to_offset",
     "zero_values",

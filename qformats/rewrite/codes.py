@@ -94,6 +94,8 @@ def zero_values(t: QuantizedTensor) -> Tensor:
 def block_range(t: QuantizedTensor, width: int) -> tuple[Tensor, Tensor]:
     """Smallest and largest code of each run of ``width`` columns, int16 (…, ceil(K / width))."""
     integer_grid(t)
+    if width == 1:
+        return (only := t.codes.to(torch.int16)), only
     loops, k = block_loops(), t.codes.shape[-1]
     if loops is None or t.codes.device.type != "cpu" or k % width or t.codes.dtype not in (torch.uint8, torch.int8):
         return block_range_definition(t.codes, width)

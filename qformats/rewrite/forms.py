@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qformats.real import Real
+from qformats.real import inexact
 from qformats.scheme import Integer, Tile
 from qformats.tensor import Param, QuantizedTensor
 
@@ -46,10 +46,3 @@ def bit_view(values: Tensor) -> Tensor:
     if not values.dtype.is_floating_point:
         return values
     return values.contiguous().view({8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[values.element_size()])
-
-
-def inexact(exact: Real, rounded: Tensor) -> int:
-    differs = rounded.to(torch.float64) != exact.high
-    if exact.low is not None:
-        differs |= exact.low != 0
-    return int(differs.sum())

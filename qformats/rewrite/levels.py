@@ -7,15 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qformats.real import Real, round_once
+from qformats.loops import find
+from qformats.real import Real, rounded
 from qformats.rewrite.codes import zero_values
-from qformats.rewrite.forms import Refused, inexact, plain, single_row
+from qformats.rewrite.forms import Refused, plain, single_row
 from qformats.rewrite.groups import split_param
 from qformats.rewrite.whole import common_step
 from qformats.scheme import Integer, SubScale, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
-__all__ = ["Levels", "level_param", "levels_of", "nest_scale", "spread_runs", "stepped"]
+__all__ = ["Levels", "level_param", "levels_of", "nest_scale", "spread_runs", "stepped", "stepped_definition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +101,28 @@ def stepped(scale: Tensor, narrow: int, wide: int) -> Levels:
 
     Where all are equal the multiple is 1, else the number is the largest that divides them all; it is negative where none is positive.
     """
-    count = wide // narrow
-    runs = scale.to(torch.float64).unflatten(-1, (-1, count))  # (…, K / wide, count)
+    runs = scale.to(torch.float64).unflatten(-1, (-1, wide // narrow)).contiguous()  # (…, K / wide, count)
+    loops = find("levels") if runs.device.type == "cpu" else None
+    if loops is None:
+        step, number, bad = stepped_definition(runs)
+    else:
+        step, number = torch.empty(runs.shape[:-1], dtype=torch.float64), torch.empty(runs.shape, dtype=torch.int64)
+        bad = int(loops.stepped(runs.flatten(0, -2).numpy(), step.view(-1).numpy(), number.flatten(0, -2).numpy()))
+    if bad:
+        raise Refused(f"the scales in {bad} of {step.numel()} runs of {wide} columns are no small multiples of one number")
+    return Levels(step, number.flatten(-2), wide, narrow)
+
+
+def stepped_definition(runs: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Steps, numbers and the count of rows without, of ``runs`` float64 (…, count): what the compiled loop must equal."""
     first = runs[..., 0]
     step = torch.where((runs == first.unsqueeze(-1)).all(-1), first.abs(), common_step(runs))
     step = torch.where(step == 0, 1.0, step)
     step = torch.where((runs <= 0).all(-1) & (runs < 0).any(-1), -step, step)
     number = runs / step.unsqueeze(-1)
     bad = int((~(number.abs() <= 1 << 15)).any(-1).sum())
-    if bad:
-        raise Refused(f"the scales in {bad} of {step.numel()} runs of {wide} columns are no small multiples of one number")
     zero = (runs == 0).all(-1)
-    return Levels(torch.where(zero, 0.0, step), torch.where(zero.unsqueeze(-1), 1, number).to(torch.int64).flatten(-2), wide, narrow)
+    return torch.where(zero, 0.0, step), torch.where(zero.unsqueeze(-1), 1, number).to(torch.int64), bad
 
 
 def level_param(step: Tensor, number: Tensor, sub: SubScale, wide: int, shape: tuple[int, ...]) -> Param:
@@ -154,8 +165,7 @@ def nest_scale(t: QuantizedTensor, super_size: int, sub: SubScale) -> QuantizedT
 
 def _half(step: Tensor) -> Tensor:
     """Float64 numbers as float16; refuses if one rounds."""
-    half = round_once(Real(step), torch.float16)
-    wrong = inexact(Real(step), half)
+    half, wrong = rounded(Real(step), torch.float16)
     if wrong:
         raise Refused(f"{wrong} of {step.numel()} super-block scales are not float16 numbers")
     return half

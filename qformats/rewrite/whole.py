@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from qformats import grids
 from qformats.errors import BadFile
 from qformats.loops import find
+from qformats.rewrite.codes import block_range
 from qformats.rewrite.forms import Refused
-from qformats.scheme import Float, Integer, Learned
+from qformats.scheme import Float, Grid, Integer, Learned, Table
 from qformats.tensor import QuantizedTensor, constant
 
-__all__ = ["common_divisor", "common_step", "common_step_definition", "is_whole", "looked_up", "whole_codes"]
+__all__ = [
+    "code_table", "common_divisor", "common_step", "common_step_definition", "is_whole", "looked_up", "whole_codes", "whole_range",
+]  # fmt: skip
 
 _MOST_ZEROS = 64  # different fractional zero points that are looked at for a common step
 _WIDEST = 62  # bits of an int64 that the numbers of one group may spread over
@@ -29,8 +34,7 @@ def whole_codes(t: QuantizedTensor) -> QuantizedTensor:
         return t
     book = _book(t)
     zeros = _zeros(t)
-    apart = torch.cat([book[torch.isfinite(book)].reshape(-1), zeros.unique()])
-    step = float(common_step(apart.reshape(1, -1))[0])
+    step = _step_of_grid(t.grid) if t.zero_point is None else _step(torch.cat([book[torch.isfinite(book)].reshape(-1), zeros.unique()]))
     if step != step:
         raise Refused(f"the values of {_words(t)} are not integers in any unit")
     bits = _bits(book, zeros, step, t.signs is not None)
@@ -39,6 +43,53 @@ def whole_codes(t: QuantizedTensor) -> QuantizedTensor:
     unit = () if step == 1 else (constant(step, t.shape, torch.float32),)
     codes = _blank(t) if all(stride == 0 for stride in t.codes.stride()) else _values(t, book, step)
     return t.replace(codes=codes, grid=Integer(bits, True), scales=(*t.scales, *unit), zero_point=None, signs=None)
+
+
+def _step(values: Tensor) -> float:
+    return float(common_step(values.reshape(1, -1))[0])
+
+
+@cache
+def _step_of_grid(grid: Grid) -> float:
+    """The largest number of which all values of a grid are multiples, NaN where there is none."""
+    book = _values_of(grid)
+    return _step(book[torch.isfinite(book)].reshape(-1))
+
+
+def code_table(t: QuantizedTensor) -> Tensor | None:
+    """What ``whole_codes`` makes of each byte, int8 (256,); None where that takes more than the byte, or is refused."""
+    loops = find("blocks")
+    if loops is None or t.codes.device.type != "cpu" or not t.codes.numel() or t.zero_point is not None or t.signs is not None:
+        return None
+    if isinstance(t.grid, Integer | Learned) or (isinstance(t.grid, Table) and t.codes.dtype != torch.uint8):
+        return None
+    table = _table_of_grid(t.grid)
+    if table is None or (len(table) < 256 and loops.union(t.codes.contiguous().view(torch.uint8).view(-1).numpy()) >= len(table)):
+        return None
+    return torch.nn.functional.pad(table, (0, 256 - len(table)))
+
+
+@cache
+def _table_of_grid(grid: Grid) -> Tensor | None:
+    """The values of a grid as int8, in units of its step."""
+    book = _values_of(grid)
+    if book.ndim != 1 or len(book) > 256 or not bool(torch.isfinite(book).all()):
+        return None
+    step = _step_of_grid(grid)
+    fits = step == step and _bits(book, torch.zeros(1, dtype=torch.float64), step, False) <= 8
+    return (book / step).to(torch.int8) if fits else None
+
+
+def whole_range(t: QuantizedTensor, width: int) -> tuple[Tensor, Tensor]:
+    """``block_range(whole_codes(t), width)``; without those codes where a table of bytes gives them."""
+    k = t.codes.shape[-1]
+    table = code_table(t) if k % width == 0 else None
+    if table is None:
+        return block_range(whole_codes(t), width)
+    low, high = (torch.empty((*t.codes.shape[:-1], k // width), dtype=torch.int16) for _ in range(2))
+    codes = t.codes.contiguous().view(torch.uint8).view(-1).numpy()
+    find("blocks").table_range(codes, table.numpy(), width, low.view(-1).numpy(), high.view(-1).numpy())
+    return low, high
 
 
 def _bits(book: Tensor, zeros: Tensor, step: float, signs: bool) -> int:
@@ -69,11 +120,15 @@ def _words(t: QuantizedTensor) -> str:
 
 def _book(t: QuantizedTensor) -> Tensor:
     """What each code stands for, float64 (entries,) or (entries, v_in); integers from the lowest up."""
-    if isinstance(t.grid, Learned):
+    return _values_of(t.grid)
+
+
+def _values_of(grid: Grid) -> Tensor:
+    if isinstance(grid, Learned):
         raise Refused("the values of a learned codebook are any numbers")
-    if isinstance(t.grid, Integer):
-        return torch.arange(t.grid.lowest, t.grid.highest + 1, dtype=torch.float64)
-    return grids.float_values(t.grid.name) if isinstance(t.grid, Float) else grids.table_values(t.grid.name)
+    if isinstance(grid, Integer):
+        return torch.arange(grid.lowest, grid.highest + 1, dtype=torch.float64)
+    return grids.float_values(grid.name) if isinstance(grid, Float) else grids.table_values(grid.name)
 
 
 def _zeros(t: QuantizedTensor) -> Tensor:

@@ -11,7 +11,15 @@ import pytest
 import torch
 from packed_checkpoint import FIXTURES, assembled, same_tensor
 
-from qformats.bits import PLANES, pack_planar_columns, pack_planar_rows, unpack_planar_columns, unpack_planar_rows
+from qformats.bits import (
+    PLANES,
+    pack_planar_columns,
+    pack_planar_definition,
+    pack_planar_rows,
+    unpack_planar_columns,
+    unpack_planar_definition,
+    unpack_planar_rows,
+)
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported
 from qformats.formats import awq, gptq, marlin
@@ -88,11 +96,13 @@ def test_worked_example_of_the_planes() -> None:
 
 @pytest.mark.parametrize("bits", list(PLANES))
 def test_planes_come_back(bits: int) -> None:
-    codes = np.random.default_rng(bits).integers(0, 1 << bits, (40, 96), dtype=np.uint8)
-    words = pack_planar_columns(codes, bits)
-    assert words.shape == (3 * bits, 40) and np.array_equal(unpack_planar_columns(words, bits, 96), codes)
-    assert np.array_equal(pack_planar_rows(codes, bits), words.T)
-    assert np.array_equal(unpack_planar_rows(np.ascontiguousarray(words.T), bits, 96), codes)
+    blocks = 131  # more than the loops transpose at a time
+    codes = np.random.default_rng(bits).integers(0, 1 << bits, (40, 32 * blocks), dtype=np.uint8)
+    words = pack_planar_definition(codes, bits)
+    assert words.shape == (40, blocks * bits) and np.array_equal(unpack_planar_definition(words, bits, 32 * blocks), codes)
+    assert np.array_equal(pack_planar_rows(codes, bits), words) and np.array_equal(pack_planar_columns(codes, bits), words.T)
+    assert np.array_equal(unpack_planar_rows(words, bits, 32 * blocks), codes)
+    assert np.array_equal(unpack_planar_columns(np.ascontiguousarray(words.T), bits, 32 * blocks), codes)
 
 
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])

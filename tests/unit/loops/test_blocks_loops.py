@@ -13,14 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qformats import reencode, rewrite
+from qformats import grids, reencode, rewrite
+from qformats.real import Real, inexact, round_once, rounded
 from qformats.reencode import offsets
+from qformats.reencode.levels import folded_range_definition
+from qformats.rewrite.levels import stepped_definition
 from qformats.rewrite.whole import common_step, common_step_definition
-from qformats.scheme import Integer, Tile
+from qformats.scheme import Float, Integer, Tile
 from qformats.tensor import Param, QuantizedTensor
 
 pytest.importorskip("numba")
-from qformats.loops import blocks
+from qformats.loops import blocks, levels, steps
 
 RUNS = settings(max_examples=60, deadline=None)
 shapes = st.tuples(st.integers(1, 5), st.integers(1, 130), st.sampled_from((1, 7, 16, 32, 64, 200)))
@@ -174,3 +177,90 @@ def test_codes_are_translated_and_multiplied_as_by_torch(shape: tuple[int, int, 
     once = codes.clone()
     blocks.multiply(once.view(-1, width).numpy(), factor.view(-1).numpy())
     assert torch.equal(once, (codes.unflatten(-1, (-1, width)) * factor.unsqueeze(-1)).flatten(-2))
+
+
+def _rows_of_scales(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Small floats under a constant, integers of any size, subnormals, any bits, and rows of one number or none."""
+    small = grids.float_values("e4m3fn").numpy()
+    small = small[np.isfinite(small)]
+    rows = [rng.choice(small, (200, count)), rng.choice(small[56:100], (200, count)) * np.float32(0.0123),
+            2.0 ** rng.integers(-9, 9, (50, count)), rng.integers(-40000, 40000, (50, count)) * 5e-324,
+            rng.integers(1, 1 << 15, (50, count)) * (2.0**39 + 1), -1.0 * rng.integers(0, 40, (50, count)),
+            rng.standard_normal((50, 1)) * np.ones(count), np.zeros((2, count)),
+            rng.integers(-(2**63), 2**63, (300, count)).view(np.float64), np.full((1, count), np.inf)]  # fmt: skip
+    return np.concatenate(rows)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 33])
+def test_steps_of_scales_equal_the_definition(count: int) -> None:
+    runs = _rows_of_scales(np.random.default_rng(count), count)
+    step, number = np.empty(len(runs)), np.empty(runs.shape, np.int64)
+
+    bad = levels.stepped(runs, step, number)
+
+    wanted = stepped_definition(torch.from_numpy(runs))
+    good = ((torch.from_numpy(runs) / wanted[0].unsqueeze(-1)).abs() <= 1 << 15).all(-1) | (torch.from_numpy(runs) == 0).all(-1)
+    assert bad == wanted[2] == int((~good).sum())
+    assert torch.equal(torch.from_numpy(step).view(torch.int64)[good], wanted[0].view(torch.int64)[good])
+    assert torch.equal(torch.from_numpy(number)[good], wanted[1][good])
+
+
+@RUNS
+@given(shapes, seeds)
+def test_ranges_times_factors_equal_the_definition(shape: tuple[int, int, int], seed: int) -> None:
+    rows, runs, count = shape
+    rng = np.random.default_rng(seed)
+    low, high, factor = (torch.from_numpy(rng.integers(-127, 128, (rows, runs * count)).astype(np.int16)) for _ in range(3))
+    found = [np.empty(rows * runs, np.int16) for _ in range(2)]
+
+    levels.folded_range(*(p.view(-1, count).numpy() for p in (low, torch.maximum(low, high), factor)), *found)
+
+    wanted = folded_range_definition(low, torch.maximum(low, high), factor, count)
+    assert all(torch.equal(torch.from_numpy(f).view(rows, runs), w) for f, w in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rounding_a_plane_equals_rounding_once(dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(1)
+    halves = torch.arange(1 << 16).to(torch.int16)
+    held = torch.cat([halves.view(torch.float16).double(), halves.view(torch.bfloat16).double()])
+    held = held[torch.isfinite(held)]
+    ties = (held[:-1] + held[1:]) / 2
+    bits = torch.from_numpy(rng.integers(-(2**63), 2**63, 50000).view(np.float64))
+    for values in (torch.cat([held, ties, torch.nextafter(ties, torch.full_like(ties, 1e300))]), bits[torch.isfinite(bits)], bits):
+        stored, wrong = rounded(Real(values), dtype)
+        wanted = round_once(Real(values), dtype)
+        word = torch.int32 if dtype == torch.float32 else torch.int16
+        assert torch.equal(stored.view(word), wanted.view(word)) and wrong == inexact(Real(values), wanted)
+    assert steps.round_line(np.array([np.nan, 1.0, 0.1]), 2, np.empty(3, np.uint16)) == (2, 1)
+
+
+@RUNS
+@given(st.sampled_from((16, 32)), seeds, st.sampled_from((torch.uint8, torch.int8)), st.booleans(), st.booleans())
+def test_codes_of_a_table_in_one_pass_equal_the_definition(width: int, seed: int, dtype: torch.dtype, flips: bool, folds: bool) -> None:
+    rng = np.random.default_rng(seed)
+    t = QuantizedTensor((3, 256), torch.from_numpy(rng.integers(0, 16, (3, 256)).astype(np.uint8)).view(dtype), Float("e2m1"),
+                        (Param(torch.ones(3, 1), Tile((1, 256))),))  # fmt: skip
+    shift = torch.from_numpy(rng.integers(0, 100, (3, 256 // width)).astype(np.int16))
+    flip = torch.from_numpy(rng.random(shift.shape) < 0.5) if flips else None
+    factor = torch.from_numpy(rng.integers(1, 5, (3, 16)).astype(np.int16)) if folds else None
+    decision = reencode.Fit("exact", "", (), width, shift, flip, Integer(8), t.scales[0], None, None, factor, 16)
+
+    whole = rewrite.whole_codes(t).codes.to(torch.int64)
+    each = whole if factor is None else whole * factor.repeat_interleave(16, -1)
+    turned = each if flip is None else torch.where(flip.repeat_interleave(width, -1), -each, each)
+    assert torch.equal(reencode.finish(t, decision).codes, (turned + shift.repeat_interleave(width, -1)).to(torch.uint8))
+    wanted = rewrite.block_range(rewrite.whole_codes(t), width)
+    assert all(torch.equal(a, b) for a, b in zip(rewrite.whole_range(t, width), wanted, strict=True))
+
+
+@RUNS
+@given(shapes, seeds)
+def test_two_numbers_in_a_block_equal_the_definition(shape: tuple[int, int, int], seed: int) -> None:
+    rows, runs, width = shape
+    rng = np.random.default_rng(seed)
+    zero, most = (torch.from_numpy(rng.integers(0, 3, (rows * runs,)).astype(np.int16)) for _ in range(2))
+    signs = torch.from_numpy(rng.choice([-1, 1, 1, 1], (rows * runs, width)).astype(np.int16))
+    codes = zero.unsqueeze(-1) + signs * most.unsqueeze(-1) + torch.from_numpy((rng.random((rows * runs, width)) < 0.01).astype(np.int16))
+    wanted = int(((codes - zero.unsqueeze(-1)).abs() != most.unsqueeze(-1)).any(-1).sum())
+    assert blocks.beside(codes.numpy(), zero.numpy(), most.numpy()) == wanted
