@@ -11,8 +11,7 @@ from qformats.errors import BadFile, Unsupported
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["config_of", "empty_model", "finish", "rename"]
-
+__all__ = ["config_of", "empty_model", "finish", "part_of_transformers", "rename"]
 
 
 def transformers() -> Any:
@@ -23,6 +22,18 @@ def transformers() -> Any:
         hint = "install it: pip install transformers"
         raise Unsupported("transformers-missing", "running a model needs the package transformers", hint=hint) from None
     return package
+
+
+def part_of_transformers(module: str, name: str) -> Any:
+    """``name`` of transformers' own ``module``; ``Unsupported('transformers-version')`` where the installed one has no such thing."""
+    from importlib import import_module
+
+    package = transformers()
+    try:
+        return getattr(import_module(f"transformers.{module}"), name)
+    except (ImportError, AttributeError):
+        text = f"transformers {package.__version__} has no {module}.{name}"
+        raise Unsupported("transformers-version", text, hint="install transformers 5.23, or use qformats.load_model") from None
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
