@@ -53,6 +53,9 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
         source: Mapping[str, Any] | None = None,
     ) -> None:
         from qformats.kernels.dispatch import COMPUTE
+        from qformats.runtime.quantizer import register
+
+        register()
         if to is not None and (not isinstance(to, str) or not to):
             raise UsageError("to", f"to is {to!r}", hint='a format and its options, as "hqq:int4,group=64"')
         if activations not in ACTIVATIONS:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from qformats.kernels.lower import Lowered
 
-__all__ = ["build", "load_model"]
+__all__ = ["Place", "build", "in_order", "load_model", "lowered", "origins", "packed_module", "places", "remember"]
 
 
 def load_model(
@@ -65,10 +65,15 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
+    remember(model, supply, packed, rounded)
+    return model
+
+
+def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set[str]) -> None:
+    """Make a filled ``model`` one that saves as its checkpoint. ``rounded``: tensors whose stored values its dtype does not hold."""
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
-    return model
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:
@@ -82,7 +87,7 @@ def _dtype_of(config: Any) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A module of the model that takes packed weights (``names``: for each stack its tensors)."""
 
     module: str
@@ -92,24 +97,25 @@ class _Place:
 
 def _fill(model: Any, supply: Supply, dtype: torch.dtype, compute: str) -> tuple[dict[str, Origin], set[str]]:
     """Put every tensor in its place; where packed ones went, and which floats the model's dtype does not hold."""
-    places = list(_places(model, supply))
-    _check(model, supply, places)
-    filled = {place.module for place in places}
+    taken = list(places(model, supply))
+    _check(model, supply, taken)
+    filled = {place.module for place in taken}
     ties = _tied_names(model)
     floats = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in filled and name in supply.tensors]
     buffers = [name for name, _ in model.named_buffers() if name in supply.tensors]
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        made = _in_order(pool, places, lambda place: _lowered(supply, place), workers)
-        for place, segments in zip(places, made, strict=True):
-            _put_packed(model, supply, place, segments, dtype, compute)
-        values = _in_order(pool, [*floats, *buffers], supply.floats, workers)
+        made = in_order(pool, taken, lambda place: lowered(supply, place), workers)
+        for place, segments in zip(taken, made, strict=True):
+            old = model.get_submodule(place.module)
+            model.set_submodule(place.module, packed_module(old, supply, place, segments, dtype, compute))
+        values = in_order(pool, [*floats, *buffers], supply.floats, workers)
         rounded = {name for name, value in zip([*floats, *buffers], values, strict=True) if not _put_floats(model, name, value, dtype)}
     _tie(model, ties)
-    return {name: origin for place in places for name, origin in _origins(supply, place)}, rounded
+    return {name: origin for place in taken for name, origin in origins(supply, place)}, rounded
 
 
-def _origins(supply: Supply, place: _Place) -> Iterator[tuple[str, Origin]]:
+def origins(supply: Supply, place: Place) -> Iterator[tuple[str, Origin]]:
     """Where the tensors of a place are in the model."""
     leaves = ("",) if place.kind != "experts" else _leaves(len(place.names))
     for leaf, stack in zip(leaves, place.names, strict=True):
@@ -124,7 +130,7 @@ def _leaves(stacks: int) -> tuple[str, ...]:
     return ("gate_up_proj", "down_proj") if stacks == 2 else ("gate_proj", "up_proj", "down_proj")
 
 
-def _in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int) -> Iterator[Any]:
+def in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int) -> Iterator[Any]:
     """``make`` of every item in order, a few ahead of what is taken, so that memory stays small."""
     pending = [pool.submit(make, item) for item in items[: ahead + 1]]
     for number in range(len(items)):
@@ -133,7 +139,7 @@ def _in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int)
             pending.append(pool.submit(make, items[number + ahead + 1]))
 
 
-def _places(model: Any, supply: Supply) -> Iterator[_Place]:
+def places(model: Any, supply: Supply) -> Iterator[Place]:
     """Every module whose weight the checkpoint has in codes."""
     from torch import nn
 
@@ -142,13 +148,13 @@ def _places(model: Any, supply: Supply) -> Iterator[_Place]:
         weight = f"{name}.weight"
         if isinstance(module, nn.Linear | nn.Embedding) and weight in supply.tensors:
             if supply.is_packed(weight):
-                yield _Place(name, "embedding" if isinstance(module, nn.Embedding) else "linear", ((weight,),))
+                yield Place(name, "embedding" if isinstance(module, nn.Embedding) else "linear", ((weight,),))
         elif type(module).__name__ == "Conv1D" and weight in supply.tensors and supply.is_packed(weight):
-            yield _Place(name, "conv1d", ((weight,),))
+            yield Place(name, "conv1d", ((weight,),))
         elif hasattr(module, "down_proj") and not isinstance(module.down_proj, nn.Module):
             stacks = _stacks(name, module, supply, experts)
             if stacks and any(supply.is_packed(part) for stack in stacks for part in stack):
-                yield _Place(name, "experts", stacks)
+                yield Place(name, "experts", stacks)
 
 
 def _stacks(name: str, module: Any, supply: Supply, experts: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
@@ -181,10 +187,10 @@ def _count(module: Any) -> int:
     return int(module.down_proj.shape[0])
 
 
-def _check(model: Any, supply: Supply, places: Iterable[_Place]) -> None:
+def _check(model: Any, supply: Supply, taken: Iterable[Place]) -> None:
     """Refuse before any weight is read: tensors that nothing takes, parameters that nothing fills."""
-    used = {name for place in places for stack in place.names for name in stack}
-    filled = {place.module for place in places}
+    used = {name for place in taken for stack in place.names for name in stack}
+    filled = {place.module for place in taken}
     own = dict(model.named_parameters())
     tied = set(_tied_names(model))
     path = supply.checkpoint.path
@@ -218,7 +224,8 @@ def _ignored(model: Any, name: str) -> bool:
 # ---------------------------------------------------------------- filling
 
 
-def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
+def lowered(supply: Supply, place: Place) -> list[list[Lowered]]:
+    """The planes of every stack of a place, by segments."""
     from qformats.kernels.lower import lower
     from qformats.rewrite import Refused, concatenate_rows
 
@@ -231,24 +238,21 @@ def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
     return found
 
 
-def _put_packed(model: Any, supply: Supply, place: _Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> None:
+def packed_module(old: Any, supply: Supply, place: Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
+    """The module that stands for ``old``, the model's own, on the CPU."""
     from qformats.runtime.embedding import QuantEmbedding
     from qformats.runtime.linear import QuantLinear
 
-    old = model.get_submodule(place.module)
     bias = f"{place.module}.bias"
     values = supply.floats(bias).to(dtype) if bias in supply.tensors else None
-    new: nn.Module
     if place.kind == "experts":
-        new = _experts(old, supply, place, made, dtype, compute)
-    elif place.kind == "embedding":
-        new = QuantEmbedding(made[0], old, dtype, compute)
-    else:
-        new = QuantLinear(made[0], values, dtype, compute)
-    model.set_submodule(place.module, new)
+        return _experts(old, supply, place, made, dtype, compute)
+    if place.kind == "embedding":
+        return QuantEmbedding(made[0], old, dtype, compute)
+    return QuantLinear(made[0], values, dtype, compute)
 
 
-def _experts(old: Any, supply: Supply, place: _Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
+def _experts(old: Any, supply: Supply, place: Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
     from qformats.runtime.experts import ExpertStack, QuantExperts
 
     count = _count(old)

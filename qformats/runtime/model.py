@@ -42,6 +42,9 @@ class PackedModel:
         to_floats(self, wanted or self.dtype)  # type: ignore[attr-defined]
         self.__class__ = type(self).__mro__[2]
         del self.qformats_record
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(self)
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered, raised
 from qformats.tensor import QuantizedTensor
 
-__all__ = ["Packed", "PackedWeight"]
+__all__ = ["Packed", "PackedWeight", "present"]
 
 _OWN_OP = torch.ops.aten.detach.default
 
@@ -63,6 +64,18 @@ class PackedWeight(torch.Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Let the planes of a module that accelerate has offloaded be there, outside of its own forward."""
+    if "_hf_hook" not in module.__dict__:
+        yield
+        return
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped, import-not-found]
+
+    with align_module_device(module):
+        yield
+
+
 class Packed(nn.Module):
     """Segments of rows, each lowered by itself; their planes are buffers that move between devices and are never cast.
 
@@ -108,7 +121,8 @@ class Packed(nn.Module):
             layout = self.layouts[number]
             planes = {name: self._buffers[_buffer(name, number)] for name in layout.names}
             held = Lowered(layout, planes)  # type: ignore[arg-type]
-            self._held[number] = held
+            if "_hf_hook" not in self.__dict__:  # of offloaded planes nothing is kept
+                self._held[number] = held
         return held
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:

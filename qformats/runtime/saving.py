@@ -15,7 +15,7 @@ from qformats.containers.raw import RawTensor
 from qformats.containers.source import FileSource, MemorySource
 from qformats.errors import Unsupported, WouldLose
 from qformats.formats.dense import read_float, write_float
-from qformats.runtime.packed import Packed
+from qformats.runtime.packed import Packed, present
 from qformats.runtime.record import FileRecord, Record, Stored
 
 if TYPE_CHECKING:
@@ -193,11 +193,18 @@ class _ModelReader:
             return None
         held = self._model.get_submodule(origin.module)
         assert isinstance(held, Packed)
-        return held.rows(origin.start + start, origin.start + stop)
+        with present(held):
+            return held.rows(origin.start + start, origin.start + stop)
 
     def value(self, name: str) -> Tensor:
         """The model's own of a stored tensor of floats."""
-        return self._state[self._record.renamed.get(name, name)].detach().cpu()
+        own = self._record.renamed.get(name, name)
+        value = self._state[own].detach()
+        if value.is_meta:  # offloaded
+            module, _, leaf = own.rpartition(".")
+            with present(self._model.get_submodule(module)):
+                value = getattr(self._model.get_submodule(module), leaf).detach()
+        return value.cpu()
 
     def floats(self, module: str, leaf: str, start: int | None, stop: int | None) -> Tensor:
         value = self.value(f"{module}.{leaf}" if module else leaf)
