@@ -118,8 +118,11 @@ def finish(model: Any, checkpoint: Checkpoint) -> None:
             _fresh_buffers(module, left, model)
     model.tie_weights()
     generation = transformers().GenerationConfig
+    small = {} if checkpoint.unwritten is None else checkpoint.unwritten.small
     try:
-        if checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
+        if "generation_config.json" in small:
+            model.generation_config = generation.from_dict(json.loads(small["generation_config.json"]))
+        elif checkpoint.unwritten is None and checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = generation.from_pretrained(str(checkpoint.path))
         elif model.can_generate():
             model.generation_config = generation.from_model_config(model.config)
