@@ -150,4 +150,16 @@ def _fresh_buffers(module: Any, names: list[str], model: Any) -> None:
         return
     for name in names:
         module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-    model._init_weights(module)
+    held = dict(module._parameters)
+    module._parameters.update({name: _nowhere(value) for name, value in held.items()})
+    try:
+        model._init_weights(module)  # which draws the parameters too
+    finally:
+        module._parameters.update(held)
+
+
+def _nowhere(parameter: Any) -> Any:
+    """A parameter of the same shape without values."""
+    import torch
+
+    return None if parameter is None else torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
