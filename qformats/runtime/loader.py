@@ -63,6 +63,7 @@ def load_model(
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_checkpoint(path, allow_pickle))
         if quantize is not None:
+            skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
             checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]
         model = build(checkpoint, dtype, compute)
     return model if device is None else model.to(device)
