@@ -7,9 +7,9 @@ stores as floats becomes parameters of ``dtype``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
+from qformats.runtime.quantizing import quantized
 from qformats.runtime.record import Origin, Record
 from qformats.runtime.supply import Supply
 
@@ -37,11 +38,18 @@ def load_model(
     dtype: torch.dtype | None = None,
     compute: str = "exact",
     allow_pickle: bool = False,
+    quantize: str | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    per_module: Mapping[str, str] | None = None,
+    imatrix: str | Path | None = None,
+    allow_requantize: bool = False,
 ) -> Any:
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
     ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
+    ``quantize``: a target such as ``"hqq:int4,group=64"`` or ``"gguf:q4_k_m"``; the floats are rounded as they are read, and the model
+    saves as the checkpoint that ``qconvert quantize`` makes. What follows it belongs to it, see ``qformats.runtime.quantizing``.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
@@ -49,7 +57,14 @@ def load_model(
 
     if compute not in COMPUTE:
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
-    with open_checkpoint(path, allow_pickle) as checkpoint:
+    how = {"modules_to_not_convert": modules_to_not_convert, "per_module": per_module, "imatrix": imatrix}
+    if quantize is None and (any(value is not None for value in how.values()) or allow_requantize):
+        raise UsageError("quantize-missing", "options of quantize= are given, and no target", hint="such as quantize='gguf:q4_k_m'")
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path, allow_pickle))
+        if quantize is not None:
+            skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
+            checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]
         model = build(checkpoint, dtype, compute)
     return model if device is None else model.to(device)
 

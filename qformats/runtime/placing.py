@@ -9,7 +9,7 @@ ones. One key of each packed weight stands for all its planes, which the convert
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -65,14 +65,16 @@ class Filling:
     _early: dict[str, list[list[Lowered]]] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: Any, supply: Supply, keys: Iterable[str], dtype: torch.dtype, compute: str, workers: int) -> Filling:
-        """Find what of ``model`` (on the meta device) is packed, and put placeholders there. ``keys``: those of the files."""
+    def of(model: Any, supply: Supply, known: Mapping[str, str], dtype: torch.dtype, compute: str, workers: int) -> Filling:
+        """Find what of ``model`` (on the meta device) is packed, and put placeholders there.
+
+        ``known``: keys that transformers will ask for → what they are called in the model.
+        """
         made = Filling(supply, dtype, compute, workers)
         ties = dict(getattr(model, "all_tied_weights_keys", None) or {})
         places = list(loader.places(model, supply))
         packed = {place.module for place in places}
-        coded = [n for n, _ in model.named_parameters() if made._is_coded(n) and n.rpartition(".")[0] not in packed and n not in ties]
-        known = set(keys)
+        coded = [n for n, _ in model.named_parameters() if made._is_ours(n) and n.rpartition(".")[0] not in packed and n not in ties]
         for place in places:
             target = f"{place.module}.down_proj.{PLANE}" if place.kind == "experts" else f"{place.module}.{PLANE}"
             made.places[target] = place
@@ -87,16 +89,22 @@ class Filling:
         made.keys.update({key: "" for name, key in supply.stored.items() if key in known and name in ties and name not in left})
         return made
 
-    def _is_coded(self, name: str) -> bool:
+    def _is_ours(self, name: str) -> bool:
+        """Whether a parameter of floats is not what stands in the file under its key."""
         tensor = self.supply.tensors.get(name)
-        if tensor is None or self.supply.checkpoint.gguf is not None:
-            return False
+        if tensor is None or self.supply.checkpoint.unwritten is not None:
+            return tensor is not None
+        if self.supply.checkpoint.gguf is not None:
+            return False  # the state dict has it
         return any(source.module and self.supply.checkpoint.is_quantized(source.module) for source in tensor.sources)
 
-    def _claim(self, target: str, names: list[str], place: Place | None, known: set[str]) -> None:
+    def _claim(self, target: str, names: list[str], place: Place | None, known: Mapping[str, str]) -> None:
         """Let one key stand for ``target``, and the others of the same tensors, and the module's own biases, for nothing."""
         checkpoint = self.supply.checkpoint
         found: list[tuple[int, str]] = []
+        if checkpoint.unwritten is not None:  # the files have other tensors than the supply
+            start = target if place is None else f"{place.module}."
+            found += [(2, key) for key, name in known.items() if name.startswith(start)]
         for name in names:
             found += [(0, key) for key in (self.supply.stored[name],) if key in known]
             for source in self.supply.tensors[name].sources:
@@ -105,7 +113,7 @@ class Filling:
         if place is not None:
             biases = (f"{place.module}{leaf}" for leaf in (".bias", ".gate_up_proj_bias", ".up_proj_bias", ".down_proj_bias"))
             found += [(1 << 62, self.supply.stored[bias]) for bias in biases if self.supply.stored.get(bias) in known]
-        found = [pair for pair in sorted(found) if self.keys.get(pair[1], "") == ""]
+        found = [pair for pair in sorted(set(found)) if not self.keys.get(pair[1])]
         if not found:
             raise BadFile("missing-tensor", "the checkpoint has no such tensor", path=checkpoint.path, tensor=names[0])
         for _, key in found:

@@ -23,6 +23,7 @@ from qformats.runtime import loader, skeleton
 from qformats.runtime.config import METHOD, QFormatsConfig
 from qformats.runtime.packed import Packed
 from qformats.runtime.placing import Filling, transforms
+from qformats.runtime.quantizing import quantized
 from qformats.runtime.supply import Supply
 
 __all__ = ["QFormatsQuantizer", "gguf_quantizer", "register"]
@@ -43,6 +44,7 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
         self._supply: Supply | None = None
         self._filling: Filling | None = None
         self._device_map: Any = None
+        self._header: Checkpoint | None = None
         weakref.finalize(self, self._open.close)
 
     # ------------------------------------------------------------ before the weights
@@ -53,7 +55,7 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
 
     def read_header(self, gguf_file: str) -> None:
         """Open a GGUF, and from then on be told by a configuration of ours."""
-        self._checkpoint([gguf_file])
+        self._header = self._checkpoint([gguf_file])
         self.quantization_config = QFormatsConfig(source={"quant_method": "gguf"}, **self.options)
 
     def update_dtype(self, dtype: Any) -> torch.dtype:
@@ -77,18 +79,30 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
         return checkpoint
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
+        renaming = skeleton.rename(model)
         with torch.device("cpu"):
-            supply = self._supplied(model, checkpoint_files)
-            keys = supply.checkpoint.raw if supply.checkpoint.gguf is None else supply.stored.values()
+            checkpoint = self._header or self._checkpoint(checkpoint_files)
+            stored = checkpoint.raw if checkpoint.gguf is None else Supply.of(checkpoint, renaming).stored.values()
+            known = {key: renaming(key) for key in stored}
+            if self.quantization_config.to is not None:
+                checkpoint = self._quantized(checkpoint, renaming)
+            self._supply = supply = Supply.of(checkpoint, renaming)
             workers = min(8, os.cpu_count() or 1)
-            self._filling = Filling.of(model, supply, keys, self._dtype, self.quantization_config.compute, workers)
+            self._filling = Filling.of(model, supply, known, self._dtype, self.quantization_config.compute, workers)
         self._open.callback(self._filling.close)
-        self._supply = supply
         _refuse_missing(model, supply)
         self.pre_quantized = True  # transformers has nothing to quantize
 
-    def _supplied(self, model: Any, files: list[str] | None) -> Supply:
-        return Supply.of(self._checkpoint(files), skeleton.rename(model))
+    def _quantized(self, checkpoint: Checkpoint, renaming: Any) -> Checkpoint:
+        """The checkpoint that the floats become, which makes its weights when they are read."""
+        told: Any = self.quantization_config
+        made = quantized(
+            checkpoint, told.to, modules_to_not_convert=told.modules_to_not_convert, per_module=told.per_module or None,
+            imatrix=told.imatrix, renaming=renaming,
+        )  # fmt: skip
+        self._open.callback(made.close)
+        told.source = dict(made.config.get("quantization_config") or {"quant_method": made.format})
+        return made
 
     def get_state_dict(self, checkpoint_file: str, model: Any) -> dict[str, Any]:
         """A GGUF's tensors by the names that a Hugging Face checkpoint has; each is read when it is asked for."""
@@ -113,7 +127,7 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
         model._weight_conversions = None  # what was used here makes planes, which nobody can undo
         _warn_of_buffers(model)
         self._open.close()
-        self._filling = self._supply = None
+        self._filling = self._supply = self._header = None
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:

@@ -6,7 +6,7 @@ Files keep their header bytes, and every tensor its place in the file: what come
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from qformats import registry
@@ -115,13 +115,18 @@ def _not_held(checkpoint: Checkpoint, storages: Mapping[str, Storage], names: se
 
 
 def _writable(storage: Storage, module: Module) -> bool:
-    """Whether the format writes what it reads here: some layouts are only read."""
+    """Whether the format writes what it reads here: some layouts are only read.
+
+    The scheme knows headers alone, and takes any plane of indices for an order; the storage has looked at them.
+    """
     form = registry.format_module(module.match.format)
-    return bool(form.can_store(storage, form.scheme(module)))
+    return bool(form.can_store(storage, replace(form.scheme(module), group_index=storage.group_index)))
 
 
 def _more_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Files that say the same again: the index of the shards, AutoRound's copy of its configuration."""
+    if checkpoint.unwritten is not None:
+        return {}  # all of them are side files
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     found = [*directory.glob(f"*{INDEX_SUFFIX}"), directory / "quantization_config.json"]
     return {file.name: file.read_bytes() for file in found if file.is_file()}

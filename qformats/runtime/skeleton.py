@@ -129,8 +129,11 @@ def finish(model: Any, checkpoint: Checkpoint) -> None:
             _fresh_buffers(module, left, model)
     model.tie_weights()
     generation = transformers().GenerationConfig
+    small = {} if checkpoint.unwritten is None else checkpoint.unwritten.small
     try:
-        if checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
+        if "generation_config.json" in small:
+            model.generation_config = generation.from_dict(json.loads(small["generation_config.json"]))
+        elif checkpoint.unwritten is None and checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = generation.from_pretrained(str(checkpoint.path))
         elif model.can_generate():
             model.generation_config = generation.from_model_config(model.config)
@@ -158,4 +161,16 @@ def _fresh_buffers(module: Any, names: list[str], model: Any) -> None:
         return
     for name in names:
         module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-    model._init_weights(module)
+    held = dict(module._parameters)
+    module._parameters.update({name: _nowhere(value) for name, value in held.items()})
+    try:
+        model._init_weights(module)  # which draws the parameters too
+    finally:
+        module._parameters.update(held)
+
+
+def _nowhere(parameter: Any) -> Any:
+    """A parameter of the same shape without values."""
+    import torch
+
+    return None if parameter is None else torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

@@ -112,6 +112,36 @@ def test_the_tokenizer_of_a_gguf(model: str, tmp_path: Path) -> None:
     assert (taken.bos_token_id, taken.eos_token_id) == (own.bos_token_id, own.eos_token_id)
 
 
+# ---------------------------------------------------------------- floats that become codes
+
+TARGETS = ["hqq:int4,group=64", "bitsandbytes:nf4", "gguf:q4_k_m", "gptq:int4,group=32"]
+
+
+@pytest.mark.parametrize(("model", "to"), [("dense/llama-tied", to) for to in TARGETS] + [("dense/qwen3_moe", "gptq:int4,group=32")])
+def test_floats_are_quantized_while_they_load(model: str, to: str, tmp_path: Path) -> None:
+    source = ready(model, tmp_path)
+    made = from_pretrained(source, quantization_config=QFormatsConfig(to=to))
+    wanted = load_model(source, quantize=to, dtype=made.dtype)
+    assert torch.equal(logits(made), logits(wanted))
+    name = "saved.gguf" if to.startswith("gguf") else "saved"
+    saved = []
+    for which, folder in ((made, tmp_path / "a"), (wanted, tmp_path / "b")):
+        folder.mkdir()
+        which.save_pretrained(folder / name)
+        saved.append({file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()})
+    assert saved[0] == saved[1]
+    assert made.config.quantization_config.to_dict()["quant_method"] == {"gguf:q4_k_m": "gguf"}.get(to, to.partition(":")[0])
+
+
+def test_some_stay_floats(tmp_path: Path) -> None:
+    config = QFormatsConfig(to="gptq:int4,group=32", modules_to_not_convert=["k_proj"], per_module={"down_proj": "int8"})
+    model = from_pretrained(ready("dense/llama", tmp_path), quantization_config=config)
+    packed = {name: module for name, module in model.named_modules() if isinstance(module, Packed)}
+    assert packed and not any("k_proj" in name for name in packed) and "lm_head" not in packed
+    assert {module.layouts[0].bits for name, module in packed.items() if "down_proj" in name} == {8}
+    assert {module.layouts[0].bits for name, module in packed.items() if "up_proj" in name} == {4}
+
+
 # ---------------------------------------------------------------- devices
 
 
