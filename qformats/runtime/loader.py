@@ -20,6 +20,7 @@ from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
 from qformats.runtime.quantizing import quantized
 from qformats.runtime.record import Origin, Record
+from qformats.runtime.state import attach
 from qformats.runtime.supply import Supply
 
 if TYPE_CHECKING:
@@ -89,6 +90,7 @@ def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
+    attach(model)
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:

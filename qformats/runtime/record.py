@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qformats import registry
@@ -18,6 +19,7 @@ from qformats.formats.protocol import Module, Target
 from qformats.scheme import Storage
 
 if TYPE_CHECKING:
+    from qformats.architectures.mapping import TensorMap
     from qformats.runtime.supply import Supply
 
 __all__ = ["FileRecord", "Origin", "Record", "Stored"]
@@ -74,6 +76,18 @@ class Record:
 
     def __deepcopy__(self, memo: object) -> Record:
         return self  # nothing in it changes
+
+    @cached_property
+    def rows_of(self) -> Mapping[str, TensorMap]:
+        """What each tensor that a Hugging Face checkpoint has is made of, by its own name."""
+        from qformats.runtime.supply import Supply
+
+        return Supply.of(self.checkpoint, str).tensors
+
+    @cached_property
+    def kept(self) -> Mapping[str, bytes]:
+        """The bytes of stored tensors that the model does not hold."""
+        return {name: stored.kept for file in self.files for name, stored in file.tensors.items() if stored.kept is not None}
 
     @staticmethod
     def of(supply: Supply, packed: Mapping[str, Origin], held: set[str], rounded: set[str]) -> Record:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
 from math import prod
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qformats.scheme import Storage
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["save_model"]
+__all__ = ["save_model", "written"]
 
 
 def save_model(model: Any, path: str | Path, *, overwrite: bool = False) -> None:
@@ -136,13 +136,10 @@ class _Tensors:
         found: dict[str, memoryview] = {}
         storage = self._record.storages.get(name)
         if storage is not None:
-            form = registry.format_module(module.match.format)
             shape = checkpoint.scheme(name).shape
             tensor = self._reader.codes(name, 0, prod(shape[:-1]))
             assert tensor is not None
-            tensor = _as_stored(tensor, storage, form)
-            sizes = {leaf: raw.nbytes for leaf, raw in module.parts.items()}
-            found.update(_joined(form.write(storage, tensor, 0, shape), form.layout(storage, shape), sizes))
+            found.update(written(module.match.format, storage, tensor, shape, module.parts))
         for leaf, raw in module.parts.items():
             if leaf not in found and (storage is None or leaf == "bias"):
                 found[leaf] = _floats(self._reader.floats(name, leaf, None, None), raw.dtype, raw.name)
@@ -163,6 +160,15 @@ class _Tensors:
         storage = self._record.storages[name.rpartition(".")[0]]
         (piece, *_) = write(storage, rows, 0, raw.shape)
         return _bytes(piece.array)
+
+
+def written(
+    kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...], stored: Mapping[str, RawTensor]
+) -> dict[str, memoryview]:
+    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them. ``stored``: how large those of the source are."""
+    form = registry.format_module(kind)
+    sizes = {leaf: raw.nbytes for leaf, raw in stored.items()}
+    return _joined(form.write(storage, _as_stored(tensor, storage, form), 0, shape), form.layout(storage, shape), sizes)
 
 
 def _as_stored(tensor: QuantizedTensor, storage: Storage, form: Any) -> QuantizedTensor:

@@ -161,6 +161,10 @@ def test_modules_on_the_disk(case: str, buffers: bool, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(load_model(source, dtype=model.dtype)))
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    stored, state = load_file(source / "model.safetensors"), model.state_dict()
+    assert all(torch.equal(state[name], stored[name]) for name in stored if name in state and not state[name].is_meta)
+    wanted = logits(load_model(source, dtype=model.dtype).dequantize())
+    assert torch.allclose(logits(model.dequantize()), wanted, atol=1e-6)
 
 
 def test_an_automatic_device_map(tmp_path: Path) -> None:
