@@ -21,6 +21,7 @@ from qformats.runtime.model import packed_class
 from qformats.runtime.quantizing import quantized
 from qformats.runtime.record import Origin, Record
 from qformats.runtime.state import attach
+from qformats.runtime.streaming import give_back, lowered_by_rows
 from qformats.runtime.supply import Supply
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
     attach(model)
+    give_back()
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:
@@ -248,6 +250,9 @@ def lowered(supply: Supply, place: Place) -> list[list[Lowered]]:
 
     found = []
     for stack in place.names:
+        if len(stack) == 1 and (whole := lowered_by_rows(supply, stack[0])) is not None:
+            found.append([whole])
+            continue
         tensors = [segment for name in stack for segment in supply.segments(name)]
         with suppress(Refused):
             tensors = [concatenate_rows(tensors)]

@@ -26,6 +26,7 @@ METHODS = (
 )  # fmt: skip
 _KEYS = {"bitsandbytes": ("bitsandbytes", "bitsandbytes_4bit", "bitsandbytes_8bit")}
 _NONE = object()
+_ARCHITECTURE = "qformats"  # the architecture that transformers is told of
 
 
 def take_over(*methods: str, activations: str | None = None, compute: str = "exact") -> TakeOver:
@@ -129,25 +130,23 @@ class TakeOver:
         part_of_transformers("modeling_gguf_pytorch_utils", "load_gguf_checkpoint")
         reader = import_module("transformers.integrations.gguf")
         self._put(reader, "GGUF_CONFIG_ARCHS", ())
-        self._put(reader, "read_gguf_metadata", lambda path, *_: ({"general.architecture": METHOD_OF_OURS}, ()))
-        self._put(reader, "get_gguf_tokenizer", lambda path: (METHOD_OF_OURS, _files(path), {}))
+        self._put(reader, "read_gguf_metadata", lambda path, *_: ({"general.architecture": _ARCHITECTURE}, ()))
+        self._put(reader, "get_gguf_tokenizer", lambda path: (_ARCHITECTURE, _files(path, whole=True), {}))
         self._put(reader, "convert_gguf_tokenizer", lambda architecture, files: _tokenizer(files))
         self._put(import_module("transformers.modeling_gguf_pytorch_utils"), "load_gguf_checkpoint", _load_gguf_checkpoint)
-
-
-METHOD_OF_OURS = "qformats"
 
 
 def _is_mlx(values: Any) -> bool:
     return isinstance(values, dict) and values.get("quant_method") is None and {"bits", "group_size"} <= values.keys()
 
 
-def _files(path: str | Path) -> dict[str, bytes]:
-    """The files of a Hugging Face checkpoint that a GGUF's metadata stands for."""
+def _files(path: str | Path, whole: bool) -> dict[str, bytes]:
+    """The files of a Hugging Face checkpoint that a GGUF's metadata stands for; the tokenizer's too if ``whole``."""
     with open_checkpoint(path) as checkpoint:
         if checkpoint.gguf is None:
             raise Unsupported("not-gguf", "is no GGUF", path=path, hint="gguf_file= names a .gguf")
-        found: dict[str, bytes] = checkpoint.binding.hf_files(checkpoint.gguf.metadata)
+        make = checkpoint.binding.hf_files if whole else checkpoint.binding.hf_configs
+        found: dict[str, bytes] = make(checkpoint.gguf.metadata)
         return found
 
 
@@ -155,7 +154,7 @@ def _load_gguf_checkpoint(path: str, return_tensors: bool = False, **_: Any) -> 
     """What transformers' own of this name gives without tensors: the configuration."""
     if return_tensors:
         raise Unsupported("gguf-tensors", "transformers' own reader of GGUF tensors is taken over", path=path)
-    return {"config": json.loads(_files(path)["config.json"])}
+    return {"config": json.loads(_files(path, whole=False)["config.json"])}
 
 
 def _tokenizer(files: dict[str, bytes]) -> tuple[Any, dict[str, Any]]:
