@@ -29,7 +29,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
     ``to``: quantize a float checkpoint while it loads, to this format and scheme (``"hqq:int4,group=64"``, ``"bitsandbytes:nf4"``,
     ``"gguf:q4_k_m"``); None loads what the checkpoint holds. ``modules_to_not_convert``: names of modules that stay floats.
     ``per_module``: regular expression over module names → scheme. ``imatrix``: a file of importances, or a loaded one.
-    ``activations``: ``"float"`` computes with float activations where the format would quantize them too; None: as published.
+    ``activations``: ``"float"`` leaves the inputs of linear layers in floats where the format rounds them; None: as the format has it.
     ``compute``: see ``qformats.kernels.dispatch.COMPUTE``. ``source``: the checkpoint's own ``quantization_config``.
 
     Raises ``UsageError`` for a value that an option does not have.

@@ -85,6 +85,9 @@ class Filling:
         for place in places:
             _make_room(model, place, supply)
         _tie(model, ties, packed)
+        if made.keys:  # what belongs to activations and caches is kept for saving
+            extras = (supply.checkpoint.modules[module].parts[leaf].name for module, leaf in supply.checkpoint.extras)
+            made.keys.update({key: "" for key in extras if key in known and key not in made.keys})
         left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         made.keys.update({key: "" for name, key in supply.stored.items() if key in known and name in ties and name not in left})
         return made

@@ -70,12 +70,13 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
             text = "weights given as a state dict cannot be packed while they load"
             raise Unsupported("state-dict", text, hint="load the directory that they are saved in")
         paths = [Path(file) for file in files]
-        one = len(paths) == 1 and (paths[0].suffix == ".gguf" or not _are_all(paths))
-        checkpoint = open_checkpoint(paths[0] if one else paths[0].parent, allow_pickle=True)
+        alone = len(paths) == 1 and (paths[0].suffix == ".gguf" or not _is_only(paths[0]))
+        checkpoint = open_checkpoint(paths[0] if alone else paths[0].parent, allow_pickle=True)
         self._open.callback(checkpoint.close)
-        if not one and not _are_all(paths):
-            text = f"the directory holds other weights than the {len(paths)} files that transformers chose, the first is {paths[0].name}"
-            raise Unsupported("several-checkpoints", text, path=checkpoint.path, hint="put each checkpoint in a directory of its own")
+        found = {Path(source.name).name for source in checkpoint.sources()}
+        if checkpoint.gguf is None and found != {path.name for path in paths}:
+            text = f"holds other weights than the {len(paths)} files that transformers chose, such as {min(path.name for path in paths)}"
+            raise Unsupported("several-checkpoints", text, path=paths[0].parent, hint="put each checkpoint in a directory of its own")
         return checkpoint
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any) -> None:
@@ -167,10 +168,9 @@ class _Lazy:
         return "U8" if self._supply is None else "F32"
 
 
-def _are_all(paths: list[Path]) -> bool:
-    """Whether the files are all of their kind in their directory."""
-    beside = [file for file in paths[0].parent.glob(f"*{paths[0].suffix}") if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
-    return {file.name for file in beside} == {file.name for file in paths}
+def _is_only(path: Path) -> bool:
+    """Whether a file is the only one of weights in its directory."""
+    return [file.name for file in path.parent.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")] == [path.name]
 
 
 def _refuse_missing(model: Any, supply: Supply) -> None:

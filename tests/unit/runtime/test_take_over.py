@@ -22,7 +22,8 @@ from qformats.runtime.packed import Packed
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from qformats.runtime.take_over import METHODS, take_over  # noqa: E402
+from qformats.runtime import take_over  # noqa: E402
+from qformats.runtime.registries import METHODS  # noqa: E402
 
 torch.set_num_threads(1)
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -73,6 +74,32 @@ SPECIAL = {
 @pytest.mark.parametrize("case", [case for case in SPECIAL.values() if case not in SAMPLE])
 def test_what_transformers_gets_wrong(case: str, tmp_path: Path) -> None:
     check_taken(case, tmp_path)
+
+
+def test_shards_beside_other_weights(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(ready("gptq/4b-g32-asym-v1", tmp_path), tmp_path / "shards"))
+    wanted = logits(load_model(source, dtype=torch.float32))
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    names, count = sorted(tensors), len(tensors) // 2
+    held = {"model-00001-of-00002.safetensors": names[:count], "model-00002-of-00002.safetensors": names[count:]}
+    for file, part in held.items():
+        save_file({name: tensors[name] for name in part}, source / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, part in held.items() for name in part}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file({"other": torch.zeros(2)}, source / "consolidated.safetensors")
+    model = from_pretrained(source, dtype=torch.float32)
+    assert torch.equal(logits(model), wanted)
+    model.save_pretrained(tmp_path / "out")
+    assert all((tmp_path / "out" / file).read_bytes() == (source / file).read_bytes() for file in held)
+
+
+def test_a_variant_beside_the_weights(tmp_path: Path) -> None:
+    source = Path(shutil.copytree(ready("gptq/4b-g32-asym-v1", tmp_path), tmp_path / "variants"))
+    wanted = logits(load_model(source, dtype=torch.float32))
+    (source / "model.safetensors").rename(source / "model.small.safetensors")
+    save_file({"other": torch.zeros(2)}, source / "model.safetensors")
+    assert torch.equal(logits(from_pretrained(source, variant="small", dtype=torch.float32)), wanted)
 
 
 @pytest.mark.parametrize("dtype", [None, "auto", torch.bfloat16, torch.float32])

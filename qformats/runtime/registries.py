@@ -38,6 +38,7 @@ def take_over(*methods: str, activations: str | None = None, compute: str = "exa
 
     Raises ``UsageError('method')`` for an unknown word, ``Unsupported`` where transformers is missing or has other registries.
 
+    >>> from qformats.runtime import take_over
     >>> with take_over("gptq", "awq"):
     ...     pass  # AutoModelForCausalLM.from_pretrained(directory)
     """
