@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,16 @@ _PATH = click.Path(path_type=Path)
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def _model_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+_QUANTIZE = "Quantize {} while it is loaded, from floats."
+
+
+def _model_flags(command: Callable[..., Any], which: str = "MODEL") -> Callable[..., Any]:
     """Where and how a model runs."""
     for option in (
         click.option("--device", metavar="DEVICE", help="Where it runs: cpu, cuda, cuda:1 (default: cuda where there is one)."),
         click.option("--dtype", type=click.Choice(_DTYPES), help="Of the activations (default: the checkpoint's own)."),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
+        click.option("--quantize", metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
     ):
         command = option(command)
     return command
@@ -41,7 +46,7 @@ def _text_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(path: Path, output: Output, device: str | None, dtype: str | None, allow_pickle: bool) -> Any:
+def _load(path: Path, output: Output, device: str | None, dtype: str | None, allow_pickle: bool, quantize: str | None = None) -> Any:
     import torch
 
     from qformats.runtime.loader import load_model
@@ -55,7 +60,7 @@ def _load(path: Path, output: Output, device: str | None, dtype: str | None, all
         raise UsageError("device", f"{where!r} is no device of this machine: {error}", hint="use --device cpu") from None
     wanted = None if dtype is None else getattr(torch, dtype)
     with output.working(f"loading {path.name}"):
-        return load_model(path, device=where, dtype=wanted, allow_pickle=allow_pickle)
+        return load_model(path, device=where, dtype=wanted, allow_pickle=allow_pickle, quantize=quantize)
 
 
 @click.command(short_help="Generate text.", epilog='Example: qconvert run model.gguf -p "The capital of France is"')
@@ -153,19 +158,21 @@ def perplexity(model: Path, text: Path, context: int, windows: int | None, as_js
 @click.argument("first", type=_PATH)
 @click.argument("second", type=_PATH)
 @_text_flags
-@_model_flags
+@partial(_model_flags, which="SECOND")
 @output_flags
-def compare(first: Path, second: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, **how: Any) -> None:
+def compare(
+    first: Path, second: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, quantize: str | None, **how: Any
+) -> None:
     """Run two checkpoints, of any formats, over a text: mean KL divergence of SECOND from FIRST, equal best tokens, both NLLs.
 
-    Both read the tokens of FIRST's tokenizer.
+    Both read the tokens of FIRST's tokenizer. With --quantize, FIRST and SECOND may be one checkpoint of floats: what would be lost.
     """
     from qformats.runtime import measuring
     from qformats.runtime.tokenizer import load_tokenizer
 
     output = output_of(as_json, quiet)
     runs = measuring.windows(load_tokenizer(first), read_text(text), context, windows)
-    one, other = _load(first, output, **how), _load(second, output, **how)
+    one, other = _load(first, output, **how), _load(second, output, quantize=quantize, **how)
     with output.steps("compare", "windows") as progress:
         found = measuring.agreement(one, other, runs, progress)
     data = {

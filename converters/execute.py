@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["Outcome", "Progress", "Sink", "execute", "run_jobs", "worker_count"]
+__all__ = ["Outcome", "Progress", "Sink", "execute", "make_parts", "run_jobs", "worker_count"]
 
 _COPY_NBYTES = 8 << 20
 _FLUSH_NBYTES = 128 << 20
@@ -170,6 +170,25 @@ def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progr
     outcome.errors = errors.relative()
     outcome.nbytes_read = sum(raw.nbytes for raw in plan.checkpoint.raw.values())
     return outcome
+
+
+def make_parts(plan: Plan, job: Job) -> dict[str, bytearray]:
+    """The parts of one job by their stored names, made here and now."""
+    sink = _Memory({job.part_name(leaf): bytearray(plan.output.parts[job.part_name(leaf)].nbytes) for leaf in job.parts}, plan)
+    for task in _tasks(plan, job):
+        _run_task(plan, task, sink, _Errors())
+    return sink.made
+
+
+class _Memory:
+    """Keeps the parts that it is told of."""
+
+    def __init__(self, made: dict[str, bytearray], plan: Plan) -> None:
+        self.made = made
+        self._names = {id(plan.output.parts[name]): name for name in made}
+
+    def put(self, part: OutputPart, offset: int, data: memoryview) -> None:
+        self.made[self._names[id(part)]][offset : offset + len(data)] = data
 
 
 def _drive(pool: ThreadPoolExecutor, count: int, plan: Plan, sink: Sink, errors: _Errors, progress: Progress | None, total: int) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         UsageError,
         WouldLose,
     )
+    from qformats.runtime.config import QFormatsConfig
     from qformats.runtime.loader import load_model
     from qformats.runtime.tokenizer import load_tokenizer
     from qformats.saving import save
@@ -41,6 +42,7 @@ __all__ = [
     "Mismatch",
     "OutputError",
     "QFormatError",
+    "QFormatsConfig",
     "QuantizedTensor",
     "RemoteError",
     "Unsafe",
@@ -55,8 +57,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "load_model": "runtime.loader", "load_tokenizer": "runtime.tokenizer",
-    "open": "checkpoint", "save": "saving",
+    "Checkpoint": "checkpoint", "QFormatsConfig": "runtime.config", "QuantizedTensor": "tensor", "load_model": "runtime.loader",
+    "load_tokenizer": "runtime.tokenizer", "open": "checkpoint", "save": "saving",
 }  # fmt: skip
 _SPELLINGS = {"open": "open_checkpoint"}
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qformats.architectures import Binding
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "open_checkpoint"]
+__all__ = ["FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "open_checkpoint", "open_unwritten"]
 
 PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
@@ -46,12 +46,24 @@ _MAX_SIDE_NBYTES = 256_000_000
 
 
 @dataclass(frozen=True)
+class Unwritten:
+    """What a checkpoint has that no file holds yet: its small files by name, and how its headers end once its weights are written.
+
+    ``sealed`` gives the final header of each file, by the names of the files as they were written with the headers before.
+    """
+
+    small: Mapping[str, bytes]
+    sealed: Callable[[Mapping[str, ByteSource]], Mapping[str, bytes]]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
 
     ``format``: ``match.format``. ``container``: ``"safetensors"``, ``"torch"`` or ``"gguf"``. ``raw``: every stored tensor by full name.
     ``config``: config.json (``{}`` for GGUF or a bare file). ``metadata``: of the GGUF, or the safetensors ``__metadata__``.
-    ``opened``: the files, where the tensors do not name each of them.
+    ``opened``: the files, where the tensors do not name each of them. ``unwritten``: of one that is made while it is read
+    (``path`` is then that of what it is made from), else None.
     """
 
     path: Path
@@ -64,6 +76,7 @@ class Checkpoint:
     gguf: GGUFFile | None = None
     warnings: tuple[str, ...] = field(default_factory=tuple)
     opened: tuple[ByteSource, ...] = ()
+    unwritten: Unwritten | None = None
 
     def read_as(self, options: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint under the user's ``options`` (see ``Match``); ``UsageError('source-option')`` for one unknown."""
@@ -219,6 +232,8 @@ class Checkpoint:
         """The small files beside the weights (configs, tokenizer), by name."""
         if self.gguf is not None:
             return {}
+        if self.unwritten is not None:
+            return dict(self.unwritten.small)
         directory = self.path if self.path.is_dir() else self.path.parent
         return {name: _read_small(directory / name) for name in SIDE_FILES if (directory / name).is_file()}
 
@@ -310,6 +325,21 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
         raise
 
 
+def open_unwritten(path: Path, files: Mapping[str, ByteSource], unwritten: Unwritten) -> Checkpoint:
+    """A checkpoint whose files are not on a disk: one GGUF, or safetensors with ``unwritten.small`` beside them; reads headers only."""
+    (first, *rest) = files.values()
+    if first.pread(0, 4) == b"GGUF":
+        return replace(_gguf(path, open_gguf(first), first.name), unwritten=unwritten)
+    opened = [open_safetensors(source) for source in (first, *rest)]
+    raw = {name: tensor for file in opened for name, tensor in file.tensors.items()}
+    metadata = {key: value for file in reversed(opened) for key, value in file.metadata.items()}
+
+    def read(name: str) -> dict[str, Any]:
+        return _parsed(unwritten.small[name], path) if name in unwritten.small else {}
+
+    return replace(_with_config(path, read, raw, metadata, tuple(files)), unwritten=unwritten)
+
+
 def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
     """A file or a directory of ``torch.save``."""
     if not allow_pickle:
@@ -323,7 +353,7 @@ def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
 
 def _with_values(where: Path, directory: Path, found: TorchSet) -> Checkpoint:
     config = _read_json(directory / "config.json")
-    quantization, warnings = _quantization_config(directory, config)
+    quantization, warnings = _quantization_config(directory, config, lambda name: _read_json(directory / name))
     raw, metadata = registry.flattened(found.value, quantization, str(where))
     match = replace(registry.detect(quantization, raw), metadata=metadata)
     said = (*warnings, *match.warnings)
@@ -331,14 +361,17 @@ def _with_values(where: Path, directory: Path, found: TorchSet) -> Checkpoint:
 
 
 def _open_gguf(where: Path) -> Checkpoint:
-    file = open_gguf(where)
+    return _gguf(where, open_gguf(where), where.name)
+
+
+def _gguf(where: Path, file: GGUFFile, name: str) -> Checkpoint:
     match = Match("gguf", {"container": "gguf"})
-    return Checkpoint(where, "gguf", match, file.tensors, {}, file.metadata, (where.name,), file)
+    return Checkpoint(where, "gguf", match, file.tensors, {}, file.metadata, (name,), file)
 
 
 def _open_file(where: Path) -> Checkpoint:
     file = open_safetensors(where)
-    return _with_config(where, where.parent, file.tensors, file.metadata, (where.name,))
+    return _with_config(where, lambda name: _read_json(where.parent / name), file.tensors, file.metadata, (where.name,))
 
 
 def _open_directory(where: Path, allow_pickle: bool) -> Checkpoint:
@@ -352,33 +385,46 @@ def _open_directory(where: Path, allow_pickle: bool) -> Checkpoint:
     if not has_safetensors and any(is_torch_name(entry.name) for entry in where.iterdir()):
         return _open_torch(where, allow_pickle)
     found = open_directory(where)
-    return _with_config(where, where, found.tensors, found.metadata, tuple(found.files))
+    return _with_config(where, lambda name: _read_json(where / name), found.tensors, found.metadata, tuple(found.files))
 
 
 def _with_config(
-    where: Path, directory: Path, raw: Mapping[str, RawTensor], metadata: Mapping[str, str], files: tuple[str, ...]
+    where: Path,
+    read: Callable[[str], Mapping[str, Any]],
+    raw: Mapping[str, RawTensor],
+    metadata: Mapping[str, str],
+    files: tuple[str, ...],
 ) -> Checkpoint:
-    config = _read_json(directory / "config.json")
-    quantization, warnings = _quantization_config(directory, config)
+    """``read`` gives the object in a JSON file beside the weights, ``{}`` where there is none."""
+    config = read("config.json")
+    quantization, warnings = _quantization_config(where, config, read)
     match = replace(registry.detect(quantization, raw), metadata=metadata)
     return Checkpoint(where, "safetensors", match, raw, config, metadata, files, None, (*warnings, *match.warnings))
 
 
-def _quantization_config(directory: Path, config: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+def _quantization_config(
+    where: Path, config: Mapping[str, Any], read: Callable[[str], Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], tuple[str, ...]]:
     holders = [config, *(config[name] for name in ("text_config", "llm_config") if isinstance(config.get(name), dict))]
     inner = next((h[key] for h in holders for key in ("quantization_config", "compression_config") if h.get(key) is not None), None)
     if inner is None and isinstance(config.get("quantization"), dict):  # mlx-lm
         inner = config["quantization"]
     if inner is not None and not isinstance(inner, dict):
-        raise BadFile("config-field", "quantization_config is not an object", path=directory / "config.json")
-    return registry.config_beside(inner, lambda name: _read_json(directory / name))
+        raise BadFile("config-field", "quantization_config is not an object", path=_config_path(where))
+    return registry.config_beside(inner, read)
+
+
+def _config_path(where: Path) -> Path:
+    return (where if where.is_dir() else where.parent) / "config.json"
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+    return _parsed(_read_small(path), path) if path.is_file() else {}
+
+
+def _parsed(data: bytes, path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read_small(path).decode("utf-8"))
+        value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError):
         raise BadFile("json", "is not valid JSON", path=path, hint="fetch the file again") from None
     if not isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from qformats.runtime.embedding import QuantEmbedding
 from qformats.runtime.experts import QuantExperts
 from qformats.runtime.linear import QuantLinear, TiedHead
+from qformats.runtime.packed import present
 
 __all__ = ["to_floats"]
 
@@ -18,14 +20,17 @@ def to_floats(model: Any, dtype: torch.dtype) -> None:
     """Every packed module of ``model`` as the one it replaced, with weights of ``dtype``."""
     heads = []
     for name, module in list(model.named_modules()):
-        if isinstance(module, QuantLinear):
-            model.set_submodule(name, _linear(module.dequantize(dtype), module.bias, module))
-        elif isinstance(module, QuantEmbedding):
-            model.set_submodule(name, _embedding(module, dtype))
-        elif isinstance(module, QuantExperts):
-            model.set_submodule(name, module.to_floats(dtype))
-        elif isinstance(module, TiedHead):
-            heads.append(name)
+        with ExitStack() as here:  # offloaded planes come back for it
+            for part in module.modules() if isinstance(module, QuantLinear | QuantEmbedding | QuantExperts) else ():
+                here.enter_context(present(part))
+            if isinstance(module, QuantLinear):
+                model.set_submodule(name, _linear(module.dequantize(dtype), module.bias, module))
+            elif isinstance(module, QuantEmbedding):
+                model.set_submodule(name, _embedding(module, dtype))
+            elif isinstance(module, QuantExperts):
+                model.set_submodule(name, module.to_floats(dtype))
+            elif isinstance(module, TiedHead):
+                heads.append(name)
     for name in heads:
         weight = model.get_input_embeddings().weight
         head = _linear(weight, model.get_submodule(name).bias, model.get_submodule(name))

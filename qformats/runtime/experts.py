@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qformats.kernels.lower import Lowered
-from qformats.runtime.packed import Packed
+from qformats.runtime.packed import Packed, present
 
 __all__ = ["ExpertStack", "QuantExperts"]
 
@@ -60,6 +61,15 @@ class QuantExperts(nn.Module):
 
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` (n, K), ``top_k_index`` and ``top_k_weights`` (n, k); the weighted sum of the experts' outputs, (n, K)."""
+        stacks = [self.get_submodule(name) for name in (*self._first, "down_proj")]
+        if any("_hf_hook" in stack.__dict__ for stack in stacks):  # their planes may be elsewhere, and no forward of theirs is called
+            with ExitStack() as here:
+                for stack in stacks:
+                    here.enter_context(present(stack))
+                return self._mixed(hidden, top_k_index, top_k_weights)
+        return self._mixed(hidden, top_k_index, top_k_weights)
+
+    def _mixed(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)
         for expert in torch.unique(top_k_index).tolist():
             if not 0 <= expert < self.num_experts:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qformats.kernels.lower import Lowered
-from qformats.runtime.packed import Packed, PackedWeight
+from qformats.runtime.packed import Packed, PackedWeight, present
 
 __all__ = ["QuantLinear", "TiedHead"]
 
@@ -54,7 +54,11 @@ class TiedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         embedding: Packed = self.__dict__["_embedding"]
-        y = embedding.multiply(x)
+        if "_hf_hook" in embedding.__dict__:  # it may be on another device, or offloaded
+            with present(embedding):
+                y = embedding.multiply(x.to(embedding.plane_device)).to(x.device)
+        else:
+            y = embedding.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TiedHead:

@@ -7,9 +7,9 @@ stores as floats becomes parameters of ``dtype``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,9 @@ from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
+from qformats.runtime.quantizing import quantized
 from qformats.runtime.record import Origin, Record
+from qformats.runtime.state import attach
 from qformats.runtime.streaming import give_back, lowered_by_rows
 from qformats.runtime.supply import Supply
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
     from qformats.kernels.lower import Lowered
 
-__all__ = ["build", "load_model"]
+__all__ = ["Place", "build", "in_order", "load_model", "lowered", "origins", "packed_module", "places", "remember"]
 
 
 def load_model(
@@ -38,11 +40,18 @@ def load_model(
     dtype: torch.dtype | None = None,
     compute: str = "exact",
     allow_pickle: bool = False,
+    quantize: str | None = None,
+    modules_to_not_convert: Sequence[str] | None = None,
+    per_module: Mapping[str, str] | None = None,
+    imatrix: str | Path | None = None,
+    allow_requantize: bool = False,
 ) -> Any:
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
     ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
+    ``quantize``: a target such as ``"hqq:int4,group=64"`` or ``"gguf:q4_k_m"``; the floats are rounded as they are read, and the model
+    saves as the checkpoint that ``qconvert quantize`` makes. What follows it belongs to it, see ``qformats.runtime.quantizing``.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
@@ -50,7 +59,14 @@ def load_model(
 
     if compute not in COMPUTE:
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
-    with open_checkpoint(path, allow_pickle) as checkpoint:
+    how = {"modules_to_not_convert": modules_to_not_convert, "per_module": per_module, "imatrix": imatrix}
+    if quantize is None and (any(value is not None for value in how.values()) or allow_requantize):
+        raise UsageError("quantize-missing", "options of quantize= are given, and no target", hint="such as quantize='gguf:q4_k_m'")
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_checkpoint(path, allow_pickle))
+        if quantize is not None:
+            skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
+            checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]
         model = build(checkpoint, dtype, compute)
     return model if device is None else model.to(device)
 
@@ -66,11 +82,17 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
+    remember(model, supply, packed, rounded)
+    return model
+
+
+def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set[str]) -> None:
+    """Make a filled ``model`` one that saves as its checkpoint. ``rounded``: tensors whose stored values its dtype does not hold."""
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
+    attach(model)
     give_back()
-    return model
 
 
 def _dtype_of(config: Any) -> torch.dtype | None:
@@ -84,7 +106,7 @@ def _dtype_of(config: Any) -> torch.dtype | None:
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """A module of the model that takes packed weights (``names``: for each stack its tensors)."""
 
     module: str
@@ -94,24 +116,25 @@ class _Place:
 
 def _fill(model: Any, supply: Supply, dtype: torch.dtype, compute: str) -> tuple[dict[str, Origin], set[str]]:
     """Put every tensor in its place; where packed ones went, and which floats the model's dtype does not hold."""
-    places = list(_places(model, supply))
-    _check(model, supply, places)
-    filled = {place.module for place in places}
+    taken = list(places(model, supply))
+    _check(model, supply, taken)
+    filled = {place.module for place in taken}
     ties = _tied_names(model)
     floats = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in filled and name in supply.tensors]
     buffers = [name for name, _ in model.named_buffers() if name in supply.tensors]
     workers = min(8, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
-        made = _in_order(pool, places, lambda place: _lowered(supply, place), workers)
-        for place, segments in zip(places, made, strict=True):
-            _put_packed(model, supply, place, segments, dtype, compute)
-        values = _in_order(pool, [*floats, *buffers], supply.floats, workers)
+        made = in_order(pool, taken, lambda place: lowered(supply, place), workers)
+        for place, segments in zip(taken, made, strict=True):
+            old = model.get_submodule(place.module)
+            model.set_submodule(place.module, packed_module(old, supply, place, segments, dtype, compute))
+        values = in_order(pool, [*floats, *buffers], supply.floats, workers)
         rounded = {name for name, value in zip([*floats, *buffers], values, strict=True) if not _put_floats(model, name, value, dtype)}
     _tie(model, ties)
-    return {name: origin for place in places for name, origin in _origins(supply, place)}, rounded
+    return {name: origin for place in taken for name, origin in origins(supply, place)}, rounded
 
 
-def _origins(supply: Supply, place: _Place) -> Iterator[tuple[str, Origin]]:
+def origins(supply: Supply, place: Place) -> Iterator[tuple[str, Origin]]:
     """Where the tensors of a place are in the model."""
     leaves = ("",) if place.kind != "experts" else _leaves(len(place.names))
     for leaf, stack in zip(leaves, place.names, strict=True):
@@ -126,7 +149,7 @@ def _leaves(stacks: int) -> tuple[str, ...]:
     return ("gate_up_proj", "down_proj") if stacks == 2 else ("gate_proj", "up_proj", "down_proj")
 
 
-def _in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int) -> Iterator[Any]:
+def in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int) -> Iterator[Any]:
     """``make`` of every item in order, a few ahead of what is taken, so that memory stays small."""
     pending = [pool.submit(make, item) for item in items[: ahead + 1]]
     for number in range(len(items)):
@@ -135,7 +158,7 @@ def _in_order(pool: ThreadPoolExecutor, items: list[Any], make: Any, ahead: int)
             pending.append(pool.submit(make, items[number + ahead + 1]))
 
 
-def _places(model: Any, supply: Supply) -> Iterator[_Place]:
+def places(model: Any, supply: Supply) -> Iterator[Place]:
     """Every module whose weight the checkpoint has in codes."""
     from torch import nn
 
@@ -144,13 +167,13 @@ def _places(model: Any, supply: Supply) -> Iterator[_Place]:
         weight = f"{name}.weight"
         if isinstance(module, nn.Linear | nn.Embedding) and weight in supply.tensors:
             if supply.is_packed(weight):
-                yield _Place(name, "embedding" if isinstance(module, nn.Embedding) else "linear", ((weight,),))
+                yield Place(name, "embedding" if isinstance(module, nn.Embedding) else "linear", ((weight,),))
         elif type(module).__name__ == "Conv1D" and weight in supply.tensors and supply.is_packed(weight):
-            yield _Place(name, "conv1d", ((weight,),))
+            yield Place(name, "conv1d", ((weight,),))
         elif hasattr(module, "down_proj") and not isinstance(module.down_proj, nn.Module):
             stacks = _stacks(name, module, supply, experts)
             if stacks and any(supply.is_packed(part) for stack in stacks for part in stack):
-                yield _Place(name, "experts", stacks)
+                yield Place(name, "experts", stacks)
 
 
 def _stacks(name: str, module: Any, supply: Supply, experts: dict[str, tuple[str, ...]]) -> tuple[tuple[str, ...], ...]:
@@ -183,10 +206,10 @@ def _count(module: Any) -> int:
     return int(module.down_proj.shape[0])
 
 
-def _check(model: Any, supply: Supply, places: Iterable[_Place]) -> None:
+def _check(model: Any, supply: Supply, taken: Iterable[Place]) -> None:
     """Refuse before any weight is read: tensors that nothing takes, parameters that nothing fills."""
-    used = {name for place in places for stack in place.names for name in stack}
-    filled = {place.module for place in places}
+    used = {name for place in taken for stack in place.names for name in stack}
+    filled = {place.module for place in taken}
     own = dict(model.named_parameters())
     tied = set(_tied_names(model))
     path = supply.checkpoint.path
@@ -220,7 +243,8 @@ def _ignored(model: Any, name: str) -> bool:
 # ---------------------------------------------------------------- filling
 
 
-def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
+def lowered(supply: Supply, place: Place) -> list[list[Lowered]]:
+    """The planes of every stack of a place, by segments."""
     from qformats.kernels.lower import lower
     from qformats.rewrite import Refused, concatenate_rows
 
@@ -236,24 +260,21 @@ def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
     return found
 
 
-def _put_packed(model: Any, supply: Supply, place: _Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> None:
+def packed_module(old: Any, supply: Supply, place: Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
+    """The module that stands for ``old``, the model's own, on the CPU."""
     from qformats.runtime.embedding import QuantEmbedding
     from qformats.runtime.linear import QuantLinear
 
-    old = model.get_submodule(place.module)
     bias = f"{place.module}.bias"
     values = supply.floats(bias).to(dtype) if bias in supply.tensors else None
-    new: nn.Module
     if place.kind == "experts":
-        new = _experts(old, supply, place, made, dtype, compute)
-    elif place.kind == "embedding":
-        new = QuantEmbedding(made[0], old, dtype, compute)
-    else:
-        new = QuantLinear(made[0], values, dtype, compute)
-    model.set_submodule(place.module, new)
+        return _experts(old, supply, place, made, dtype, compute)
+    if place.kind == "embedding":
+        return QuantEmbedding(made[0], old, dtype, compute)
+    return QuantLinear(made[0], values, dtype, compute)
 
 
-def _experts(old: Any, supply: Supply, place: _Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
+def _experts(old: Any, supply: Supply, place: Place, made: list[list[Lowered]], dtype: torch.dtype, compute: str) -> nn.Module:
     from qformats.runtime.experts import ExpertStack, QuantExperts
 
     count = _count(old)

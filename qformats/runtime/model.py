@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from qformats.runtime.state import fill
+
 __all__ = ["PackedModel", "packed_class"]
 
 
@@ -34,6 +36,18 @@ class PackedModel:
             where = where / record.files[0].name.rpartition("/")[2]
         save_model(self, where, overwrite=True)
 
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        """Entries of packed modules are taken here, because those of experts are not named after the modules that hold them."""
+        from qformats.runtime.packed import Packed
+
+        for name, module in self.named_modules():  # type: ignore[attr-defined]
+            if isinstance(module, Packed) and module.source is not None:
+                fill(module, module.source, state_dict, f"{prefix}{name}.", missing, errors)
+                module.__dict__["_taken"] = True
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
     def dequantize(self, dtype: torch.dtype | str | None = None) -> Any:
         """Replace every packed weight by floats, each exact value rounded once to ``dtype`` (None: the model's own); the model itself."""
         from qformats.runtime.dense import to_floats
@@ -42,6 +56,9 @@ class PackedModel:
         to_floats(self, wanted or self.dtype)  # type: ignore[attr-defined]
         self.__class__ = type(self).__mro__[2]
         del self.qformats_record
+        quantizer = getattr(self, "hf_quantizer", None)
+        if quantizer is not None:
+            quantizer.remove_quantization_config(self)
         return self
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from torch.utils._pytree import tree_map
 
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered, raised
+from qformats.runtime.state import Source, fill
 from qformats.tensor import QuantizedTensor
 
-__all__ = ["Packed", "PackedWeight"]
+__all__ = ["Packed", "PackedWeight", "present"]
 
 _OWN_OP = torch.ops.aten.detach.default
 
@@ -63,6 +65,18 @@ class PackedWeight(torch.Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
+@contextmanager
+def present(module: nn.Module) -> Iterator[None]:
+    """Let the planes of a module that accelerate has offloaded be there, outside of its own forward."""
+    if "_hf_hook" not in module.__dict__:
+        yield
+        return
+    from accelerate.utils import align_module_device  # type: ignore[import-untyped, import-not-found]
+
+    with align_module_device(module):
+        yield
+
+
 class Packed(nn.Module):
     """Segments of rows, each lowered by itself; their planes are buffers that move between devices and are never cast.
 
@@ -72,6 +86,7 @@ class Packed(nn.Module):
 
     compute: str
     compute_dtype: torch.dtype
+    source: Source | None = None  # what the rows are in a checkpoint, which names the entries of the state dict
 
     def hold(self, segments: Sequence[Lowered], compute_dtype: torch.dtype, compute: str) -> None:
         """Register the planes; ``compute``: see ``qformats.kernels.dispatch``. ``compute_dtype``: of the floats that it stands for."""
@@ -108,7 +123,8 @@ class Packed(nn.Module):
             layout = self.layouts[number]
             planes = {name: self._buffers[_buffer(name, number)] for name in layout.names}
             held = Lowered(layout, planes)  # type: ignore[arg-type]
-            self._held[number] = held
+            if "_hf_hook" not in self.__dict__:  # of offloaded planes nothing is kept
+                self._held[number] = held
         return held
 
     def rows(self, start: int, stop: int) -> QuantizedTensor:
@@ -145,6 +161,33 @@ class Packed(nn.Module):
         wanted = self.compute_dtype if dtype is None else dtype
         parts = [self.segment(i).dequantize(slice(None), wanted) for i in range(len(self.layouts))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def hold_instead(self, segments: Sequence[Lowered]) -> None:
+        """Put other planes in the place of those that are held."""
+        for names in self._names:
+            for name in names:
+                del self._buffers[name]
+        self.hold(segments, self.compute_dtype, self.compute)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.source is not None:
+            for name in (name for names in self._names for name in names):
+                del destination[prefix + name]
+            with present(self):
+                destination.update(self.source.tensors(self, prefix))
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
+    ) -> None:
+        if self.source is None:
+            super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+            return
+        if not self.__dict__.pop("_taken", False):  # else the model has taken them already
+            fill(self, self.source, state_dict, prefix, missing, errors)
+        planes = {name: self._buffers.pop(name) for names in self._names for name in names}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        self._buffers.update(planes)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move planes and cast none: a dtype is that of the results and of the bias."""

@@ -6,7 +6,8 @@ Files keep their header bytes, and every tensor its place in the file: what come
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from qformats import registry
@@ -18,6 +19,7 @@ from qformats.formats.protocol import Module, Target
 from qformats.scheme import Storage
 
 if TYPE_CHECKING:
+    from qformats.architectures.mapping import TensorMap
     from qformats.runtime.supply import Supply
 
 __all__ = ["FileRecord", "Origin", "Record", "Stored"]
@@ -75,6 +77,18 @@ class Record:
     def __deepcopy__(self, memo: object) -> Record:
         return self  # nothing in it changes
 
+    @cached_property
+    def rows_of(self) -> Mapping[str, TensorMap]:
+        """What each tensor that a Hugging Face checkpoint has is made of, by its own name."""
+        from qformats.runtime.supply import Supply
+
+        return Supply.of(self.checkpoint, str).tensors
+
+    @cached_property
+    def kept(self) -> Mapping[str, bytes]:
+        """The bytes of stored tensors that the model does not hold."""
+        return {name: stored.kept for file in self.files for name, stored in file.tensors.items() if stored.kept is not None}
+
     @staticmethod
     def of(supply: Supply, packed: Mapping[str, Origin], held: set[str], rounded: set[str]) -> Record:
         """``packed``, ``held``, ``rounded``: by the model's own names; all that it holds, and what of it not exactly."""
@@ -115,13 +129,18 @@ def _not_held(checkpoint: Checkpoint, storages: Mapping[str, Storage], names: se
 
 
 def _writable(storage: Storage, module: Module) -> bool:
-    """Whether the format writes what it reads here: some layouts are only read."""
+    """Whether the format writes what it reads here: some layouts are only read.
+
+    The scheme knows headers alone, and takes any plane of indices for an order; the storage has looked at them.
+    """
     form = registry.format_module(module.match.format)
-    return bool(form.can_store(storage, form.scheme(module)))
+    return bool(form.can_store(storage, replace(form.scheme(module), group_index=storage.group_index)))
 
 
 def _more_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     """Files that say the same again: the index of the shards, AutoRound's copy of its configuration."""
+    if checkpoint.unwritten is not None:
+        return {}  # all of them are side files
     directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
     found = [*directory.glob(f"*{INDEX_SUFFIX}"), directory / "quantization_config.json"]
     return {file.name: file.read_bytes() for file in found if file.is_file()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,8 @@ from qformats.containers.raw import RawTensor
 from qformats.containers.source import FileSource, MemorySource
 from qformats.errors import Unsupported, WouldLose
 from qformats.formats.dense import read_float, write_float
-from qformats.runtime.packed import Packed
+from qformats.reencode import finish, fit
+from qformats.runtime.packed import Packed, present
 from qformats.runtime.record import FileRecord, Record, Stored
 
 if TYPE_CHECKING:
@@ -23,9 +26,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qformats.formats.protocol import Piece
+    from qformats.scheme import Storage
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["save_model"]
+__all__ = ["save_model", "written"]
 
 
 def save_model(model: Any, path: str | Path, *, overwrite: bool = False) -> None:
@@ -42,12 +46,15 @@ def save_model(model: Any, path: str | Path, *, overwrite: bool = False) -> None
         (file,) = record.files
         with OutputFile(final, file.size, overwrite) as out:
             _write(file, tensors, out)
+            _seal(record, {"": out})
             out.commit()
         return
     total = sum(file.size for file in record.files) + sum(map(len, record.small.values()))
     with OutputDirectory(final, total, overwrite) as directory:
+        outs = {Path(file.name).name: directory.file(Path(file.name).name, file.size) for file in record.files}
         for file in record.files:
-            _write(file, tensors, directory.file(Path(file.name).name, file.size))
+            _write(file, tensors, outs[Path(file.name).name])
+        _seal(record, outs)
         for name, data in record.small.items():
             folder, _, last = name.rpartition("/")
             directory.write_bytes(last, data, folder=folder)
@@ -62,6 +69,17 @@ def _write(file: FileRecord, tensors: _Tensors, out: OutputFile) -> None:
             text = f"has {len(data)} bytes now, {stored.nbytes} in the checkpoint it came from"
             raise WouldLose("changed-size", text, tensor=name, hint="convert the checkpoint instead")
         out.pwrite(stored.offset, data)
+
+
+def _seal(record: Record, outs: dict[str, OutputFile]) -> None:
+    """Give files that are written for the first time the headers that they end with."""
+    if record.checkpoint.unwritten is None:
+        return
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(FileSource(out.partial)) for name, out in outs.items()}
+        headers = record.checkpoint.unwritten.sealed(files)
+    for name, header in headers.items():
+        outs[name].pwrite(0, header)
 
 
 class _Tensors:
@@ -118,12 +136,10 @@ class _Tensors:
         found: dict[str, memoryview] = {}
         storage = self._record.storages.get(name)
         if storage is not None:
-            form = registry.format_module(module.match.format)
             shape = checkpoint.scheme(name).shape
             tensor = self._reader.codes(name, 0, prod(shape[:-1]))
             assert tensor is not None
-            sizes = {leaf: raw.nbytes for leaf, raw in module.parts.items()}
-            found.update(_joined(form.write(storage, tensor, 0, shape), form.layout(storage, shape), sizes))
+            found.update(written(module.match.format, storage, tensor, shape, module.parts))
         for leaf, raw in module.parts.items():
             if leaf not in found and (storage is None or leaf == "bias"):
                 found[leaf] = _floats(self._reader.floats(name, leaf, None, None), raw.dtype, raw.name)
@@ -144,6 +160,22 @@ class _Tensors:
         storage = self._record.storages[name.rpartition(".")[0]]
         (piece, *_) = write(storage, rows, 0, raw.shape)
         return _bytes(piece.array)
+
+
+def written(
+    kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...], stored: Mapping[str, RawTensor]
+) -> dict[str, memoryview]:
+    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them. ``stored``: how large those of the source are."""
+    form = registry.format_module(kind)
+    sizes = {leaf: raw.nbytes for leaf, raw in stored.items()}
+    return _joined(form.write(storage, _as_stored(tensor, storage, form), 0, shape), form.layout(storage, shape), sizes)
+
+
+def _as_stored(tensor: QuantizedTensor, storage: Storage, form: Any) -> QuantizedTensor:
+    """The rows as their format writes them: tiles that several rows share are taken apart where experts of fewer rows are stacked."""
+    if form.can_store(storage, tensor.scheme):
+        return tensor
+    return finish(tensor, fit(tensor, storage, own=partial(form.can_store, storage)))
 
 
 def _joined(pieces: list[Piece], layout: Any, sizes: dict[str, int]) -> dict[str, memoryview]:
@@ -193,11 +225,18 @@ class _ModelReader:
             return None
         held = self._model.get_submodule(origin.module)
         assert isinstance(held, Packed)
-        return held.rows(origin.start + start, origin.start + stop)
+        with present(held):
+            return held.rows(origin.start + start, origin.start + stop)
 
     def value(self, name: str) -> Tensor:
         """The model's own of a stored tensor of floats."""
-        return self._state[self._record.renamed.get(name, name)].detach().cpu()
+        own = self._record.renamed.get(name, name)
+        value = self._state[own].detach()
+        if value.is_meta:  # offloaded
+            module, _, leaf = own.rpartition(".")
+            with present(self._model.get_submodule(module)):
+                value = getattr(self._model.get_submodule(module), leaf).detach()
+        return value.cpu()
 
     def floats(self, module: str, leaf: str, start: int | None, stop: int | None) -> Tensor:
         value = self.value(f"{module}.{leaf}" if module else leaf)

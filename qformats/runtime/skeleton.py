@@ -11,8 +11,7 @@ from qformats.errors import BadFile, Unsupported
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["config_of", "empty_model", "finish", "rename"]
-
+__all__ = ["config_of", "empty_model", "finish", "part_of_transformers", "rename"]
 
 
 def transformers() -> Any:
@@ -23,6 +22,18 @@ def transformers() -> Any:
         hint = "install it: pip install transformers"
         raise Unsupported("transformers-missing", "running a model needs the package transformers", hint=hint) from None
     return package
+
+
+def part_of_transformers(module: str, name: str) -> Any:
+    """``name`` of transformers' own ``module``; ``Unsupported('transformers-version')`` where the installed one has no such thing."""
+    from importlib import import_module
+
+    package = transformers()
+    try:
+        return getattr(import_module(f"transformers.{module}"), name)
+    except (ImportError, AttributeError):
+        text = f"transformers {package.__version__} has no {module}.{name}"
+        raise Unsupported("transformers-version", text, hint="install transformers 5.23, or use qformats.load_model") from None
 
 
 def config_of(checkpoint: Checkpoint) -> Any:
@@ -118,8 +129,11 @@ def finish(model: Any, checkpoint: Checkpoint) -> None:
             _fresh_buffers(module, left, model)
     model.tie_weights()
     generation = transformers().GenerationConfig
+    small = {} if checkpoint.unwritten is None else checkpoint.unwritten.small
     try:
-        if checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
+        if "generation_config.json" in small:
+            model.generation_config = generation.from_dict(json.loads(small["generation_config.json"]))
+        elif checkpoint.unwritten is None and checkpoint.gguf is None and (checkpoint.path / "generation_config.json").is_file():
             model.generation_config = generation.from_pretrained(str(checkpoint.path))
         elif model.can_generate():
             model.generation_config = generation.from_model_config(model.config)
@@ -147,4 +161,16 @@ def _fresh_buffers(module: Any, names: list[str], model: Any) -> None:
         return
     for name in names:
         module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
-    model._init_weights(module)
+    held = dict(module._parameters)
+    module._parameters.update({name: _nowhere(value) for name, value in held.items()})
+    try:
+        model._init_weights(module)  # which draws the parameters too
+    finally:
+        module._parameters.update(held)
+
+
+def _nowhere(parameter: Any) -> Any:
+    """A parameter of the same shape without values."""
+    import torch
+
+    return None if parameter is None else torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)

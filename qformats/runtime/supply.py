@@ -47,6 +47,20 @@ class CheckpointReader:
         return self._checkpoint.modules[module].parts[leaf].shape
 
 
+class _Remembering(CheckpointReader):
+    """The same, which reads nothing twice: codes that are made when they are read cost more than reading them."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(checkpoint)
+        self._found: dict[tuple[str, int, int], QuantizedTensor | None] = {}
+
+    def codes(self, module: str, start: int, stop: int, *, codes: bool = True) -> QuantizedTensor | None:
+        key = (module, start, stop)
+        if key not in self._found:
+            self._found[key] = super().codes(module, start, stop)
+        return self._found[key]
+
+
 @dataclass(frozen=True)
 class Supply:
     """What each parameter of the model is made of.
@@ -86,7 +100,7 @@ class Supply:
         """A packed tensor's rows: one tensor where its pieces are of one scheme, else one for each run of such."""
         from qformats.rewrite import Refused
 
-        tensor, reader = self.tensors[name], CheckpointReader(self.checkpoint)
+        tensor, reader = self.tensors[name], _Remembering(self.checkpoint)
         try:
             whole = assemble.read_rows(tensor, reader, 0, tensor.rows)
             return [whole]  # type: ignore[list-item]

@@ -105,3 +105,15 @@ def test_a_wrong_device_and_a_short_text_are_errors(models: tuple[Path, Path, Pa
 def test_control_characters_of_a_model_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     Output().stream("a\x1b[31m\tb\nc")
     assert capsys.readouterr().out == "a\\x1b[31m\tb\nc"
+
+
+def test_floats_are_quantized_while_they_are_loaded(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    floats = ready("dense/llama", tmp_path)
+    converted(floats, tmp_path / "small.gguf", "gguf:q4_0", allow_requantize=True)
+    words = ("--text", models[2], "--context", 32, "--windows", 2, "--device", "cpu", "--dtype", "float32")
+    on_load = data("perplexity", floats, "--quantize", "gguf:q4_0", *words)
+    assert on_load["nll"] == pytest.approx(data("perplexity", tmp_path / "small.gguf", *words)["nll"], rel=1e-4)
+    lost = data("compare", floats, floats, "--quantize", "gguf:q4_0", *words)
+    assert lost["kl"] > 0 and lost["nll"][1] == pytest.approx(on_load["nll"], rel=1e-6)
+    refused = cli("run", floats, "-p", "word", "--quantize", "gguf:nothing")
+    assert refused.exit_code == 2 and "target-type" in refused.output

@@ -48,3 +48,10 @@ def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) 
 def test_an_unknown_way_of_computing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QFormatError, match="compute"):
         load_model(ready(SAMPLE[0], tmp_path), compute="int4")
+
+
+def test_weights_beside_a_buffer_that_is_computed_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    source = ready("dense/gemma3", tmp_path)
+    found, wanted = load_model(source), transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(found.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
+    assert torch.equal(found.model.embed_tokens.embed_scale, wanted.model.embed_tokens.embed_scale)
