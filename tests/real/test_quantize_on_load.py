@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from lab import MODELS
 
 from converters import convert
 from qformats.runtime.loader import load_model
 
-SOURCE = MODELS / "smollm2-135m"
-
 
 @pytest.mark.real
 @pytest.mark.parametrize("to", ["gguf:q4_k_m", "bitsandbytes:nf4"])
-def test_a_real_model_is_quantized_while_it_is_loaded(to: str, tmp_path: Path) -> None:
-    if not SOURCE.exists():
-        pytest.skip("smollm2-135m is not installed (python tests/real/setup_lab.py)")
-    model = load_model(SOURCE, quantize=to)
+def test_a_real_model_is_quantized_while_it_is_loaded(to: str, tmp_path: Path, lab_model: Any) -> None:
+    source = lab_model("smollm2-135m")
+    model = load_model(source, quantize=to)
     out, saved = (tmp_path / f"{name}.gguf" if to.startswith("gguf") else tmp_path / name for name in ("out", "saved"))
-    convert(SOURCE, out, to=to, allow_requantize=True)
+    convert(source, out, to=to, allow_requantize=True)
     ids = torch.tensor([[504, 5446, 282, 4649, 314, 2]])
     with torch.no_grad():
         found, wanted = (one(input_ids=ids).logits.float() for one in (model, load_model(out)))
