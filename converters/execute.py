@@ -173,10 +173,10 @@ def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progr
 
 
 def make_parts(plan: Plan, job: Job) -> dict[str, bytearray]:
-    """The parts of one job by their stored names, made here and now."""
+    """The parts of one job by their stored names, made here and now; what rounding costs is not measured."""
     sink = _Memory({job.part_name(leaf): bytearray(plan.output.parts[job.part_name(leaf)].nbytes) for leaf in job.parts}, plan)
     for task in _tasks(plan, job):
-        _run_task(plan, task, sink, _Errors())
+        _run_task(plan, task, sink, None)
     return sink.made
 
 
@@ -239,8 +239,8 @@ def _tasks(plan: Plan, job: Job) -> list[_Task]:
     return [_Task(job, ranges, rows) for ranges in tasks(job, plan.checkpoint)]
 
 
-def _run_task(plan: Plan, task: _Task, sink: Sink, errors: _Errors) -> int:
-    """Some row ranges of one tensor; returns the bytes produced."""
+def _run_task(plan: Plan, task: _Task, sink: Sink, errors: _Errors | None) -> int:
+    """Some row ranges of one tensor; returns the bytes produced. ``errors`` is None where nobody asks for them."""
     job = task.job
     try:
         if job.action == "parts":
@@ -279,7 +279,7 @@ def _copy_parts(plan: Plan, job: Job, sink: Sink) -> int:
     return total
 
 
-def _pieces(plan: Plan, task: _Task, errors: _Errors) -> Iterator[Piece]:
+def _pieces(plan: Plan, task: _Task, errors: _Errors | None) -> Iterator[Piece]:
     job = task.job
     if job.map.constant is not None:
         yield Piece(job.map.leaf, _float_bytes(_constant(job), job))
@@ -333,12 +333,12 @@ def _put_rows(part: OutputPart, piece: Piece, rows: np.ndarray[Any, Any], sink: 
 # ---------------------------------------------------------------- floats
 
 
-def _float_piece(job: Job, value: Any, start: int, errors: _Errors) -> Piece:
+def _float_piece(job: Job, value: Any, start: int, errors: _Errors | None) -> Piece:
     import torch
 
     values = _as_float(job, value)
     array = _float_bytes(values, job)
-    if isinstance(value, torch.Tensor) and not job.lossless and job.action == "float":
+    if errors is not None and isinstance(value, torch.Tensor) and not job.lossless and job.action == "float":
         errors.add(job, start, values, array)
     return Piece(job.map.leaf, array, start)
 
@@ -364,7 +364,7 @@ def _float_bytes(values: Tensor, job: Job) -> np.ndarray[Any, Any]:
 # ---------------------------------------------------------------- codes
 
 
-def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
+def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, errors: _Errors | None) -> Iterator[Piece]:
     job = task.job
     form = registry.format_module(job.format)
     assert job.storage is not None
@@ -384,7 +384,7 @@ def _code_pieces(plan: Plan, task: _Task, value: Any, start: int, stop: int, err
     yield from form.write(job.storage, tensor, start, job.map.shape)
 
 
-def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) -> Iterator[Piece]:
+def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors | None) -> Iterator[Piece]:
     import torch
 
     job = task.job
@@ -392,7 +392,8 @@ def _new_codes(task: _Task, value: Any, start: int, stop: int, errors: _Errors) 
     form = registry.format_module(job.format)
     for first, run, tensor in new_codes(job, value, start, stop, task.rows):
         pieces = form.write(job.storage, tensor, first, job.map.shape)
-        errors.add_tensor(job, first, run, tensor.dequantize(torch.float32) if job.format != "gguf" else _read_back(form, job, pieces))
+        if errors is not None:
+            errors.add_tensor(job, first, run, tensor.dequantize(torch.float32) if job.format != "gguf" else _read_back(form, job, pieces))
         yield from pieces
 
 

@@ -7,7 +7,7 @@ planes are made together when the first of them is read, and dropped when the th
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -128,15 +128,21 @@ class PlannedSource:
             raise BadFile("closed", "was closed: its weights cannot be made again", path=self.name, offset_bytes=offset)
         if offset < 0 or end > self.size:
             raise BadFile("truncated", f"{len(view)} bytes are asked for, the file has {self.size}", path=self.name, offset_bytes=offset)
-        view[:] = bytes(len(view))
         head = self._header[offset:end]
         view[: len(head)] = head
-        at = max(0, bisect_right(self._offsets, offset) - 1)
-        while self._maker is not None and at < len(self._offsets) and self._offsets[at] < end:
-            first, last = max(offset, self._offsets[at]), min(end, self._offsets[at] + self._nbytes[at])
+        done = offset + len(head)
+        for number in range(max(0, bisect_right(self._offsets, done) - 1), bisect_left(self._offsets, end) if self._maker else 0):
+            begin = self._offsets[number]
+            first, last = max(done, begin), min(end, begin + self._nbytes[number])
             if first < last:
-                self._maker.read(self._names[at], first - self._offsets[at], view[first - offset : last - offset])
-            at += 1
+                view[done - offset : first - offset] = bytes(first - done)
+                self._make(number, first - begin, view[first - offset : last - offset])
+                done = last
+        view[done - offset :] = bytes(end - done)
+
+    def _make(self, number: int, start: int, buffer: memoryview) -> None:
+        assert self._maker is not None
+        self._maker.read(self._names[number], start, buffer)
 
     def identity(self) -> str:
         return f"planned:{id(self)}"

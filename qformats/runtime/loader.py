@@ -10,10 +10,11 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
@@ -78,7 +79,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     config = skeleton.config_of(checkpoint)
     wanted = dtype or _dtype_of(config) or torch.float32
     model = skeleton.empty_model(config, wanted)
-    supply = Supply.of(checkpoint, skeleton.rename(model))
+    supply = _with_stacks(model, Supply.of(checkpoint, skeleton.rename(model)))
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
@@ -197,6 +198,28 @@ def _stacks(name: str, module: Any, supply: Supply, experts: dict[str, tuple[str
     return tuple(found)
 
 
+def _with_stacks(model: Any, supply: Supply) -> Supply:
+    """The supply with the stacked parameters of experts that the checkpoint has one by one and all in floats."""
+    from torch import nn
+
+    tensors, stored = dict(supply.tensors), dict(supply.stored)
+    experts = skeleton.expert_sources(model)
+    for name, module in model.named_modules():
+        stacked = hasattr(module, "down_proj") and not isinstance(module.down_proj, nn.Module)
+        stacks = _stacks(name, module, supply, experts) if stacked else ()
+        single = [stack for stack in stacks if len(stack) > 1]
+        if not single or any(supply.is_packed(part) for stack in stacks for part in stack):
+            continue
+        *first, down = stacks
+        leaf = "gate_up_proj" if getattr(module, "gate_up_proj", None) is not None else "up_proj"
+        for full, parts in ((f"{name}.{leaf}", first), (f"{name}.down_proj", [down])):
+            made = [tensors.pop(part) for expert in zip(*parts, strict=True) for part in expert]
+            shape = tuple(getattr(module, full.rpartition(".")[2]).shape)
+            tensors[full] = TensorMap(name, full.rpartition(".")[2], shape, tuple(s for t in made for s in t.sources))
+            stored[full] = full
+    return replace(supply, tensors=tensors, stored=stored)
+
+
 def _ends(name: str, pattern: str) -> bool:
     plain = pattern.replace("\\.", ".").rstrip("$").lstrip("^")
     return name.endswith(plain)
@@ -209,6 +232,7 @@ def _count(module: Any) -> int:
 def _check(model: Any, supply: Supply, taken: Iterable[Place]) -> None:
     """Refuse before any weight is read: tensors that nothing takes, parameters that nothing fills."""
     used = {name for place in taken for stack in place.names for name in stack}
+    _check_alike(supply, taken)
     filled = {place.module for place in taken}
     own = dict(model.named_parameters())
     tied = set(_tied_names(model))
@@ -231,6 +255,15 @@ def _check(model: Any, supply: Supply, taken: Iterable[Place]) -> None:
             continue
         text = "transformers' model has no place for it"
         raise Unsupported("unknown-tensor", text, path=path, tensor=supply.stored[name], hint="another version of transformers may")
+
+
+def _check_alike(supply: Supply, places: Iterable[Place]) -> None:
+    """Experts of one layer are codes all together."""
+    for place in places:
+        loose = next((name for stack in place.names for name in stack if not supply.is_packed(name)), None)
+        if loose is not None:
+            text, hint = "is floats, and other experts of its layer are codes", "keep all experts of a layer as floats, or none"
+            raise Unsupported("mixed-experts", text, path=supply.checkpoint.path, tensor=supply.stored[loose], hint=hint)
 
 
 def _ignored(model: Any, name: str) -> bool:

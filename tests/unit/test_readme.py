@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import tomllib
@@ -53,11 +54,13 @@ def test_the_first_command_converts_and_verifies(clone: Path) -> None:
 
 def test_the_python_examples_run(clone: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
-    example, running = blocks("python")
+    example, running, quantizing = blocks("python")
     exec(compile(example, "README.md", "exec"), names)
     shown = capsys.readouterr().out
     exec(compile(running, "README.md", "exec"), names)
     assert (clone / "again" / "model.safetensors").read_bytes() == (ROOT / "fixtures/awq/gemm-g32/model.safetensors").read_bytes()
+    exec(compile(quantizing, "README.md", "exec"), names)
+    assert json.loads((clone / "llama-gptq" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
     assert "awq (64, 64) torch.uint8" in shown
     assert shown.splitlines()[-2:] == ["{'copied': 1, 'exact': 10} True", "True"]
 

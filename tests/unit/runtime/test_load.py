@@ -55,3 +55,10 @@ def test_weights_beside_a_buffer_that_is_computed_are_those_of_the_checkpoint(tm
     found, wanted = load_model(source), transformers.AutoModelForCausalLM.from_pretrained(source)
     assert torch.equal(found.model.embed_tokens.weight, wanted.model.embed_tokens.weight)
     assert torch.equal(found.model.embed_tokens.embed_scale, wanted.model.embed_tokens.embed_scale)
+
+
+def test_experts_that_are_floats_one_by_one_are_stacked(tmp_path: Path) -> None:
+    source = ready("dense/qwen3_moe", tmp_path)
+    found, wanted = load_model(source), transformers.AutoModelForCausalLM.from_pretrained(source)
+    assert torch.equal(found.model.layers[1].mlp.experts.gate_up_proj, wanted.model.layers[1].mlp.experts.gate_up_proj)
+    assert torch.equal(found.model.layers[1].mlp.experts.down_proj, wanted.model.layers[1].mlp.experts.down_proj)

@@ -130,6 +130,21 @@ def test_named_modules_stay_floats(tmp_path: Path) -> None:
     assert {n: (r.dtype, r.read()) for n, r in parts[0].raw.items()} == {n: (r.dtype, r.read()) for n, r in parts[1].raw.items()}
 
 
+@pytest.mark.parametrize("to", ["gptq:int4,group=32", "gguf:q4_0"])
+def test_experts_may_stay_floats(to: str, tmp_path: Path) -> None:
+    source = ready("dense/qwen3_moe", tmp_path)
+    model = load_model(source, quantize=to, modules_to_not_convert=["mlp.experts"])
+    assert packed_in(model) and not any(".experts" in name for name in packed_in(model))
+    out = as_converted(source, tmp_path, to, tensor_types=((r"\.experts\.|_exps\.", "bf16"),))
+    assert torch.allclose(logits(model, IDS), logits(load_model(out), IDS), atol=1e-5)
+
+
+def test_some_experts_alone_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(QFormatError, match=r"layers\.1\.mlp\.experts\.2") as caught:
+        load_model(ready("dense/qwen3_moe", tmp_path), quantize="gptq:int4,group=32", modules_to_not_convert=["layers.1.mlp.experts.2"])
+    assert caught.value.code == "mixed-experts"
+
+
 def test_modules_of_a_gguf_bear_the_names_of_transformers(tmp_path: Path) -> None:
     source = ready("dense/llama", tmp_path)
     model = load_model(source, quantize="gguf:q4_0", modules_to_not_convert=["lm_head"], per_module={r"layers\.0\.mlp\.down_proj": "q8_0"})
