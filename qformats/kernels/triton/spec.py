@@ -108,6 +108,11 @@ class Spec:
         return self.kind == "integer" and self.zero is not None and self.zero.dtype in ("uint8", "int8", "int16")
 
     @property
+    def ends_in_product(self) -> bool:
+        """Whether the last factor is the last step."""
+        return self.divisor is None and self.offset is None and not self.fold
+
+    @property
     def width(self) -> int:
         return RUN * self.v
 

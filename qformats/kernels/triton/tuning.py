@@ -21,6 +21,9 @@ __all__ = ["Block", "block", "bucket", "key", "unsplit"]
 _PROGRAMS = 132 * 2  # two waves of an H100's processors
 
 
+_SHARED = 144 << 10  # bytes of shared memory for tiles of x
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """``rows`` of the weight, ``batch`` rows of x and ``units`` of columns (``Spec.unit``) at a time; ``splits`` parts of K."""
@@ -81,18 +84,22 @@ def _fitted(found: Block, spec: Spec) -> Block:
 
 def _vector(spec: Spec, most: int, height: int, single: bool) -> Block:
     units = max(1, 1024 // spec.width)  # 1024 weights of a phase, 8 a thread and row
-    rows = {1: 4, 2: 2}.get(most, 1) * (1 if spec.wide else 2)
+    rows = {1: 4, 2: 2}.get(most, 1) * (1 if spec.wide or spec.v > 1 else 2)
     programs = -(-height // rows)
     return Block(rows, units, splits=_power(max(1, min(8, _PROGRAMS // programs))), warps=4)
 
 
 def _tile(spec: Spec, count: int, height: int, single: bool) -> Block:
     batch = max(16, min(128, count))
-    rows = 128 if count > 64 else 64
+    rows = 128 if count > 64 and not spec.wide else 64
     units = max(1, (32 if single or spec.wide else 64) // spec.width)
+    units = max(units // 2, 16 // spec.width, 1) if spec.phases == 8 else units
+    # a step's tiles of x, one for each phase, lie in shared memory once for each stage ahead; tables are better left to the first cache
+    held = units * spec.unit * batch * (4 if single else 2)
+    stages = 1 if spec.kind in ("table", "learned") else min(3, 1 + _SHARED // held)
     programs = -(-height // rows) * -(-count // batch)
     splits = _power(max(1, min(8, _PROGRAMS // programs)))
-    return Block(rows, units, batch, splits, warps=8 if rows == 128 else 4, stages=3)
+    return Block(rows, units, batch, splits, warps=8 if rows == 128 else 4, stages=stages)
 
 
 def _plain(spec: Spec, count: int, height: int, single: bool) -> Block:

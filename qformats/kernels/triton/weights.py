@@ -44,33 +44,17 @@ def lowest(items):
 
 
 @triton.constexpr_function
+def below(widths, number):
+    """Bits of the planes before one."""
+    return sum(widths[:number])
+
+
+@triton.constexpr_function
 def _float_rule(name):
     return FLOATS[name]
 
 
 # ---------------------------------------------------------------- rounding
-
-
-@triton.jit
-def _product_error(a, b, product):
-    """a * b - product, exact where no exponent is at its end."""
-    a = tl.broadcast_to(a, product.shape)
-    b = tl.broadcast_to(b, product.shape)
-    if EMULATED:
-        if product.dtype == tl.float64:
-            error = product * 0.0
-        else:
-            error = (a.to(tl.float64) * b.to(tl.float64) - product.to(tl.float64)).to(tl.float32)
-    else:
-        error = tl.fma(a, b, -product)
-    return error
-
-
-@triton.jit
-def _sum_error(a, b, total):
-    """a + b - total."""
-    back = total - a
-    return (a - (total - back)) + (b - back)
 
 
 @triton.jit
@@ -83,6 +67,82 @@ def _odd(value, error):
     inexact = ((error > 0) | (error < 0)) & ((bits & 1) == 0)
     step = tl.where((error > 0) == (value > 0), 1, -1).to(bits.dtype)
     return tl.where(inexact, bits + step, bits).to(value.dtype, bitcast=True)
+
+
+@triton.jit
+def _odd_of(down, up):
+    """Of the neighbours around an exact value the one with an odd last bit; the value itself where they are one."""
+    if down.dtype == tl.float64:
+        bits = down.to(tl.int64, bitcast=True)
+    else:
+        bits = down.to(tl.int32, bitcast=True)
+    return tl.where((bits & 1) == 1, down, up)
+
+
+@triton.jit
+def _odd_product(a, b):
+    """a * b rounded to odd."""
+    product = a * b
+    a = tl.broadcast_to(a, product.shape)
+    b = tl.broadcast_to(b, product.shape)
+    if EMULATED:
+        if product.dtype == tl.float32:
+            product = _odd(product, (a.to(tl.float64) * b.to(tl.float64) - product.to(tl.float64)).to(tl.float32))
+    elif product.dtype == tl.float64:
+        down = tl.inline_asm_elementwise("mul.rm.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+        product = _odd_of(down, tl.inline_asm_elementwise("mul.rp.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1))
+    else:
+        down = tl.inline_asm_elementwise("mul.rm.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        product = _odd_of(down, tl.inline_asm_elementwise("mul.rp.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1))
+    return product
+
+
+@triton.jit
+def _odd_sum(a, b):
+    """a + b rounded to odd."""
+    total = a + b
+    a = tl.broadcast_to(a, total.shape)
+    b = tl.broadcast_to(b, total.shape)
+    if EMULATED:
+        back = total - a
+        total = _odd(total, (a - (total - back)) + (b - back))
+    elif total.dtype == tl.float64:
+        down = tl.inline_asm_elementwise("add.rm.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+        total = _odd_of(down, tl.inline_asm_elementwise("add.rp.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1))
+    else:
+        down = tl.inline_asm_elementwise("add.rm.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+        total = _odd_of(down, tl.inline_asm_elementwise("add.rp.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1))
+    return total
+
+
+@triton.jit
+def _odd_quotient(value, divisor):
+    """value / divisor rounded to odd."""
+    divisor = tl.broadcast_to(divisor, value.shape)
+    if value.dtype == tl.float64:
+        made = value / divisor
+    else:
+        made = tl.div_rn(value, divisor)
+    if EMULATED:
+        if value.dtype == tl.float64:
+            rest = made * 0.0
+        else:
+            rest = (value.to(tl.float64) - made.to(tl.float64) * divisor.to(tl.float64)).to(tl.float32)
+    else:
+        rest = tl.fma(-made, divisor, value)
+    return _odd(made, tl.where(divisor < 0, -rest, rest))
+
+
+@triton.jit
+def _odd_single(value):
+    """A float64 rounded to odd to float32."""
+    if EMULATED:
+        made = value.to(tl.float32)
+        made = _odd(made, (value - made.to(tl.float64)).to(tl.float32))
+    else:
+        down = tl.inline_asm_elementwise("cvt.rm.f32.f64 $0, $1;", "=f,d", [value], tl.float32, True, 1)
+        made = _odd_of(down, tl.inline_asm_elementwise("cvt.rp.f32.f64 $0, $1;", "=f,d", [value], tl.float32, True, 1))
+    return made
 
 
 @triton.jit
@@ -130,17 +190,21 @@ def _stepped(value, ROUNDED: tl.constexpr):
 @triton.jit
 def _at_any(planes, FIRST: tl.constexpr, S: tl.constexpr, row, col):
     """The codes of a matrix at any rows and columns, int32, in the shape that ``row`` and ``col`` have together."""
-    code = (row * 0 + col * 0).to(tl.int32)
-    place = 0
-    for i in tl.static_range(size(of(S, "widths"))):
-        bits: tl.constexpr = pick(of(S, "widths"), i)
-        held: tl.constexpr = 128 // bits  # columns of a run
-        byte = row * pick(of(S, "row_nbytes"), i) + (col // held) * 16 + col % 16
-        found = tl.load(planes[FIRST + i] + byte).to(tl.int32)
-        shift = (bits * ((col % held) // 16)).to(tl.int32)
-        code |= ((found >> shift) & ((1 << bits) - 1)) << place
-        place += bits
+    code = _field_at(planes, FIRST, S, 0, row, col)
+    for i in tl.static_range(1, size(of(S, "widths"))):
+        code |= _field_at(planes, FIRST, S, i, row, col) << below(of(S, "widths"), i)
     return code
+
+
+@triton.jit
+def _field_at(planes, FIRST: tl.constexpr, S: tl.constexpr, PLANE: tl.constexpr, row, col):
+    bits: tl.constexpr = pick(of(S, "widths"), PLANE)
+    held: tl.constexpr = 128 // bits  # columns of a run
+    byte = row * pick(of(S, "row_nbytes"), PLANE) + (col // held) * 16 + col % 16
+    found = tl.load(planes[FIRST + PLANE] + byte).to(tl.int32)
+    if bits < 8:
+        found = (found >> (bits * ((col % held) // 16)).to(tl.int32)) & ((1 << bits) - 1)
+    return found
 
 
 @triton.jit
@@ -148,26 +212,32 @@ def _codes(
     planes, S: tl.constexpr, row, unit, PHASE: tl.constexpr, BOOK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
 ):  # fmt: skip
     """The 16 codes of one phase of units, (units, rows, 16) int32; ``row`` (1, rows, 1) int64, ``unit`` (units, 1, 1)."""
-    narrow: tl.constexpr = lowest(of(S, "widths"))
-    columns: tl.constexpr = of(S, "columns") // of(S, "v")
-    code = 0
-    place = 0
-    for i in tl.static_range(size(of(S, "widths"))):
-        bits: tl.constexpr = pick(of(S, "widths"), i)
-        each: tl.constexpr = 8 // bits  # phases of a run
-        row_nbytes: tl.constexpr = pick(of(S, "row_nbytes"), i)
-        start: tl.constexpr = BOOK * columns * bits // 8
-        shift: tl.constexpr = bits * (PHASE % each)
-        run = unit * (bits // narrow) + PHASE // each
-        if start % 16 == 0:
-            run = tl.minimum(run + start // 16, row_nbytes // 16 - 1)
-            found = _run(planes[i] + row * row_nbytes, run, shift, (1 << bits) - 1, ROWS, UNITS)
-        else:
-            byte = tl.minimum(run * 16 + start + tl.arange(0, 16)[None, None, :], row_nbytes - 1)
-            found = (tl.load(planes[i] + row * row_nbytes + byte).to(tl.int32) >> shift) & ((1 << bits) - 1)
-        code = found if i == 0 else code | (found << place)
-        place += bits
+    code = _plane_codes(planes, S, 0, row, unit, PHASE, BOOK, ROWS, UNITS)
+    for i in tl.static_range(1, size(of(S, "widths"))):
+        code |= _plane_codes(planes, S, i, row, unit, PHASE, BOOK, ROWS, UNITS) << below(of(S, "widths"), i)
     return code
+
+
+@triton.jit
+def _plane_codes(
+    planes, S: tl.constexpr, PLANE: tl.constexpr, row, unit,
+    PHASE: tl.constexpr, BOOK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    """One plane's part of the codes."""
+    narrow: tl.constexpr = lowest(of(S, "widths"))
+    bits: tl.constexpr = pick(of(S, "widths"), PLANE)
+    each: tl.constexpr = 8 // bits  # phases of a run
+    row_nbytes: tl.constexpr = pick(of(S, "row_nbytes"), PLANE)
+    start: tl.constexpr = BOOK * (of(S, "columns") // of(S, "v")) * bits // 8
+    shift: tl.constexpr = bits * (PHASE % each)
+    run = unit * (bits // narrow) + PHASE // each
+    if start % 16 == 0:
+        run = tl.minimum(run + start // 16, row_nbytes // 16 - 1)
+        found = _run(planes[PLANE] + row * row_nbytes, run, shift, (1 << bits) - 1, ROWS, UNITS)
+    else:
+        byte = tl.minimum(run * 16 + start + tl.arange(0, 16)[None, None, :], row_nbytes - 1)
+        found = (tl.load(planes[PLANE] + row * row_nbytes + byte).to(tl.int32) >> shift) & ((1 << bits) - 1)
+    return found
 
 
 @triton.jit
@@ -387,47 +457,24 @@ def tile(
         value = _grid_values(planes, S, row, unit, zero.to(tl.float32), PHASE, ROWS, UNITS)
     else:
         value = _grid_values(planes, S, row, unit, 0.0, PHASE, ROWS, UNITS)
-    error = value * 0.0
     if of(S, "zero") is not None and not of(S, "fold") and not of(S, "whole_zero"):
         value -= zero
     if of(S, "signs") >= 0:
         value = _signed(planes, S, row, first, value, ROWS, UNITS)
     for i in tl.static_range(last + 1):
-        product = value * factors[i]
-        if care and i == last:
-            error = _product_error(value, factors[i], product)
-        value = product
+        if care and i == last and of(S, "ends_in_product"):
+            value = _odd_product(value, factors[i])
+        else:
+            value = value * factors[i]
     if of(S, "divisor") is not None:
-        value, error = _quotient(value, divisor, care)
-    if of(S, "offset") is not None or of(S, "fold"):
-        total = value + added
         if care:
-            error = _sum_error(value, added, total)
-        value = total
-    return _finished(value, error, care, DTYPE)
-
-
-@triton.jit
-def _quotient(value, divisor, CARE: tl.constexpr):
-    """The quotient, and something with the sign of its error."""
-    if value.dtype == tl.float64:
-        made = value / divisor
-    else:
-        made = tl.div_rn(value, tl.broadcast_to(divisor, value.shape))
-    error = made * 0.0
-    if CARE:
-        rest = -_product_error(made, divisor, value)
-        error = tl.where(divisor < 0, -rest, rest)
-    return made, error
-
-
-@triton.jit
-def _finished(value, error, CARE: tl.constexpr, DTYPE: tl.constexpr):
-    if CARE:
-        value = _odd(value, error)
-    if value.dtype == tl.float64:
-        single = value.to(tl.float32)
-        if DTYPE != tl.float32:
-            single = _odd(single, (value - single.to(tl.float64)).to(tl.float32))
-        value = single
+            value = _odd_quotient(value, divisor)
+        elif of(S, "wide"):
+            value = value / divisor
+        else:
+            value = tl.div_rn(value, tl.broadcast_to(divisor, value.shape))
+    if of(S, "offset") is not None or of(S, "fold"):
+        value = _odd_sum(value, added) if care else value + added
+    if of(S, "wide"):
+        value = value.to(tl.float32) if DTYPE == tl.float32 else _odd_single(value)
     return rounded(value, DTYPE)
