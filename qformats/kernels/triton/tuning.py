@@ -83,7 +83,7 @@ def _fitted(found: Block, spec: Spec) -> Block:
 
 
 def _vector(spec: Spec, most: int, height: int, single: bool) -> Block:
-    units = max(1, 1024 // spec.width)  # 1024 weights of a phase, 8 a thread and row
+    units = max(1, (1024 if spec.v == 1 or spec.phases == 1 else 512) // spec.width)  # so many weights of a phase and row
     rows = {1: 4, 2: 2}.get(most, 1) * (1 if spec.wide or spec.v > 1 else 2)
     programs = -(-height // rows)
     return Block(rows, units, splits=_power(max(1, min(8, _PROGRAMS // programs))), warps=4)
