@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformats.kernels import reference
+from qformats.kernels import cpu, reference
 from qformats.kernels.layout import Layout
 from qformats.kernels.lower import Lowered
 
@@ -29,7 +29,8 @@ def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:
 
 def multiply(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor:
     """``x`` (..., K) times the transposed rows ``start:stop``, by the fastest kernel that serves this layout, device and batch."""
-    return reference.matmul(x, lowered, start, stop)
+    made = cpu.matmul(x, lowered, start, stop, compute) if x.device.type == "cpu" else None
+    return reference.matmul(x, lowered, start, stop) if made is None else made
 
 
 @torch.library.custom_op("qformats::matmul", mutates_args=())
@@ -44,7 +45,9 @@ def _(x: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int, c
 
 @torch.library.custom_op("qformats::matmul_back", mutates_args=())
 def matmul_back(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
-    return reference.matmul_back(grad, _lowered(planes, layout), start, stop)
+    lowered = _lowered(planes, layout)
+    made = cpu.matmul_back(grad, lowered, start, stop) if grad.device.type == "cpu" else None
+    return reference.matmul_back(grad, lowered, start, stop) if made is None else made
 
 
 @matmul_back.register_fake
@@ -67,7 +70,9 @@ matmul.register_autograd(_gradient, setup_context=_keep)
 
 @torch.library.custom_op("qformats::embed", mutates_args=())
 def embed(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    return reference.embed(ids, _lowered(planes, layout), dtype)
+    lowered = _lowered(planes, layout)
+    made = cpu.embed(ids, lowered, dtype) if ids.device.type == "cpu" else None
+    return reference.embed(ids, lowered, dtype) if made is None else made
 
 
 @embed.register_fake

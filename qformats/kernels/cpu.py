@@ -1,0 +1,164 @@
+"""Products with lowered weights on the CPU by compiled loops (``qformats.loops.products``), where a plan serves the layout.
+
+The weights are exact, each rounded once to float32, and sums are float32: ``qformats.kernels.reference`` with another order of sums. Few
+inputs are multiplied row by row while a row is in cache, more of them by blocks of rows. Work is shared among as many threads as torch
+has; results do not depend on their number.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qformats.kernels.cpu_plan import Plan, plan_of
+from qformats.kernels.lower import Lowered
+from qformats.loops import find
+
+__all__ = ["dequantize", "embed", "matmul", "matmul_back"]
+
+_FEW = 12  # inputs up to which they are multiplied one by one
+_SHARED = 1 << 18  # weights from which on threads share a product
+_TILE_WEIGHTS = 1 << 20
+_ANY_ROWS = np.empty(0, np.int64)
+
+Array = np.ndarray[Any, Any]
+
+
+class _Pool:
+    """Threads for the loops: as many as were last asked for, in this process."""
+
+    def __init__(self) -> None:
+        self.made: tuple[int, int, ThreadPoolExecutor] | None = None
+
+    def of(self, threads: int) -> ThreadPoolExecutor:
+        made = self.made
+        if made is None or made[:2] != (os.getpid(), threads):
+            made = os.getpid(), threads, ThreadPoolExecutor(threads, "qformats")
+            self.made = made
+        return made[2]
+
+
+_POOL = _Pool()
+
+
+def _share(run: Callable[[int, int], Any], count: int, work: int) -> None:
+    """``run(low, high)`` over 0 … ``count``, in threads where ``work`` is worth it."""
+    threads = min(torch.get_num_threads(), count)
+    if threads <= 1 or work < _SHARED:
+        if count:
+            run(0, count)
+        return
+    ends = [count * i // threads for i in range(threads + 1)]
+    pool = _POOL.of(threads - 1)
+    waiting = [pool.submit(run, low, high) for low, high in pairwise(ends[1:])]
+    run(ends[0], ends[1])
+    for task in waiting:
+        task.result()
+
+
+def _plan(lowered: Lowered) -> Plan | None:
+    first = lowered.planes["codes0"]
+    return plan_of(lowered) if first.device.type == "cpu" and type(first) in (Tensor, torch.nn.Parameter) else None
+
+
+def _inputs(x: Tensor, lowered: Lowered, plan: Plan) -> Tensor:
+    """``x`` (M, K) in float32, its columns in the order of the planes, zeros up to a multiple of 16."""
+    wide = x.to(torch.float32)
+    if lowered.layout.index == "order":
+        wide = wide.index_select(1, lowered.planes["order"])
+    padded = int(plan.head[find("rows").PADDED])
+    return (wide if padded == wide.shape[1] else torch.nn.functional.pad(wide, (0, padded - wide.shape[1]))).contiguous()
+
+
+def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
+    """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``; None where no loop serves."""
+    plan = _plan(lowered)
+    if plan is None:
+        return None
+    flat = x.detach().reshape(-1, x.shape[-1])
+    made = _exact(_inputs(flat, lowered, plan), plan, start, stop)
+    return made.to(x.dtype).reshape(*x.shape[:-1], stop - start)
+
+
+def _exact(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+    """The product with ``x`` (M, padded) float32, (M, stop - start)."""
+    inputs, count, columns = len(x), stop - start, int(plan.head[0])
+    out = torch.empty((inputs, count))
+    if inputs <= _FEW:
+        loops, array, source = find("products"), out.numpy(), x.numpy()
+        how = plan.head, plan.slots, plan.constants
+        work = count * columns * (1 + inputs // 4)
+        _share(lambda low, high: loops.few(*how, source, start + low, array[:, low:high]), count, work)
+        return out
+    for rows in _tiles(start, stop, columns):
+        tile = _decoded(plan, _ANY_ROWS, rows.start, rows.stop - rows.start)
+        torch.mm(x[:, :columns], tile.t(), out=out[:, rows.start - start : rows.stop - start])
+    return out
+
+
+# ---------------------------------------------------------------- weights
+
+
+def _decoded(plan: Plan, picked: Array, first: int, count: int) -> Tensor:
+    """Rows ``picked``, or ``count`` of them from ``first`` on, (count, K) float32, columns as in the planes."""
+    out = torch.empty((count, int(plan.head[0])))
+    array, loops = out.numpy(), find("rows")
+    how = plan.head, plan.slots, plan.constants
+    _share(lambda low, high: loops.dequantize(*how, picked[low:high], first + low, array[low:high]), count, out.numel())
+    return out
+
+
+def dequantize(lowered: Lowered, rows: slice | Tensor) -> Tensor | None:
+    """``lowered.dequantize(rows)`` in float32 by a loop; ``rows``: a slice of step 1 within the weight, or int64 (n,). None: no loop."""
+    plan, total = _plan(lowered), lowered.layout.rows
+    if plan is None:
+        return None
+    if isinstance(rows, slice):
+        first, stop, _ = rows.indices(total)
+        return _unsorted(_decoded(plan, _ANY_ROWS, first, max(0, stop - first)), lowered)
+    picked = rows.to(torch.int64).contiguous().numpy()
+    if len(picked) and not 0 <= int(picked.min()) <= int(picked.max()) < total:
+        return None
+    return _unsorted(_decoded(plan, picked, 0, len(picked)), lowered)
+
+
+def _unsorted(columns: Tensor, lowered: Lowered) -> Tensor:
+    """Columns of the planes as columns of the weight."""
+    if lowered.layout.index != "order":
+        return columns
+    back = torch.empty_like(columns)
+    back[:, lowered.planes["order"].to(torch.int64)] = columns
+    return back
+
+
+def _tiles(start: int, stop: int, columns: int) -> Iterable[slice]:
+    step = max(64, _TILE_WEIGHTS // max(1, columns))
+    return (slice(at, min(stop, at + step)) for at in range(start, stop, step))
+
+
+def matmul_back(grad: Tensor, lowered: Lowered, start: int, stop: int) -> Tensor | None:
+    """``grad`` (..., stop - start) times the rows ``start:stop`` of the weight, (..., K), in the dtype of ``grad``; None: no loop."""
+    if _plan(lowered) is None:
+        return None
+    flat = grad.detach().reshape(-1, grad.shape[-1]).to(torch.float32)
+    out = flat.new_zeros((len(flat), lowered.layout.columns))
+    for rows in _tiles(start, stop, lowered.layout.columns):
+        tile = dequantize(lowered, rows)
+        assert tile is not None
+        out.addmm_(flat[:, rows.start - start : rows.stop - start], tile)
+    return out.to(grad.dtype).reshape(*grad.shape[:-1], lowered.layout.columns)
+
+
+def embed(ids: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor | None:
+    """The rows ``ids`` of the weight in float32, (*ids.shape, K); None where no loop serves them or ``dtype`` is another."""
+    if dtype != torch.float32:
+        return None
+    made = dequantize(lowered, ids.reshape(-1))
+    return None if made is None else made.reshape(*ids.shape, lowered.layout.columns)
