@@ -8,8 +8,10 @@ has; results do not depend on their number.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -21,9 +23,9 @@ from qformats.kernels.cpu_plan import Plan, plan_of
 from qformats.kernels.lower import Lowered
 from qformats.loops import find
 
-__all__ = ["dequantize", "embed", "matmul", "matmul_back"]
+__all__ = ["dequantize", "embed", "matmul", "matmul_back", "rounded_inputs"]
 
-_FEW = 12  # inputs up to which they are multiplied one by one
+_FEW = 24  # inputs up to which they are multiplied one by one
 _SHARED = 1 << 18  # weights from which on threads share a product
 _TILE_WEIGHTS = 1 << 20
 _ANY_ROWS = np.empty(0, np.int64)
@@ -80,10 +82,14 @@ def _inputs(x: Tensor, lowered: Lowered, plan: Plan) -> Tensor:
 def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
     """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``; None where no loop serves."""
     plan = _plan(lowered)
+    rounds = compute == "int8"
+    if rounds and (plan is None or plan.integers is None):
+        _warn(f"weights on {lowered.layout.grid} are multiplied exactly: there is no product of bytes for them")
+        rounds = False
     if plan is None:
         return None
-    flat = x.detach().reshape(-1, x.shape[-1])
-    made = _exact(_inputs(flat, lowered, plan), plan, start, stop)
+    flat = _inputs(x.detach().reshape(-1, x.shape[-1]), lowered, plan)
+    made = (_rounded if rounds else _exact)(flat, plan, start, stop)
     return made.to(x.dtype).reshape(*x.shape[:-1], stop - start)
 
 
@@ -95,11 +101,41 @@ def _exact(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
         loops, array, source = find("products"), out.numpy(), x.numpy()
         how = plan.head, plan.slots, plan.constants
         work = count * columns * (1 + inputs // 4)
-        _share(lambda low, high: loops.few(*how, source, start + low, array[:, low:high]), count, work)
+        _share(lambda low, high: loops.few(*how, source, start, array, low, high), count, work)
         return out
     for rows in _tiles(start, stop, columns):
         tile = _decoded(plan, _ANY_ROWS, rows.start, rows.stop - rows.start)
         torch.mm(x[:, :columns], tile.t(), out=out[:, rows.start - start : rows.stop - start])
+    return out
+
+
+# ---------------------------------------------------------------- products of bytes
+
+
+@cache
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
+
+
+def rounded_inputs(x: Tensor) -> Tensor:
+    """What ``compute="int8"`` multiplies with for ``x`` (M, K) float32: in each 128 columns whole multiples of the largest / 127."""
+    count, columns = x.shape
+    blocks = torch.nn.functional.pad(x, (0, -columns % 128)).view(count, -(-columns // 128), 128)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    by = torch.where(largest > 0, 127 / largest, 0.0)
+    return ((blocks * by).round() * (largest / 127)).flatten(1)[:, :columns]
+
+
+def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+    """The product with ``rounded_inputs(x)``, (M, stop - start)."""
+    loops, inputs, count, columns = find("int8"), len(x), stop - start, int(plan.head[0])
+    blocks, groups = -(-columns // loops.BLOCK), -(-columns // plan.group)
+    q = np.zeros((inputs, blocks * loops.BLOCK), np.int8)
+    scales, sums = np.empty((inputs, blocks), np.float32), np.zeros((inputs, -(-groups // 16) * 16), np.float32)
+    loops.quantize(x[:, :columns].contiguous().numpy(), plan.group, q, scales, sums)
+    out = torch.empty((inputs, count))
+    array, how = out.numpy(), (plan.head, plan.slots, plan.constants, *(plan.integers or ()), q, scales, sums, start)
+    _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * columns * (1 + inputs // 4))
     return out
 
 

@@ -41,14 +41,15 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Plan:
     """What the loops take: ``head``, ``slots``, ``constants`` (see ``qformats.loops.rows``); ``kept``: what they point to besides planes.
 
-    ``integers``: whether the values of the codes are bytes, so that products of bytes serve; ``group``: columns of a group.
+    ``group``: columns of a group. ``integers``: where the values of the codes are integers of a byte, so that products of bytes serve,
+    those of sixteen codes as unsigned bytes (none: the codes themselves), what one counts, and what they are increased by.
     """
 
     head: Array
     slots: Array
     constants: Array
     group: int
-    integers: bool
+    integers: tuple[Array, Array] | None
     kept: list[Any]
 
 
@@ -394,7 +395,7 @@ def _assembled(loops: Any, lowered: Lowered, slots: list[_Slot], constants: list
     rows = [row for slot in slots for row in _rows_of(slot, len(slots), slots, groups, width)]
     order = sorted(rows, key=lambda row: row[0])
     table_of = np.array([row for _, row in order], np.int64).reshape(-1, loops.SLOT)
-    integers = kind <= loops.SIGNED and not layout.signs and index is None and width % 4 == 0
+    integers = None if layout.signs or index is not None else _integers(layout, kind)
     return Plan(head, table_of, np.array(constants, np.float64), width, integers, kept)
 
 
@@ -407,6 +408,21 @@ def _kind(layout: Layout) -> tuple[int, Tensor | None]:
     if isinstance(grid, Table) and grid.v_in > 1:
         return 4, table
     return (2 if layout.bits == 4 else 3), table
+
+
+def _integers(layout: Layout, kind: int) -> tuple[Array, Array] | None:
+    """``Plan.integers``: of integers, and of tables of sixteen numbers that are bytes, or are when doubled."""
+    if kind <= 1:
+        return np.zeros(16, np.uint8), np.array([1.0, 128.0 * kind])
+    entries = _entries(layout.grid)
+    if kind != 2 or entries is None:
+        return None
+    for unit in (1.0, 0.5):
+        steps = entries / unit
+        low, high = float(steps.min()), float(steps.max())
+        if bool((steps == steps.round()).all()) and high - low < 256:
+            return (steps - low).to(torch.uint8).numpy(), np.array([unit, -low])
+    return None
 
 
 def _rows_of(slot: _Slot, first_inner: int, slots: list[_Slot], groups: int, width: int) -> list[tuple[int, list[int]]]:

@@ -1,7 +1,8 @@
 """The operators ``qformats::matmul``, ``qformats::matmul_back`` and ``qformats::embed`` over lowered planes, and which kernel runs.
 
 An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
-way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32. ``multiply`` is the same without
+way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32; ``"int8"`` rounds the inputs to bytes
+(``qformats.kernels.cpu.rounded_inputs``) where a loop multiplies bytes, and is exact elsewhere. ``multiply`` is the same without
 the operator's overhead, for code that is neither compiled nor differentiated. The gradient is that of the input; planes have none.
 """
 
@@ -19,7 +20,7 @@ from qformats.kernels.lower import Lowered
 
 __all__ = ["COMPUTE", "embed", "matmul", "multiply"]
 
-COMPUTE = ("exact",)
+COMPUTE = ("exact", "int8")
 
 
 def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:

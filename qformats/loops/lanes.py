@@ -18,18 +18,25 @@ from qformats.loops.vectors import LANES, floats
 
 __all__ = [
     "FUSED",
+    "HALVES",
     "as_floats",
     "divided",
     "dot",
     "doubles",
+    "flipped",
     "floats_at",
     "fma",
+    "halves",
+    "line",
     "look_up",
     "look_up_bytes",
+    "merge",
     "pointer",
     "put",
     "signed_at",
+    "signed_line",
     "spread",
+    "times",
     "total",
     "unsigned_at",
 ]  # fmt: skip
@@ -141,18 +148,41 @@ def total(typing: Any, value: Any) -> Any:
 # ---------------------------------------------------------------- codes
 
 
+def _field(builder: Any, source: Any, shift: Any, mask: Any) -> Any:
+    shift, mask = (_splat(builder, builder.trunc(value, _I8), _BYTES) for value in (shift, mask))
+    return builder.and_(builder.lshr(_load(builder, source, _BYTES), shift), mask)
+
+
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-def spread(typing: Any, source: Any, shift: Any, mask: Any, left: Any, merge: Any, target: Any) -> Any:
-    """Of sixteen bytes ``(byte >> shift & mask) << left`` to sixteen bytes, or'ed to what is there if ``merge``."""
+def spread(typing: Any, source: Any, shift: Any, mask: Any, target: Any) -> Any:
+    """Of sixteen bytes ``byte >> shift & mask`` to sixteen bytes."""
 
-    def made(builder: Any, source: Any, shift: Any, mask: Any, left: Any, merge: Any, target: Any) -> Any:
-        shift, mask, left = (_splat(builder, builder.trunc(value, _I8), _BYTES) for value in (shift, mask, left))
-        field = builder.shl(builder.and_(builder.lshr(_load(builder, source, _BYTES), shift), mask), left)
-        old = _load(builder, target, _BYTES)
-        kept = builder.select(builder.icmp_signed("!=", merge, merge.type(0)), old, ir.Constant(_BYTES, [0] * LANES))
-        builder.store(builder.or_(field, kept), _at(builder, target, _BYTES), align=1)
+    def made(builder: Any, source: Any, shift: Any, mask: Any, target: Any) -> Any:
+        builder.store(_field(builder, source, shift, mask), _at(builder, target, _BYTES), align=1)
 
-    return _by_address(types.void, (types.intp,) * 6, made)
+    return _by_address(types.void, (types.intp,) * 4, made)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def merge(typing: Any, source: Any, shift: Any, mask: Any, left: Any, target: Any) -> Any:
+    """The same, shifted left, or'ed to the bytes that are there."""
+
+    def made(builder: Any, source: Any, shift: Any, mask: Any, left: Any, target: Any) -> Any:
+        moved = builder.shl(_field(builder, source, shift, mask), _splat(builder, builder.trunc(left, _I8), _BYTES))
+        builder.store(builder.or_(moved, _load(builder, target, _BYTES)), _at(builder, target, _BYTES), align=1)
+
+    return _by_address(types.void, (types.intp,) * 5, made)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def flipped(typing: Any, source: Any, bits: Any, target: Any) -> Any:
+    """Sixteen bytes with ``bits`` of each flipped to sixteen bytes."""
+
+    def made(builder: Any, source: Any, bits: Any, target: Any) -> Any:
+        found = builder.xor(_load(builder, source, _BYTES), _splat(builder, builder.trunc(bits, _I8), _BYTES))
+        builder.store(found, _at(builder, target, _BYTES), align=1)
+
+    return _by_address(types.void, (types.intp,) * 3, made)
 
 
 def _picked(builder: Any, entries: Any, index: Any, kind: Any) -> Any:
@@ -204,6 +234,58 @@ def look_up(typing: Any, codes: Any, table: Any) -> Any:
         return _named_floats(builder, _load(builder, table, _FLOATS), index)
 
     return _by_address(floats, (types.intp, types.intp), made)
+
+
+# ---------------------------------------------------------------- parameters in float64
+
+
+HALVES = not _X86 or bool(_FEATURES.get("f16c"))
+"""Whether the CPU reads float16; without it ``halves`` is no function that LLVM knows."""
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def halves(typing: Any, source: Any, target: Any) -> Any:
+    """Sixteen float16 to sixteen float64."""
+
+    def made(builder: Any, source: Any, target: Any) -> Any:
+        single = builder.fpext(_load(builder, source, ir.VectorType(ir.HalfType(), LANES)), _FLOATS)
+        builder.store(builder.fpext(single, _DOUBLES), _at(builder, target, _DOUBLES), align=1)
+
+    return _by_address(types.void, (types.intp, types.intp), made)
+
+
+def _on_line(signed: bool) -> Any:
+    def made(builder: Any, source: Any, step: Any, start: Any, target: Any) -> Any:
+        stored = _load(builder, source, _BYTES)
+        wide = builder.sitofp((builder.sext if signed else builder.zext)(stored, _INTS), _DOUBLES)
+        found = builder.fadd(builder.fmul(wide, _splat(builder, step, _DOUBLES)), _splat(builder, start, _DOUBLES))
+        builder.store(found, _at(builder, target, _DOUBLES), align=1)
+
+    return _by_address(types.void, (types.intp, types.float64, types.float64, types.intp), made)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def line(typing: Any, source: Any, step: Any, start: Any, target: Any) -> Any:
+    """Of sixteen uint8 ``byte step + start``, both steps in float64, to sixteen float64."""
+    return _on_line(False)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def signed_line(typing: Any, source: Any, step: Any, start: Any, target: Any) -> Any:
+    """The same of sixteen int8."""
+    return _on_line(True)
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def times(typing: Any, target: Any, factor: Any) -> Any:
+    """Multiply eight float64."""
+    eight = ir.VectorType(_F64, 8)
+
+    def made(builder: Any, target: Any, factor: Any) -> Any:
+        found = builder.fmul(_load(builder, target, eight), _splat(builder, factor, eight))
+        builder.store(found, _at(builder, target, eight), align=1)
+
+    return _by_address(types.void, (types.intp, types.float64), made)
 
 
 # ---------------------------------------------------------------- weights in float64

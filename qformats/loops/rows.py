@@ -18,16 +18,22 @@ from numba import carray
 
 from qformats.loops.compiled import compiled
 from qformats.loops.lanes import (
+    HALVES,
     as_floats,
     divided,
     doubles,
     floats_at,
     fma,
+    halves,
+    line,
     look_up,
+    merge,
     pointer,
     put,
     signed_at,
+    signed_line,
     spread,
+    times,
     unsigned_at,
 )  # fmt: skip
 
@@ -57,7 +63,6 @@ FORM_F32, FORM_F16, FORM_BF16, FORM_F64, FORM_U8, FORM_I8, FORM_I16, FORM_I32, F
     range(12)
 )
 
-_RUN = 16
 _HALF_SCALE = f32(2.0**112)
 
 
@@ -75,20 +80,43 @@ def workspace(head: Array) -> Any:
 @compiled
 def _unpack(address: Any, width: Any, at: Any, columns: Any, target: Any) -> None:
     """One plane's field of a row to bit ``at`` of the bytes at ``target``; the first field (``at`` 0) overwrites them."""
-    runs, merge = (columns * width + 127) // 128, 1 if at else 0
-    for run in range(runs):
-        source = address + run * _RUN
-        if width == 4:
-            spread(source, 0, 15, at, merge, target + 32 * run)
-            spread(source, 4, 15, at, merge, target + 32 * run + 16)
-        elif width == 2:
+    runs = (columns * width + 127) // 128
+    if at:
+        _add_field(address, width, at, runs, target)
+    elif width == 4:
+        for run in range(runs):
+            spread(address + 16 * run, 0, 15, target + 32 * run)
+            spread(address + 16 * run, 4, 15, target + 32 * run + 16)
+    elif width == 2:
+        for run in range(runs):
             for i in range(4):
-                spread(source, 2 * i, 3, at, merge, target + 64 * run + 16 * i)
-        elif width == 1:
+                spread(address + 16 * run, 2 * i, 3, target + 64 * run + 16 * i)
+    elif width == 1:
+        for run in range(runs):
             for i in range(8):
-                spread(source, i, 1, at, merge, target + 128 * run + 16 * i)
+                spread(address + 16 * run, i, 1, target + 128 * run + 16 * i)
+    else:
+        for run in range(runs):
+            spread(address + 16 * run, 0, 255, target + 16 * run)
+
+
+@compiled
+def _add_field(address: Any, width: Any, at: Any, runs: Any, target: Any) -> None:
+    """A further field: two bits from the fourth on, or one from the second, fourth or sixth on."""
+    for run in range(runs):
+        source = address + 16 * run
+        if width == 2:
+            for i in range(4):
+                merge(source, 2 * i, 3, 4, target + 64 * run + 16 * i)
+        elif at == 4:
+            for i in range(8):
+                merge(source, i, 1, 4, target + 128 * run + 16 * i)
+        elif at == 2:
+            for i in range(8):
+                merge(source, i, 1, 2, target + 128 * run + 16 * i)
         else:
-            spread(source, 0, 255, at, merge, target + 16 * run)
+            for i in range(8):
+                merge(source, i, 1, 6, target + 128 * run + 16 * i)
 
 
 @compiled
@@ -109,40 +137,52 @@ def _from_half(h: Any) -> Any:
     """A float16's bits as float32."""
     magnitude = u32(u32(h & u32(0x7FFF)) << u32(13))
     sign = u32(u32(h & u32(0x8000)) << u32(16))
-    if magnitude >= u32(0x0F800000):
-        return u32(sign | magnitude | u32(0x70000000)).view(f32)
     scaled = f32(u32(magnitude).view(f32) * _HALF_SCALE).view(u32)
-    return u32(scaled | sign).view(f32)
+    bits = u32(magnitude | u32(0x70000000)) if magnitude >= u32(0x0F800000) else scaled
+    return u32(bits | sign).view(f32)
 
 
 @compiled
-def _numbers(slots: Array, slot: Any, row: Any, out: Array, scratch: Array, low: Any) -> None:
-    """The stored numbers of one parameter for a row of weights, as float64, to ``out``."""
+def _from_halves(address: Any, count: Any, target: Any) -> None:
+    """``count`` float16 as float64."""
+    whole = count // 16 * 16 if HALVES else 0
+    if HALVES:
+        for i in range(0, whole, 16):
+            halves(address + 2 * i, target + 8 * i)
+    stored, out = carray(pointer(address), count, u16), carray(pointer(target), count, f64)
+    for i in range(whole, count):
+        out[i] = f64(_from_half(u32(stored[i])))
+
+
+@compiled
+def _place(slots: Array, slot: Any, row: Any) -> Any:
+    """The row of a parameter's plane for a row of weights."""
+    height, modulo = slots[slot, HEIGHT], slots[slot, MODULO]
+    place = row if height == 1 else row // height
+    return place if modulo == 0 else place % modulo
+
+
+@compiled
+def _plain(slots: Array, slot: Any, place: Any, target: Any) -> None:
+    """The stored floats of one row, as float64, to the address ``target``."""
     count, form = slots[slot, COUNT], slots[slot, FORM]
-    place = row // slots[slot, HEIGHT]
-    if slots[slot, MODULO] > 0:
-        place = place % slots[slot, MODULO]
     address = slots[slot, ADDRESS] + place * slots[slot, ROW_BYTES]
     if form == FORM_F16:
-        halves = carray(pointer(address), count, u16)
-        for i in range(count):
-            out[i] = f64(_from_half(u32(halves[i])))
-    elif form == FORM_F32:
+        _from_halves(address, count, target)
+        return
+    out = carray(pointer(target), count, f64)
+    if form == FORM_F32:
         singles = carray(pointer(address), count, f32)
         for i in range(count):
             out[i] = f64(singles[i])
     elif form == FORM_BF16:
-        halves = carray(pointer(address), count, u16)
+        upper = carray(pointer(address), count, u16)
         for i in range(count):
-            out[i] = f64(u32(u32(halves[i]) << u32(16)).view(f32))
+            out[i] = f64(u32(u32(upper[i]) << u32(16)).view(f32))
     elif form == FORM_U8:
         unsigned = carray(pointer(address), count, u8)
         for i in range(count):
             out[i] = f64(unsigned[i])
-    elif form == FORM_F64:
-        wide = carray(pointer(address), count, f64)
-        for i in range(count):
-            out[i] = wide[i]
     elif form == FORM_I8:
         signed = carray(pointer(address), count, np.int8)
         for i in range(count):
@@ -156,118 +196,89 @@ def _numbers(slots: Array, slot: Any, row: Any, out: Array, scratch: Array, low:
         for i in range(count):
             out[i] = f64(longer[i])
     else:
-        _coded(slots, slot, place, address, out, scratch, low)
+        wide = carray(pointer(address), count, f64)
+        for i in range(count):
+            out[i] = wide[i]
 
 
 @compiled
-def _coded(slots: Array, slot: Any, place: Any, address: Any, out: Array, scratch: Array, low: Any) -> None:
+def _coded(slots: Array, slot: Any, place: Any, target: Any, scratch: Any, low: Any) -> None:
     """Numbers that are stored as codes: looked up, or on a line, and times the inner scale if there is one."""
     count, form = slots[slot, COUNT], slots[slot, FORM]
-    table = carray(pointer(slots[slot, LOOKUP]), 256, f64)
-    if form != FORM_BYTES:
+    address = slots[slot, ADDRESS] + place * slots[slot, ROW_BYTES]
+    table, out = carray(pointer(slots[slot, LOOKUP]), 256, f64), carray(pointer(target), count, f64)
+    if form != FORM_BYTES and slots[slot, NUMBER_PLANES] == 1 and slots[slot, SUB_FIELD] == 8:
+        address = slots[slot, SUB_PLANE] + place * slots[slot, SUB_STRIDE]
+    elif form != FORM_BYTES:
         at = 0
-        if slots[slot, NUMBER_PLANES] == 1 and slots[slot, SUB_FIELD] == 8:
-            address = slots[slot, SUB_PLANE] + place * slots[slot, SUB_STRIDE]
-        else:
-            for plane in range(slots[slot, NUMBER_PLANES]):
-                width = slots[slot, SUB_FIELD + plane]
-                _unpack(slots[slot, SUB_PLANE + plane] + place * slots[slot, SUB_STRIDE + plane], width, at, count, low)
-                at += width
-            address = low
-    codes = carray(pointer(address), count, u8)
+        for plane in range(slots[slot, NUMBER_PLANES]):
+            width = slots[slot, SUB_FIELD + plane]
+            _unpack(slots[slot, SUB_PLANE + plane] + place * slots[slot, SUB_STRIDE + plane], width, at, count, low)
+            at += width
+        address = low
     if form == FORM_LINE:
-        start, step = table[0], table[1] - table[0]
-        for i in range(count):
-            out[i] = f64(codes[i]) * step + start
+        for i in range(0, count, 16):
+            line(address + i, table[1] - table[0], table[0], target + 8 * i)
     elif form == FORM_SIGNED_LINE:
-        signed = carray(pointer(address), count, np.int8)
-        start, step = table[0], table[1] - table[0]
-        for i in range(count):
-            out[i] = f64(signed[i]) * step + start
+        for i in range(0, count, 16):
+            signed_line(address + i, table[1] - table[0], table[0], target + 8 * i)
     else:
+        codes = carray(pointer(address), count, u8)
         for i in range(count):
             out[i] = table[codes[i]]
     inner = slots[slot, INNER]
     if inner < 0:
         return
-    _numbers_plain(slots, inner, place, scratch)
-    repeat = slots[inner, REPEAT]
+    _plain(slots, inner, _place(slots, inner, place), scratch)
+    repeat, factors = slots[inner, REPEAT], carray(pointer(scratch), slots[inner, COUNT], f64)
     for j in range(slots[inner, COUNT]):
-        factor, first = scratch[j], j * repeat
-        if repeat == 8 and first + 8 <= count:
-            for i in range(8):
-                out[first + i] *= factor
-        elif repeat == 16 and first + 16 <= count:
-            for i in range(16):
-                out[first + i] *= factor
+        factor, first = factors[j], j * repeat
+        if repeat & 7 == 0 and first + repeat <= count:
+            for i in range(first, first + repeat, 8):
+                times(target + 8 * i, factor)
         else:
             for i in range(first, min(count, first + repeat)):
                 out[i] *= factor
 
 
 @compiled
-def _numbers_plain(slots: Array, slot: Any, row: Any, out: Array) -> None:
-    """``_numbers`` of an inner scale: float16, bfloat16 or float32."""
-    count, form = slots[slot, COUNT], slots[slot, FORM]
-    address = slots[slot, ADDRESS] + row // slots[slot, HEIGHT] * slots[slot, ROW_BYTES]
-    if form == FORM_F32:
-        singles = carray(pointer(address), count, f32)
-        for i in range(count):
-            out[i] = f64(singles[i])
-        return
-    halves = carray(pointer(address), count, u16)
-    if form == FORM_F16:
-        for i in range(count):
-            out[i] = f64(_from_half(u32(halves[i])))
-    else:
-        for i in range(count):
-            out[i] = f64(u32(u32(halves[i]) << u32(16)).view(f32))
+def _merged(slots: Array, slot: Any, first: bool, start: Any, numbers: Any, target: Any, groups: Any) -> None:
+    """A parameter's numbers onto the groups: those of a first one as they are, a further factor multiplied to them."""
+    count, repeat, adds = slots[slot, COUNT], slots[slot, REPEAT], slots[slot, ROLE] > 1
+    source, out = carray(pointer(numbers), count, f64), carray(pointer(target), groups, f64)
+    for i in range(count):
+        value = source[i] + start if adds else source[i] * start
+        for j in range(i * repeat, min(groups, (i + 1) * repeat)):
+            out[j] = value if first else out[j] * value
 
 
 @compiled
 def params(head: Array, slots: Array, constants: Array, row: Any, buffer: Array, low: Any) -> None:
     """Scale, divisor, zero point and offset of each group of a row to ``buffer[:4]``."""
-    groups = head[GROUPS]
-    set_ = 0  # bit r: role r has numbers of its own
+    groups, at, step = head[GROUPS], np.intp(buffer.ctypes.data), 8 * buffer.shape[1]
+    met = 0  # bit r: role r has numbers of its own
     for slot in range(len(slots)):
         role = slots[slot, ROLE]
         if role < 0:
             continue
-        repeat, target = slots[slot, REPEAT], buffer[role]
-        first = role > 1 or set_ >> role & 1 == 0
-        set_ |= 1 << role
-        start = constants[role]
-        direct = repeat == 1 and first
-        numbers = target if direct else buffer[4]
-        _numbers(slots, slot, row, numbers, buffer[5], low)
-        if direct:
-            if role < 2 and start != 1.0:
-                for j in range(groups):
-                    target[j] *= start
-            elif role == 2 and start != 0.0:
-                for j in range(groups):
-                    target[j] += start
-            continue
-        for i in range(slots[slot, COUNT]):
-            value = numbers[i]
-            begin, end = i * repeat, min(groups, (i + 1) * repeat)
-            if role < 2:
-                if first:
-                    value *= start
-                    for j in range(begin, end):
-                        target[j] = value
-                else:
-                    for j in range(begin, end):
-                        target[j] *= value
-            else:
-                if role == 2:
-                    value += start
-                for j in range(begin, end):
-                    target[j] = value
+        first = met >> role & 1 == 0
+        met |= 1 << role
+        neutral = 1.0 if role < 2 else 0.0
+        start = (constants[role] if role < 3 else 0.0) if first else neutral
+        direct = slots[slot, REPEAT] == 1 and first and start == neutral
+        target, place = at + role * step, _place(slots, slot, row)
+        numbers = target if direct else at + 4 * step
+        if slots[slot, FORM] >= FORM_BYTES:
+            _coded(slots, slot, place, numbers, at + 5 * step, low)
+        else:
+            _plain(slots, slot, place, numbers)
+        if not direct:
+            _merged(slots, slot, first, start, numbers, target, groups)
     for role in range(4):
-        if set_ >> role & 1 == 0:
+        if met >> role & 1 == 0:
+            out = carray(pointer(at + role * step), groups, f64)
             for j in range(groups):
-                buffer[role, j] = constants[role]
+                out[j] = constants[role]
 
 
 @compiled

@@ -41,7 +41,7 @@ def load_model(
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
-    ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
+    ``compute``: ``"exact"``: weights exactly, products in float32; ``"int8"``: inputs rounded to bytes too, faster and never a default.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
