@@ -37,7 +37,7 @@ from qformats.loops.lanes import (
     unsigned_at,
 )  # fmt: skip
 
-__all__ = ["DIVIDED", "DOUBLE", "SINGLE", "decode", "dequantize", "params", "row_codes", "workspace"]
+__all__ = ["DIVIDED", "DOUBLE", "SINGLE", "decode", "dequantize", "params", "row_codes", "unpack_field", "workspace"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, f32, f64 = np.uint8, np.uint16, np.uint32, np.float32, np.float64
@@ -78,7 +78,7 @@ def workspace(head: Array) -> Any:
 
 
 @compiled
-def _unpack(address: Any, width: Any, at: Any, columns: Any, target: Any) -> None:
+def unpack_field(address: Any, width: Any, at: Any, columns: Any, target: Any) -> None:
     """One plane's field of a row to bit ``at`` of the bytes at ``target``; the first field (``at`` 0) overwrites them."""
     runs = (columns * width + 127) // 128
     if at:
@@ -127,7 +127,7 @@ def row_codes(head: Array, row: Any, low: Any, high: Any) -> Any:
     at = 0
     for plane in range(head[PLANES]):
         address, width = head[PLANE + plane] + row * head[STRIDE + plane], head[FIELD + plane]
-        _unpack(address, width, at & 7, head[CODES], high if at >= 8 else low)
+        unpack_field(address, width, at & 7, head[CODES], high if at >= 8 else low)
         at += width
     return low
 
@@ -213,7 +213,7 @@ def _coded(slots: Array, slot: Any, place: Any, target: Any, scratch: Any, low: 
         at = 0
         for plane in range(slots[slot, NUMBER_PLANES]):
             width = slots[slot, SUB_FIELD + plane]
-            _unpack(slots[slot, SUB_PLANE + plane] + place * slots[slot, SUB_STRIDE + plane], width, at, count, low)
+            unpack_field(slots[slot, SUB_PLANE + plane] + place * slots[slot, SUB_STRIDE + plane], width, at, count, low)
             at += width
         address = low
     if form == FORM_LINE:
