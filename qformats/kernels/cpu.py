@@ -27,7 +27,7 @@ __all__ = ["dequantize", "embed", "matmul", "matmul_back", "rounded_inputs"]
 
 _FEW = 24  # inputs up to which they are multiplied one by one
 _SHARED = 1 << 18  # weights from which on threads share a product
-_TILE_WEIGHTS = 1 << 20
+_TILE_WEIGHTS = 1 << 19  # 2 MiB of float32
 _ANY_ROWS = np.empty(0, np.int64)
 
 Array = np.ndarray[Any, Any]
@@ -103,8 +103,9 @@ def _exact(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
         work = count * columns * (1 + inputs // 4)
         _share(lambda low, high: loops.few(*how, source, start, array, low, high), count, work)
         return out
+    room = torch.empty((min(count, _tile_rows(columns)), columns))
     for rows in _tiles(start, stop, columns):
-        tile = _decoded(plan, _ANY_ROWS, rows.start, rows.stop - rows.start)
+        tile = _decoded(plan, _ANY_ROWS, rows.start, room[: rows.stop - rows.start])
         torch.mm(x[:, :columns], tile.t(), out=out[:, rows.start - start : rows.stop - start])
     return out
 
@@ -130,7 +131,7 @@ def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
     """The product with ``rounded_inputs(x)``, (M, stop - start)."""
     loops, inputs, count, columns = find("int8"), len(x), stop - start, int(plan.head[0])
     blocks, groups = -(-columns // loops.BLOCK), -(-columns // plan.group)
-    q = np.zeros((inputs, blocks * loops.BLOCK), np.int8)
+    q = np.zeros((inputs, (blocks + 1) * loops.BLOCK), np.int8)
     scales, sums = np.empty((inputs, blocks), np.float32), np.zeros((inputs, -(-groups // 16) * 16), np.float32)
     loops.quantize(x[:, :columns].contiguous().numpy(), plan.group, q, scales, sums)
     out = torch.empty((inputs, count))
@@ -142,27 +143,26 @@ def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
 # ---------------------------------------------------------------- weights
 
 
-def _decoded(plan: Plan, picked: Array, first: int, count: int) -> Tensor:
-    """Rows ``picked``, or ``count`` of them from ``first`` on, (count, K) float32, columns as in the planes."""
-    out = torch.empty((count, int(plan.head[0])))
+def _decoded(plan: Plan, picked: Array, first: int, out: Tensor) -> Tensor:
+    """Rows ``picked``, or those from ``first`` on, in float32 to ``out`` (n, K), columns as in the planes."""
     array, loops = out.numpy(), find("rows")
     how = plan.head, plan.slots, plan.constants
-    _share(lambda low, high: loops.dequantize(*how, picked[low:high], first + low, array[low:high]), count, out.numel())
+    _share(lambda low, high: loops.dequantize(*how, picked[low:high], first + low, array[low:high]), len(out), out.numel())
     return out
 
 
 def dequantize(lowered: Lowered, rows: slice | Tensor) -> Tensor | None:
     """``lowered.dequantize(rows)`` in float32 by a loop; ``rows``: a slice of step 1 within the weight, or int64 (n,). None: no loop."""
-    plan, total = _plan(lowered), lowered.layout.rows
+    plan, total, k = _plan(lowered), lowered.layout.rows, lowered.layout.columns
     if plan is None:
         return None
     if isinstance(rows, slice):
         first, stop, _ = rows.indices(total)
-        return _unsorted(_decoded(plan, _ANY_ROWS, first, max(0, stop - first)), lowered)
+        return _unsorted(_decoded(plan, _ANY_ROWS, first, torch.empty((max(0, stop - first), k))), lowered)
     picked = rows.to(torch.int64).contiguous().numpy()
     if len(picked) and not 0 <= int(picked.min()) <= int(picked.max()) < total:
         return None
-    return _unsorted(_decoded(plan, picked, 0, len(picked)), lowered)
+    return _unsorted(_decoded(plan, picked, 0, torch.empty((len(picked), k))), lowered)
 
 
 def _unsorted(columns: Tensor, lowered: Lowered) -> Tensor:
@@ -174,22 +174,27 @@ def _unsorted(columns: Tensor, lowered: Lowered) -> Tensor:
     return back
 
 
+def _tile_rows(columns: int) -> int:
+    return max(64, _TILE_WEIGHTS // max(1, columns))
+
+
 def _tiles(start: int, stop: int, columns: int) -> Iterable[slice]:
-    step = max(64, _TILE_WEIGHTS // max(1, columns))
+    step = _tile_rows(columns)
     return (slice(at, min(stop, at + step)) for at in range(start, stop, step))
 
 
 def matmul_back(grad: Tensor, lowered: Lowered, start: int, stop: int) -> Tensor | None:
     """``grad`` (..., stop - start) times the rows ``start:stop`` of the weight, (..., K), in the dtype of ``grad``; None: no loop."""
-    if _plan(lowered) is None:
+    plan, columns = _plan(lowered), lowered.layout.columns
+    if plan is None:
         return None
     flat = grad.detach().reshape(-1, grad.shape[-1]).to(torch.float32)
-    out = flat.new_zeros((len(flat), lowered.layout.columns))
-    for rows in _tiles(start, stop, lowered.layout.columns):
-        tile = dequantize(lowered, rows)
-        assert tile is not None
+    out = flat.new_zeros((len(flat), columns))
+    room = torch.empty((min(stop - start, _tile_rows(columns)), columns))
+    for rows in _tiles(start, stop, columns):
+        tile = _decoded(plan, _ANY_ROWS, rows.start, room[: rows.stop - rows.start])
         out.addmm_(flat[:, rows.start - start : rows.stop - start], tile)
-    return out.to(grad.dtype).reshape(*grad.shape[:-1], lowered.layout.columns)
+    return _unsorted(out, lowered).to(grad.dtype).reshape(*grad.shape[:-1], columns)
 
 
 def embed(ids: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor | None:

@@ -21,7 +21,7 @@ from qformats.loops.rows import CODES, DIVIDED, GROUPS, KIND, SIGNED, SIXTEEN, W
 __all__ = ["BLOCK", "multiply", "quantize"]
 
 Array = np.ndarray[Any, Any]
-i8, f32 = np.int8, np.float32
+i8, u32, f32 = np.int8, np.uint32, np.float32
 
 BLOCK = 128
 _ROWS = 8  # decoded before they are multiplied; an even number
@@ -29,22 +29,25 @@ _ROWS = 8  # decoded before they are multiplied; an even number
 
 @compiled
 def quantize(x: Array, width: Any, q: Array, scales: Array, sums: Array) -> None:
-    """``x`` (M, K) float32 -> ``q`` int8 (M, whole blocks), ``scales`` (M, blocks), ``sums`` (M, groups or more) of groups of ``width``.
+    """``x`` (M, K) float32 -> ``q`` int8 (M, whole blocks or more), ``scales`` (M, blocks), ``sums`` (M, groups or more) of ``width``.
 
-    A scale is the block's largest magnitude / 127, and a number is x / scale to the nearest, ties to even.
+    A scale is the block's largest magnitude / 127, and a number is x / scale to the nearest, ties to even. A block with an infinity or
+    NaN makes the input's products NaN.
     """
     columns = x.shape[1]
     for m in range(len(x)):
         for block in range(scales.shape[1]):
             start, stop = block * BLOCK, min(columns, (block + 1) * BLOCK)
-            largest = f32(0)
+            worst = u32(0)  # magnitudes are ordered like their bits, infinities and NaN above all
             for i in range(start, stop):
-                largest = max(largest, abs(x[m, i]))
-            scale = largest / f32(127)
-            by = f32(127) / largest if largest > f32(0) else f32(0)
+                worst = max(worst, u32(f32(x[m, i]).view(u32) & u32(0x7FFFFFFF)))
+            largest = u32(worst).view(f32)
+            finite = worst < u32(0x7F800000)
+            scale = largest / f32(127) if finite else f32(np.nan)
+            by = f32(127) / largest if finite and worst > u32(0) else f32(0)
             scales[m, block] = scale
             for i in range(start, stop):
-                q[m, i] = i8(np.int32(np.rint(x[m, i] * by)))
+                q[m, i] = i8(np.int32(np.rint(x[m, i] * by))) if finite else i8(0)
             at = start
             while at < stop:
                 group = at // width
@@ -145,23 +148,24 @@ def multiply(
     p, bytes_, _ = workspace(head)
     blocks, inputs, vectors, eight = scales.shape[1], len(x), sums.shape[1] // 16, np.zeros(8, f32)
     line, groups = BLOCK * blocks, sums.shape[1]  # bytes of a row's codes, and of its scales, 32 of 4 bytes a block
-    slack = head[WIDTH] + 64
-    held = np.zeros(_ROWS * (2 * line + 4 * groups) + slack + 64, np.uint8)
+    apart, slack = line + BLOCK, head[WIDTH] + 64  # rows a power of two apart would share the lines of the first cache
+    held = np.zeros(_ROWS * (2 * apart + 4 * groups) + slack + 64, np.uint8)
     codes = (np.intp(held.ctypes.data) + 63) & ~63
-    rest, lanes = codes + _ROWS * line, codes + _ROWS * (line + 4 * groups)
+    rest, lanes = codes + _ROWS * apart, codes + _ROWS * (apart + 4 * groups)
+    across = x.shape[1]
     x_at, sum_at, scale_at = np.intp(x.ctypes.data), np.intp(sums.ctypes.data), np.intp(scales.ctypes.data)
     other, aside = np.intp(bytes_[1].ctypes.data), np.intp(bytes_[2].ctypes.data)
     for start in range(low, high, _ROWS):
         count = min(_ROWS, high - start)
         for i in range(count):
             params(head, slots, constants, first + start + i, p, aside)
-            _bytes(head, table, first + start + i, codes + i * line, other, np.intp(bytes_[0].ctypes.data), line)
-            _factors(head, p, numbers[0], numbers[1], lanes + i * line, carray(pointer(rest + 4 * i * groups), groups, f32))
+            _bytes(head, table, first + start + i, codes + i * apart, other, np.intp(bytes_[0].ctypes.data), line)
+            _factors(head, p, numbers[0], numbers[1], lanes + i * apart, carray(pointer(rest + 4 * i * groups), groups, f32))
         m = 0
         while m + 4 <= inputs:
-            q, s = x_at + m * line, scale_at + 4 * m * blocks
+            q, s = x_at + m * across, scale_at + 4 * m * blocks
             for i in range(0, count, 2):  # of an odd number the row after the last is counted and left
-                _eight(codes + i * line, lanes + i * line, blocks, q, line, s, 4 * blocks, line, eight)
+                _eight(codes + i * apart, lanes + i * apart, blocks, q, across, s, 4 * blocks, apart, eight)
                 for r in range(i, min(count, i + 2)):
                     for j in range(4):
                         beside = _beside(rest + 4 * r * groups, sum_at + 4 * (m + j) * groups, vectors)
@@ -169,6 +173,6 @@ def multiply(
             m += 4
         while m < inputs:
             for i in range(count):
-                made = _one(codes + i * line, lanes + i * line, blocks, x_at + m * line, scale_at + 4 * m * blocks)
+                made = _one(codes + i * apart, lanes + i * apart, blocks, x_at + m * across, scale_at + 4 * m * blocks)
                 out[m, start + i] = made + _beside(rest + 4 * i * groups, sum_at + 4 * m * groups, vectors)
             m += 1

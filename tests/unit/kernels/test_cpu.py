@@ -108,6 +108,16 @@ def test_products_of_bytes_are_those_of_the_rounded_inputs(case: str) -> None:
         assert bool(((found.double() - x.double() @ w.double().t()).abs() <= bound + 1e-5 * size).all())
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e-40])
+def test_bytes_of_extreme_inputs(value: float) -> None:
+    lowered = lower(weight(Integer(4), 4, 5, 48, 16, torch.float16, "codes"))
+    x = torch.zeros(2, 48)
+    x[0, 3] = value
+    found = cpu.matmul(x, lowered, 0, 5, "int8")
+    assert found is not None and bool(found[1].eq(0).all())
+    assert bool(found[0].isnan().all()) if value != value or value > 1 else bool((found[0].abs() <= 1e-30).all())
+
+
 def test_bytes_that_serve_no_scheme_are_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
     cpu._warn.cache_clear()
     lowered = lower(weight(Table("nf4"), 4, 5, 48, 16, torch.float32))
