@@ -1,7 +1,8 @@
 """The operators ``qformats::matmul``, ``qformats::matmul_back`` and ``qformats::embed`` over lowered planes, and which kernel runs.
 
 An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
-way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32. ``multiply`` is the same without
+way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32; ``"int8"`` rounds the inputs to bytes
+(``qformats.kernels.cpu.rounded_inputs``) where a loop multiplies bytes, and is exact elsewhere. ``multiply`` is the same without
 the operator's overhead, for code that is neither compiled nor differentiated. The gradient is that of the input; planes have none.
 """
 
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qformats.kernels import gpu, reference
+from qformats.kernels import cpu, gpu, reference
 from qformats.kernels.layout import Layout
 from qformats.kernels.lower import Lowered
 
 __all__ = ["COMPUTE", "embed", "matmul", "multiply"]
 
-COMPUTE = ("exact",)
+COMPUTE = ("exact", "int8")
+_KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": gpu}  # by device; None of a kernel: the definition runs
 
 
 def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:
@@ -29,7 +31,8 @@ def _lowered(planes: Sequence[Tensor], layout: str) -> Lowered:
 
 def multiply(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor:
     """``x`` (..., K) times the transposed rows ``start:stop``, by the fastest kernel that serves this layout, device and batch."""
-    made = gpu.matmul(x, lowered, start, stop, compute) if x.is_cuda else None
+    kernels = _KERNELS.get(x.device.type)
+    made = None if kernels is None else kernels.matmul(x, lowered, start, stop, compute)
     return reference.matmul(x, lowered, start, stop) if made is None else made
 
 
@@ -45,8 +48,9 @@ def _(x: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int, c
 
 @torch.library.custom_op("qformats::matmul_back", mutates_args=())
 def matmul_back(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
-    made = gpu.matmul_back(grad, _lowered(planes, layout), start, stop) if grad.is_cuda else None
-    return reference.matmul_back(grad, _lowered(planes, layout), start, stop) if made is None else made
+    lowered, kernels = _lowered(planes, layout), _KERNELS.get(grad.device.type)
+    made = None if kernels is None else kernels.matmul_back(grad, lowered, start, stop)
+    return reference.matmul_back(grad, lowered, start, stop) if made is None else made
 
 
 @matmul_back.register_fake
@@ -69,8 +73,9 @@ matmul.register_autograd(_gradient, setup_context=_keep)
 
 @torch.library.custom_op("qformats::embed", mutates_args=())
 def embed(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    made = gpu.embed(ids, _lowered(planes, layout), dtype) if ids.is_cuda else None
-    return reference.embed(ids, _lowered(planes, layout), dtype) if made is None else made
+    lowered, kernels = _lowered(planes, layout), _KERNELS.get(ids.device.type)
+    made = None if kernels is None else kernels.embed(ids, lowered, dtype)
+    return reference.embed(ids, lowered, dtype) if made is None else made
 
 
 @embed.register_fake

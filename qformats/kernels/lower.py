@@ -20,7 +20,7 @@ from qformats.kernels.layout import Layout, ParamLayout, widths
 from qformats.scheme import Block, Flat, Grid, Integer, Learned, Table, Tile, whole
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["Lowered", "lower", "raised"]
+__all__ = ["Lowered", "evaluated", "lower", "nested", "raised"]
 
 
 @dataclass(frozen=True)
@@ -265,7 +265,7 @@ def _reshape(values: Tensor | QuantizedTensor, shape: tuple[int, ...]) -> Tensor
     return values.reshape(shape) if isinstance(values, Tensor) else _reshaped(values, shape)
 
 
-def _nested(p: ParamLayout, planes: Mapping[str, Tensor]) -> Lowered:
+def nested(p: ParamLayout, planes: Mapping[str, Tensor]) -> Lowered:
     assert p.nested is not None
     start = f"{p.role}_"
     return Lowered(p.nested, {name.removeprefix(start): plane for name, plane in planes.items() if name.startswith(start)})
@@ -280,7 +280,7 @@ def _whole_param(p: ParamLayout, planes: Mapping[str, Tensor]) -> Param:
     if p.nested is None:
         values = planes[p.role]
     else:
-        values = raised(_nested(p, planes))
+        values = raised(nested(p, planes))
         values = values if tuple(values.shape) == p.shape else _reshaped(values, p.shape)
     return Param(values, p.block, p.inverse, _dtype(p.rounded_to))
 
@@ -328,7 +328,7 @@ def _by_column(param: Param, index: Tensor) -> Param:
 
 def _plane_rows(p: ParamLayout, planes: Mapping[str, Tensor], place: slice | Tensor) -> Tensor | QuantizedTensor:
     if p.nested is not None:
-        return _nested(p, planes).tensor(place)
+        return nested(p, planes).tensor(place)
     return planes[p.role].reshape(-1, p.shape[-1])[place]
 
 
@@ -338,20 +338,20 @@ def _of_vector(p: ParamLayout, planes: Mapping[str, Tensor], at: Tensor, k: int)
     if isinstance(block, Flat) and k % block.n == 0:
         across = k // block.n
         if p.nested is not None and len(p.nested.shape) == 2:
-            return Param(_nested(p, planes).tensor(at), Tile((1, block.n)), p.inverse, _dtype(p.rounded_to))
-        values = _evaluated(p, planes)[: len(_evaluated(p, planes)) // across * across].view(-1, across)[at]
+            return Param(nested(p, planes).tensor(at), Tile((1, block.n)), p.inverse, _dtype(p.rounded_to))
+        values = evaluated(p, planes)[: len(evaluated(p, planes)) // across * across].view(-1, across)[at]
         return Param(values, Tile((1, block.n)), p.inverse)
     width = gcd(k, block.n) if isinstance(block, Flat) else 1
     element = at.unsqueeze(1) * k + torch.arange(0, k, width, device=at.device)
     index = element // block.n if isinstance(block, Flat) else element % block.count  # type: ignore[union-attr]
-    return Param(_evaluated(p, planes)[index], Tile((1, width)), p.inverse)
+    return Param(evaluated(p, planes)[index], Tile((1, width)), p.inverse)
 
 
-def _evaluated(p: ParamLayout, planes: Mapping[str, Tensor]) -> Tensor:
+def evaluated(p: ParamLayout, planes: Mapping[str, Tensor]) -> Tensor:
     """A parameter's numbers as a vector; its owner's rounding, where it has one, is done."""
     if p.nested is None:
         return planes[p.role].reshape(-1)
-    values = raised(_nested(p, planes))
+    values = raised(nested(p, planes))
     rounded = _dtype(p.rounded_to)
     made = values.dequantize(torch.float64) if rounded is None else values.stepped(rounded)
     return made.reshape(-1)

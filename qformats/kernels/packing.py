@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qformats.kernels.layout import widths
+from qformats.loops import find
 
 __all__ = ["join", "pack", "row_nbytes", "split", "unpack"]
 
@@ -53,16 +54,34 @@ def unpack(plane: Tensor, width: int, columns: int) -> Tensor:
 
 def split(codes: Tensor, bits: int) -> list[Tensor]:
     """Planes of ``codes`` (R, C): uint8, or int32 where ``bits`` > 8; values below 2^bits."""
+    if bits > 8 and codes.device.type == "cpu" and find("layout"):
+        return [*split((codes & 255).to(torch.uint8), 8), *split((codes >> 8).to(torch.uint8), bits - 8)]
     planes, at = [], 0
     for width in widths(bits):
-        field = codes if at == 0 and bits == width else (codes >> at) & ((1 << width) - 1)
-        planes.append(pack(field.to(torch.uint8), width))
+        quick = _packed(codes, at, width) if width < 8 else None
+        if quick is None:
+            field = codes if at == 0 and bits == width else (codes >> at) & ((1 << width) - 1)
+            quick = pack(field.to(torch.uint8), width)
+        planes.append(quick)
         at += width
     return planes
 
 
+def _packed(codes: Tensor, at: int, width: int) -> Tensor | None:
+    """The plane of bits ``at`` … of uint8 codes by a loop; None where none runs."""
+    loops = find("layout") if codes.device.type == "cpu" and codes.dtype == torch.uint8 else None
+    if loops is None:
+        return None
+    plane = torch.zeros((codes.shape[0], row_nbytes(codes.shape[1], width)), dtype=torch.uint8)
+    loops.pack(codes.contiguous().numpy(), at, width, plane.numpy())
+    return plane
+
+
 def join(planes: list[Tensor], bits: int, columns: int) -> Tensor:
     """The codes (R, columns) in ``planes``: uint8, or int32 where ``bits`` > 8."""
+    quick = _joined(planes, bits, columns)
+    if quick is not None:
+        return quick
     codes, at = None, 0
     for plane, width in zip(planes, widths(bits), strict=True):
         field = unpack(plane, width, columns)
@@ -70,4 +89,16 @@ def join(planes: list[Tensor], bits: int, columns: int) -> Tensor:
         codes = field if codes is None else codes | (field << at)
         at += width
     assert codes is not None
+    return codes
+
+
+def _joined(planes: list[Tensor], bits: int, columns: int) -> Tensor | None:
+    """``join`` of at most 8 bits by loops; None where none runs."""
+    loops = find("layout") if bits < 8 and planes[0].device.type == "cpu" else None
+    if loops is None:
+        return None
+    codes, at = torch.empty((planes[0].shape[0], columns), dtype=torch.uint8), 0
+    for plane, width in zip(planes, widths(bits), strict=True):
+        loops.unpack(plane.contiguous().numpy(), width, at, codes.numpy())
+        at += width
     return codes

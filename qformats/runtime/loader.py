@@ -50,7 +50,7 @@ def load_model(
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
-    ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
+    ``compute``: ``"exact"``: weights exactly, products in float32; ``"int8"``: inputs rounded to bytes too, faster and never a default.
     ``quantize``: a target such as ``"hqq:int4,group=64"`` or ``"gguf:q4_k_m"``; the floats are rounded as they are read, and the model
     saves as the checkpoint that ``qconvert quantize`` makes. What follows it belongs to it, see ``qformats.runtime.quantizing``.
 
