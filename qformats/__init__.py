@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         WouldLose,
     )
     from qformats.runtime.loader import load_model
+    from qformats.runtime.peft import prepare_for_training
     from qformats.runtime.tokenizer import load_tokenizer
     from qformats.saving import save
     from qformats.tensor import QuantizedTensor
@@ -50,13 +51,14 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open",
+    "prepare_for_training",
     "save",
     "version",
 ]
 
 _HOMES = {
     "Checkpoint": "checkpoint", "QuantizedTensor": "tensor", "load_model": "runtime.loader", "load_tokenizer": "runtime.tokenizer",
-    "open": "checkpoint", "save": "saving",
+    "open": "checkpoint", "prepare_for_training": "runtime.peft", "save": "saving",
 }  # fmt: skip
 _SPELLINGS = {"open": "open_checkpoint"}
 

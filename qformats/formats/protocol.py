@@ -20,6 +20,7 @@ A format is a module (or package) with these names; the registry holds one row f
 What a format may have beside, where it needs it:
 
 - ``storage_of(module) -> Storage``: the storage that ``write`` would make these very parts of.
+- ``renewed(storage) -> Storage``: that storage for other codes of the same kind, where it holds what is true of these alone.
 - ``holds_codes(parts) -> bool``: whether these parts of a module are a weight in codes, where the presence of a suffix does not tell.
 - ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
   ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from qformats.kernels.lower import Lowered
-from qformats.runtime.packed import Packed, PackedWeight
+from qformats.runtime.packed import Packed, PackedWeight, refuse_another
+from qformats.runtime.peft import watch
 
 __all__ = ["QuantLinear", "TiedHead"]
+
+watch()
 
 
 class QuantLinear(Packed, nn.Linear):
@@ -28,6 +31,10 @@ class QuantLinear(Packed, nn.Linear):
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
         return PackedWeight(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_another(self, value)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
@@ -51,6 +58,10 @@ class TiedHead(nn.Linear):
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
         return PackedWeight(self.__dict__["_embedding"])
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_another(self.__dict__["_embedding"], value)
 
     def forward(self, x: Tensor) -> Tensor:
         embedding: Packed = self.__dict__["_embedding"]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
+from qformats.runtime.anew import stretches
 from qformats.runtime.model import packed_class
 from qformats.runtime.record import Origin, Record
 from qformats.runtime.supply import Supply
@@ -67,7 +68,9 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
         skeleton.finish(model, checkpoint)
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
-    model.qformats_record = Record.of(supply, packed, held, rounded)
+    model.qformats_record = record = Record.of(supply, packed, held, rounded)
+    for name, parts in stretches(supply, packed, record.storages, record.writable).items():
+        model.get_submodule(name).stretches = parts
     return model
 
 
@@ -297,6 +300,7 @@ def _tie(model: Any, ties: dict[str, str]) -> None:
                 continue
             bias = getattr(head, "bias", None)
             model.set_submodule(name.rpartition(".")[0], TiedHead(held, None if bias is None else bias.data))
+            held.shared = True
             packed = True
     if packed:
         model.all_tied_weights_keys = {}

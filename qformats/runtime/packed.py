@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qformats.errors import Unsupported
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered, raised
+from qformats.runtime.anew import Kept, Stretch, requantized
 from qformats.tensor import QuantizedTensor
 
-__all__ = ["Packed", "PackedWeight"]
+__all__ = ["Packed", "PackedWeight", "refuse_another"]
 
 _OWN_OP = torch.ops.aten.detach.default
 
@@ -63,6 +65,12 @@ class PackedWeight(torch.Tensor):
         return func(*tree_map(dense, args), **tree_map(dense, kwargs or {}))
 
 
+def refuse_another(module: Packed, value: Tensor) -> None:
+    """What ``module.weight = value`` does: nothing for the module's own weight, ``RuntimeError`` for any other."""
+    if not isinstance(value, PackedWeight) or value.module is not module:
+        raise RuntimeError("a packed weight cannot be assigned: merge adapters with requantize(), or call dequantize() on the model")
+
+
 class Packed(nn.Module):
     """Segments of rows, each lowered by itself; their planes are buffers that move between devices and are never cast.
 
@@ -72,6 +80,9 @@ class Packed(nn.Module):
 
     compute: str
     compute_dtype: torch.dtype
+    stretches: tuple[Stretch, ...] = ()  # the stored weights that the rows are
+    changed: frozenset[str] = frozenset()  # those of them that have new codes
+    shared = False  # whether another module multiplies with these planes
 
     def hold(self, segments: Sequence[Lowered], compute_dtype: torch.dtype, compute: str) -> None:
         """Register the planes; ``compute``: see ``qformats.kernels.dispatch``. ``compute_dtype``: of the floats that it stands for."""
@@ -145,6 +156,43 @@ class Packed(nn.Module):
         wanted = self.compute_dtype if dtype is None else dtype
         parts = [self.segment(i).dequantize(slice(None), wanted) for i in range(len(self.layouts))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def requantize(self, floats: Tensor, keep: bool = False) -> Kept | None:
+        """New codes for ``floats`` (rows, columns) in the types that the checkpoint has; the planes of before, where ``keep`` is set.
+
+        What ``save_pretrained`` then writes is what a quantizer of that format makes of these floats; stored weights whose floats are the
+        dequantized ones keep their codes. Nothing changes where it raises: ``Unsupported('requantize')`` for types that have no quantizer
+        (learned codebooks), or where the module has no types of its own; ``BadFile('not-finite')`` for NaN and infinities.
+        """
+        if not self.stretches:
+            raise Unsupported("requantize", "these weights are of no checkpoint that says how they are stored")
+        if tuple(floats.shape) != self.weight_shape:
+            raise ValueError(f"floats of shape {tuple(floats.shape)} for a weight of shape {self.weight_shape}")
+        before = tuple(self.segment(i) for i in range(len(self.layouts)))
+        made: list[Lowered] = []
+        changed = set(self.changed)
+        for first, old in zip(self.starts, before, strict=True):
+            last = first + old.layout.rows
+            parts = [part for part in self.stretches if first <= part.start and part.stop <= last]
+            segments, names = requantized(old, first, floats[first:last], parts)
+            made += segments
+            changed |= names
+        kept = Kept(before, self.changed) if keep else None
+        self._hold_instead(made)
+        self.changed = frozenset(changed)
+        return kept
+
+    def restore(self, kept: Kept) -> None:
+        """Put back the planes that ``requantize`` gave, on the device where the module is now."""
+        device = self.plane_device
+        self._hold_instead([Lowered(old.layout, {name: plane.to(device) for name, plane in old.planes.items()}) for old in kept.segments])
+        self.changed = kept.changed
+
+    def _hold_instead(self, segments: Sequence[Lowered]) -> None:
+        for names in self._names:
+            for name in names:
+                del self._buffers[name]
+        self.hold(segments, self.compute_dtype, self.compute)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move planes and cast none: a dtype is that of the results and of the bias."""

@@ -6,6 +6,7 @@ skipped modules; ``has_fp16_weights`` checkpoints hold none, so their weights ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qformats.formats.bitsandbytes import fourbit, int8
@@ -31,6 +32,7 @@ __all__ = [
     "layout",
     "module_warnings",
     "read",
+    "renewed",
     "scheme",
     "storage_of",
     "storages",
@@ -77,6 +79,11 @@ def dequantize(module: Module, start: int = 0, stop: int | None = None, dtype: t
 def storage_of(module: Module) -> Storage:
     """The storage that ``write`` makes these very parts of."""
     return int8.storage_of(module) if _is_int8(module) else fourbit.storage_of(module)
+
+
+def renewed(storage: Storage) -> Storage:
+    """The storage without the offset of the double-quantized scales, which follows from the codes."""
+    return replace(storage, options={key: value for key, value in storage.options.items() if key != "offset"})
 
 
 def module_warnings(module: Module) -> list[str]:
