@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qformats.kernels.lower import Lowered
+from qformats.runtime.inputs import round_inputs
 from qformats.runtime.packed import Packed, PackedWeight, refuse_another
 from qformats.runtime.peft import watch
 
@@ -38,7 +39,11 @@ class QuantLinear(Packed, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        if not self.output_rules:
+            return y
+        parts = [(y[..., start:stop], rule) for start, stop, rule in self.output_rules]
+        return torch.cat([round_inputs(part, rule).to(y.dtype) if rule else part for part, rule in parts], -1)
 
     def extra_repr(self) -> str:
         kinds = ", ".join(dict.fromkeys(f"{layout.grid}" for layout in self.layouts))

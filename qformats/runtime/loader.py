@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
-from qformats.runtime.anew import stretches
 from qformats.runtime.model import packed_class
 from qformats.runtime.record import Origin, Record
 from qformats.runtime.supply import Supply
@@ -37,27 +36,37 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     compute: str = "exact",
+    activations: str = "published",
     allow_pickle: bool = False,
 ) -> Any:
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
-    ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32.
+    ``compute``: ``"exact"``, the one way there is: weights exactly, products in float32. ``activations``: ``"published"`` rounds the inputs
+    of linear layers where the checkpoint's format does, as its owner does; ``"float"`` runs the weights alone. Scales of a key-value cache
+    are kept for saving; the cache itself holds floats.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
     from qformats.kernels.dispatch import COMPUTE
+    from qformats.runtime.inputs import ACTIVATIONS
 
     if compute not in COMPUTE:
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
+    if activations not in ACTIVATIONS:
+        raise UsageError("activations", f"activations is {activations!r}", hint=f"one of {', '.join(ACTIVATIONS)}")
     with open_checkpoint(path, allow_pickle) as checkpoint:
-        model = build(checkpoint, dtype, compute)
+        model = build(checkpoint, dtype, compute, activations)
     return model if device is None else model.to(device)
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> Any:
+def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activations: str = "published") -> Any:
     """The model of an opened checkpoint on the CPU."""
     import torch
+    from torch import nn
+
+    from qformats.runtime.anew import stretches
+    from qformats.runtime.inputs import rules
 
     config = skeleton.config_of(checkpoint)
     wanted = dtype or _dtype_of(config) or torch.float32
@@ -70,7 +79,10 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = record = Record.of(supply, packed, held, rounded)
     for name, parts in stretches(supply, packed, record.storages, record.writable).items():
-        model.get_submodule(name).stretches = parts
+        module = model.get_submodule(name)
+        module.stretches = parts
+        if activations == "published" and not isinstance(module, nn.Embedding):
+            module.input_rules, module.output_rules = rules(checkpoint, parts), rules(checkpoint, parts, "outputs")
     return model
 
 

@@ -13,6 +13,7 @@ from qformats.errors import Unsupported
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered, raised
 from qformats.runtime.anew import Kept, Stretch, requantized
+from qformats.runtime.inputs import round_inputs
 from qformats.tensor import QuantizedTensor
 
 __all__ = ["Packed", "PackedWeight", "refuse_another"]
@@ -80,6 +81,8 @@ class Packed(nn.Module):
 
     compute: str
     compute_dtype: torch.dtype
+    input_rules: tuple[tuple[int, int, str], ...] = ()  # runs of rows and the rule that rounds what they meet (qformats.runtime.inputs)
+    output_rules: tuple[tuple[int, int, str], ...] = ()  # the same of what leaves a linear layer
     stretches: tuple[Stretch, ...] = ()  # the stored weights that the rows are
     changed: frozenset[str] = frozenset()  # those of them that have new codes
     shared = False  # whether another module multiplies with these planes
@@ -135,8 +138,21 @@ class Packed(nn.Module):
         return concatenate_rows(parts)
 
     def multiply(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``."""
+        """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``.
+
+        Inputs are rounded first where the checkpoint says so (``input_rules``).
+        """
         stop = self.weight_shape[0] if stop is None else stop
+        if not self.input_rules:
+            return self._exact(x, start, stop)
+        parts = []
+        for first, last, rule in self.input_rules:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                parts.append(self._exact(round_inputs(x, rule), low, high).to(x.dtype) if rule else self._exact(x, low, high))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _exact(self, x: Tensor, start: int, stop: int) -> Tensor:
         parts = []
         for number, (first, layout) in enumerate(zip(self.starts, self.layouts, strict=True)):
             low, high = max(start, first) - first, min(stop, first + layout.rows) - first

@@ -19,7 +19,7 @@ from qformats.formats.protocol import Activations, Match, Target
 from qformats.scheme import Storage
 
 __all__ = [
-    "ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "layer_of", "side_files", "with_activations",
+    "ALGORITHMS", "FILE", "INPUTS", "activations", "config_beside", "config_out", "detect", "layer_of", "side_files", "with_activations",
 ]  # fmt: skip
 
 FILE = "hf_quant_config.json"
@@ -161,7 +161,7 @@ def config_out(
     return {**made, "producer": {"name": "qformats", "version": tool_version()}, "quant_method": "modelopt"}
 
 
-_INPUTS = {
+INPUTS = {
     "FP8": Activations("fp8", False), "FP8_PER_CHANNEL_PER_TOKEN": Activations("fp8", True, "token"), "W4A8_AWQ": Activations("fp8", False),
     "W4A8_NVFP4_FP8": Activations("fp8", False), "W4A8_MXFP4_FP8": Activations("fp8", False), "NVFP4": Activations("nvfp4", False),
     "NVFP4_AWQ": Activations("nvfp4", False), "MXFP8": Activations("mxfp8", True, "group"),
@@ -173,7 +173,7 @@ def activations(config: Mapping[str, Any]) -> Activations | None:
     """Those of the algorithm, of a mixture the first layer's that has any."""
     details = _details(config)
     words = [details.get("quant_algo"), *(layer.get("quant_algo") for layer in (details.get("quantized_layers") or {}).values())]
-    return next((_INPUTS[word] for word in (str(w).upper() for w in words) if word in _INPUTS), None)
+    return next((INPUTS[word] for word in (str(w).upper() for w in words) if word in INPUTS), None)
 
 
 def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
@@ -181,7 +181,7 @@ def with_activations(config: Mapping[str, Any], activations: Activations | None,
     made, algorithm = dict(config), config.get("quant_algo")
     if cache and not made.get("kv_cache_scheme"):
         made["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-    if activations is None or _INPUTS.get(str(algorithm)) == activations:
+    if activations is None or INPUTS.get(str(algorithm)) == activations:
         return made
     if (algorithm, activations.kind) != ("W4A16_NVFP4", "nvfp4"):
         return None
