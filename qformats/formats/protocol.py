@@ -100,11 +100,11 @@ class Inputs:
     ``span`` (without ``symmetric``: the distance from the smallest, or 0, to the largest, or 0, over ``span``), and at least ``least``.
     ``scale``: a static one, with ``zero`` as its zero point; beside a ``scale_grid`` the factor that the scales of groups stand under
     (``inverse``: that they are divided by; ``factored``: found of the whole tensor, the largest magnitude over the largest that these
-    two grids have). ``least`` is then that of a group's rounded scale.
-    ``scale_grid``: what a group's scale is rounded to: ``e4m3fn``, or a power of two, of the largest magnitude under the grid's largest
-    power (``floor``; ``even``: rounded to the grid's digits first) or not under the scale itself (``ceil``). ``highest``: the last
-    integer, -``highest`` - 1 the first. ``outliers``: columns with a magnitude of at least this stay as they are (0: none do). ``steps``:
-    the dtype that inputs are cast to first, the rest is in float32; ``""``: all is computed in that of the inputs.
+    two grids have). ``least`` is then that of a group's rounded scale. ``scale_grid``: what a group's scale is rounded to: ``e4m3fn``,
+    or a power of two, of the largest magnitude under the grid's largest power (``floor``; ``even``: rounded to the grid's digits first)
+    or not under the scale itself (``ceil``). ``reciprocal``: inputs are multiplied by one over the scale, not divided by it.
+    ``highest``: the last integer, -``highest`` - 1 the first. ``outliers``: columns with a magnitude of at least this stay as they are
+    (0: none do). ``steps``: the dtype that inputs are cast to first, the rest is in float32; ``""``: all is computed in theirs.
     """
 
     grid: str
@@ -119,6 +119,7 @@ class Inputs:
     scale_grid: str = ""
     inverse: bool = False
     factored: bool = False
+    reciprocal: bool = False
     highest: int = 127
     outliers: float = 0.0
     steps: str = "float32"

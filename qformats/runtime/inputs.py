@@ -93,7 +93,8 @@ def rounded(x: Tensor, rule: Inputs) -> Tensor:
     if rule.per == "group":
         usual = torch.nn.functional.pad(usual, (0, -k % rule.group)).unflatten(-1, (-1, rule.group))
     scale, zero = _scale(usual, rule)
-    made = _grid(usual / scale + zero if zero is not None else usual / scale, rule)
+    codes = usual * (1 / scale) if rule.reciprocal else usual / scale
+    made = _grid(codes if zero is None else codes + zero, rule)
     made = (made - zero if zero is not None else made) * scale
     made = made.flatten(-2)[..., :k] if rule.per == "group" else made
     if rule.outliers:

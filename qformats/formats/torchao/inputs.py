@@ -31,7 +31,7 @@ def inputs(module: Module) -> Inputs | None:
     if entry.attributes.get("activation_quantization") is not None:
         if _word(entry.attributes["activation_quantization"]) != "int8_asym_per_token":
             raise _unknown(module, entry.attributes["activation_quantization"])
-        return Inputs("int8", symmetric=False, span=255.0, least=_EPS)
+        return Inputs("int8", symmetric=False, span=255.0, least=_EPS, reciprocal=True)
     if not isinstance(said, Mapping):
         return None
     data = said.get("_data")
@@ -70,9 +70,10 @@ def _int8(module: Module, held: Mapping[str, Any]) -> Inputs:
     per, scale = _per(module, held), _static(module, "act_quant_scale")
     highest = 63 if held.get("reduce_range") else 127
     if scale is not None:
-        return Inputs("int8", "tensor", 0, scale, _static(module, "act_quant_zero_point") or 0.0, highest=highest)
+        return Inputs("int8", "tensor", 0, scale, _static(module, "act_quant_zero_point") or 0.0, highest=highest, reciprocal=True)
     symmetric = _word(held.get("mapping_type") or "SYMMETRIC") == "SYMMETRIC"
-    return Inputs("int8", per, symmetric=symmetric, span=(highest + 0.5) * (1 if symmetric else 2), least=_EPS, highest=highest)
+    span = (highest + 0.5) * (1 if symmetric else 2)
+    return Inputs("int8", per, symmetric=symmetric, span=span, least=_EPS, highest=highest, reciprocal=True)
 
 
 def _float8(module: Module, held: Mapping[str, Any]) -> Inputs:
