@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qformats.checkpoint import Checkpoint
     from qformats.runtime.anew import Stretch
 
-__all__ = ["ACTIVATIONS", "round_inputs", "rounded", "rules"]
+__all__ = ["ACTIVATIONS", "check", "round_inputs", "rounded", "rules"]
 
 ACTIVATIONS = ("published", "float")
 _FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -32,6 +32,20 @@ _TOP = {"e4m3fn": 8, "e5m2": 15, "e2m1": 2, "e2m3": 2, "e3m2": 4}  # exponent of
 _TINY = 2.0**-127
 
 
+def check(checkpoint: Checkpoint) -> None:
+    """Refuse rules that are not known, before any weight is read; raises what the formats' hooks do."""
+    for name in checkpoint.modules:
+        if checkpoint.is_quantized(name):
+            for what in ("inputs", "outputs"):
+                _rule(checkpoint, name, what)
+
+
+def _rule(checkpoint: Checkpoint, name: str, what: str) -> Inputs | None:
+    module = checkpoint.modules[name]
+    hook = getattr(registry.format_module(module.match.format), what, None)
+    return None if hook is None else module.remember(f"rounded {what}", hook)
+
+
 def rules(checkpoint: Checkpoint, parts: Sequence[Stretch], what: str = "inputs") -> tuple[tuple[int, int, str], ...]:
     """Runs of rows of a packed module and the rule of their inputs as text, ``""`` where these stay as they are; () where all do.
 
@@ -39,8 +53,7 @@ def rules(checkpoint: Checkpoint, parts: Sequence[Stretch], what: str = "inputs"
     """
     found: list[tuple[int, int, str]] = []
     for part in parts:
-        hook = getattr(registry.format_module(part.format), what, None)
-        rule = None if hook is None else hook(checkpoint.modules[part.name])
+        rule = _rule(checkpoint, part.name, what)
         text = "" if rule is None else json.dumps(asdict(rule), separators=(",", ":"))
         if found and found[-1][2] == text and found[-1][1] == part.start:
             found[-1] = (found[-1][0], part.stop, text)

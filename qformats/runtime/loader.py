@@ -19,6 +19,7 @@ from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
 from qformats.runtime.record import Origin, Record
+from qformats.runtime.streaming import give_back, lowered_by_rows
 from qformats.runtime.supply import Supply
 
 if TYPE_CHECKING:
@@ -66,12 +67,14 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activ
     from torch import nn
 
     from qformats.runtime.anew import stretches
-    from qformats.runtime.inputs import rules
+    from qformats.runtime.inputs import check, rules
 
     config = skeleton.config_of(checkpoint)
     wanted = dtype or _dtype_of(config) or torch.float32
     model = skeleton.empty_model(config, wanted)
     supply = Supply.of(checkpoint, skeleton.rename(model))
+    if activations == "published":
+        check(checkpoint)
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
@@ -83,6 +86,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activ
         module.stretches = parts
         if activations == "published" and not isinstance(module, nn.Embedding):
             module.input_rules, module.output_rules = rules(checkpoint, parts), rules(checkpoint, parts, "outputs")
+    give_back()
     return model
 
 
@@ -239,6 +243,9 @@ def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
 
     found = []
     for stack in place.names:
+        if len(stack) == 1 and (whole := lowered_by_rows(supply, stack[0])) is not None:
+            found.append([whole])
+            continue
         tensors = [segment for name in stack for segment in supply.segments(name)]
         with suppress(Refused):
             tensors = [concatenate_rows(tensors)]
