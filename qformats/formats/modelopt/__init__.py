@@ -36,6 +36,7 @@ from qformats.formats.modelopt.settings import (
     config_beside,
     config_out,
     detect,
+    has_static_inputs,
     layer_of,
     side_files,
     with_activations,
@@ -289,6 +290,8 @@ def _eights(kind: str, target: Target, scheme: Scheme) -> list[Storage]:
     if word is not None and word not in shapes:
         raise UsageError("option", f"scale={word} is not tensor, channel or block")
     order = [word] if word is not None else sorted(shapes, key=lambda name: not _has_tiles(scheme, shapes[name][1], shapes[name][2]))
+    if word is None and not has_static_inputs(target.inputs):
+        order.remove("tensor")  # its loaders want a static scale of the inputs; a row's scale comes with inputs that are measured
     return [Storage("fp8", Float("e4m3fn"), group, bits, ("float32",), rows=rows, options={"algo": algo})
             for algo, rows, group, bits in (shapes[name] for name in order)]  # fmt: skip
 
