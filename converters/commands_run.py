@@ -28,9 +28,13 @@ def _model_flags(command: Callable[..., Any], which: str = "MODEL") -> Callable[
     for option in (
         click.option("--device", metavar="DEVICE", help="Where it runs: cpu, cuda, cuda:1 (default: cuda where there is one)."),
         click.option("--dtype", type=click.Choice(_DTYPES), help="Of the activations (default: the checkpoint's own)."),
+        click.option(
+            "--activations", type=click.Choice(("published", "float")), default="published", show_default=True,
+            help="Round the inputs of linear layers as the format's owner does, or run the weights alone.",
+        ),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
         click.option("--quantize", metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
-    ):
+    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -46,7 +50,9 @@ def _text_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(path: Path, output: Output, device: str | None, dtype: str | None, allow_pickle: bool, quantize: str | None = None) -> Any:
+def _load(
+    path: Path, output: Output, device: str | None, dtype: str | None, activations: str, allow_pickle: bool, quantize: str | None = None
+) -> Any:
     import torch
 
     from qformats.runtime.loader import load_model
@@ -60,7 +66,7 @@ def _load(path: Path, output: Output, device: str | None, dtype: str | None, all
         raise UsageError("device", f"{where!r} is no device of this machine: {error}", hint="use --device cpu") from None
     wanted = None if dtype is None else getattr(torch, dtype)
     with output.working(f"loading {path.name}"):
-        return load_model(path, device=where, dtype=wanted, allow_pickle=allow_pickle, quantize=quantize)
+        return load_model(path, device=where, dtype=wanted, activations=activations, allow_pickle=allow_pickle, quantize=quantize)
 
 
 @click.command(short_help="Generate text.", epilog='Example: qconvert run model.gguf -p "The capital of France is"')

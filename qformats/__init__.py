@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from qformats.runtime.config import QFormatsConfig
     from qformats.runtime.loader import load_model
+    from qformats.runtime.peft import prepare_for_training
     from qformats.runtime.tokenizer import load_tokenizer
     from qformats.saving import save
     from qformats.tensor import QuantizedTensor
@@ -52,13 +53,14 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "open",
+    "prepare_for_training",
     "save",
     "version",
 ]
 
 _HOMES = {
     "Checkpoint": "checkpoint", "QFormatsConfig": "runtime.config", "QuantizedTensor": "tensor", "load_model": "runtime.loader",
-    "load_tokenizer": "runtime.tokenizer", "open": "checkpoint", "save": "saving",
+    "load_tokenizer": "runtime.tokenizer", "open": "checkpoint", "prepare_for_training": "runtime.peft", "save": "saving",
 }  # fmt: skip
 _SPELLINGS = {"open": "open_checkpoint"}
 

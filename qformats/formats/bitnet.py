@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor
 from qformats.formats.planes import finite, integer_verdict, own_form, part, row_range
-from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Activations, Inputs, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Integer, No, ParamSpec, Scheme, Storage, Yes, whole
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
 __all__ = [
-    "NAME", "SUFFIXES", "activations", "can_store", "config_out", "detect", "holds_codes", "layout", "read", "scheme", "storage_of",
-    "storages", "write",
+    "NAME", "SUFFIXES", "activations", "can_store", "config_out", "detect", "holds_codes", "inputs", "layout", "read",
+    "scheme", "storage_of", "storages", "write",
 ]  # fmt: skip
 
 NAME = "bitnet"
@@ -207,3 +207,8 @@ def config_out(
 def activations(config: Mapping[str, Any]) -> Activations:
     """int8 with a scale for each token, in either class of layers."""
     return Activations("int8", True, "token")
+
+
+def inputs(module: Module) -> Inputs:
+    """int8 for each token, amax at least 1e-5 (transformers 5.23 ``integrations/bitnet.py``: ``activation_quant``, ``ActQuant``)."""
+    return Inputs("int8", span=127.0, least=1e-5 / 127)

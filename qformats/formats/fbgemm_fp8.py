@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, UsageError
 from qformats.formats import smallfloats
-from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
+from qformats.formats.protocol import Activations, Inputs, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, No, Scheme, Storage, Yes
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ __all__ = [
     "config_out",
     "detect",
     "holds_codes",
+    "inputs",
     "join_name",
     "layout",
     "read",
@@ -160,6 +161,14 @@ def config_out(
 def activations(config: Mapping[str, Any]) -> Activations:
     """e4m3 with a scale for each token, clipped at the bound."""
     return Activations("fp8", True, "token")
+
+
+def inputs(module: Module) -> Inputs:
+    """amax / 448 for each token, amax bounded by ``activation_scale_ub`` (FBGEMM's ``quantize_fp8_per_row``)."""
+    bound = module.match.config.get("activation_scale_ub", UPPER_BOUND)
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or not bound > 0:
+        raise BadFile("config-value", f"activation_scale_ub is {bound!r}, expected a number above 0")
+    return Inputs("e4m3fn", span=448.0, least=1e-12 / 448, most=float(bound))
 
 
 def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:

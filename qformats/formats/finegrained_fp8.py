@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
-from qformats.formats.packed import dtype_word, int_option
-from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
+from qformats.formats.packed import dtype_word, int_option, one_number
+from qformats.formats.protocol import Activations, Inputs, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, No, Scheme, Storage, Yes
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "detect",
     "harmonize",
     "holds_codes",
+    "inputs",
     "join_name",
     "layout",
     "read",
@@ -331,6 +332,22 @@ def activations(config: Mapping[str, Any]) -> Activations:
     if str(config.get("activation_scheme", "dynamic")).lower() == "static":
         return Activations("fp8", False)
     return Activations("fp8", True, "token" if _block_size(config) is None else "group")
+
+
+def inputs(module: Module) -> Inputs | None:
+    """The rule of ``activations``: amax / 448 for each block's columns, powers of two that are not below it under exponents.
+
+    transformers 5.23 ``integrations/finegrained_fp8.py`` (``fp8_linear``) and ``integrations/deepgemm.py`` (``_ceil_to_ue8m0``).
+    """
+    config = module.match.config
+    said, block = activations(config), _block_size(config)
+    if said.kind == "mxfp8":
+        return Inputs("e4m3fn", "group", 32, scale_grid="ceil")
+    if not said.dynamic:
+        raw = next((module.parts[leaf] for leaf in (*INPUT_SCALES["fp8"][0], "_activation_scale") if leaf in module.parts), None)
+        return None if raw is None else Inputs("e4m3fn", "tensor", scale=one_number(raw))
+    power = "ceil" if str(config.get("scale_fmt")).lower() == "ue8m0" else ""
+    return Inputs("e4m3fn", "token" if block is None else "group", 0 if block is None else block[1], span=448.0, scale_grid=power)
 
 
 def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:

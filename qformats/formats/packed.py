@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed
+from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
 from qformats.errors import BadFile, UsageError
@@ -18,6 +19,8 @@ from qformats.scheme import No, Scheme, Storage, Tile, Yes
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+
+    from qformats.containers.raw import RawTensor
 
     Array = np.ndarray[Any, Any]
 
@@ -37,6 +40,7 @@ __all__ = [
     "int_field",
     "int_option",
     "made_by",
+    "one_number",
     "says_group",
     "tool_version",
     "wrong_shape",
@@ -185,6 +189,18 @@ def float_tensor(array: Array, dtype: str) -> Tensor:
     import torch
 
     return torch.from_numpy(array.view("<i2")).view(torch.bfloat16) if dtype == "BF16" else torch.from_numpy(array)
+
+
+def one_number(raw: RawTensor) -> float:
+    """The number of a static scale or zero point; ``BadFile('input-scale')`` for several, a zero point aside for none above 0."""
+    if prod(raw.shape) != 1 or raw.dtype not in ("F32", "BF16", "F16", "I8", "U8", "I32"):
+        text = f"has shape {tuple(raw.shape)} and dtype {raw.dtype}, expected one number"
+        raise BadFile("input-scale", text, tensor=raw.name, hint='activations="float" runs the weights alone')
+    value = float(float_tensor(raw.array().reshape(1, 1), raw.dtype))
+    if not isfinite(value) or (value <= 0 and raw.dtype in FLOATS and not raw.name.endswith("zero_point")):
+        hint = 'activations="float" runs the weights alone'
+        raise BadFile("input-scale", f"is {value}, expected a number above 0", tensor=raw.name, hint=hint)
+    return value
 
 
 def float_array(values: Tensor) -> Array:

@@ -20,6 +20,7 @@ A format is a module (or package) with these names; the registry holds one row f
 What a format may have beside, where it needs it:
 
 - ``storage_of(module) -> Storage``: the storage that ``write`` would make these very parts of.
+- ``renewed(storage) -> Storage``: that storage for other codes of the same kind, where it holds what is true of these alone.
 - ``holds_codes(parts) -> bool``: whether these parts of a module are a weight in codes, where the presence of a suffix does not tell.
 - ``GLUED``: suffixes that follow a module's name without a dot; ``split_name(stored) -> (module, leaf)`` and its inverse
   ``join_name(module, leaf)`` where names have other ways. With ``""`` among them a weight may bear its module's own name. A suffix
@@ -32,6 +33,8 @@ What a format may have beside, where it needs it:
   ``INPUT_SCALE_SHAPE``: the shape of one. ``with_activations(config, activations, cache) -> dict | None``: the config of an output with
   these activations in it, None where it has no words for them; ``cache``: scales of a cache are there. A format without these hooks
   holds weights alone.
+- ``inputs(module) -> Inputs | None``: how the linear layer with this weight rounds its inputs while it runs, scales included;
+  ``outputs(module) -> Inputs | None``: and its results, bias added.
 - ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
 - ``NEEDS_DTYPE = True``: its owner computes only in the dtype of the scales; ``storages`` gets a target with the model's ``dtype``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
@@ -86,6 +89,41 @@ class Activations:
 
     def __str__(self) -> str:
         return f"{self.kind} ({'dynamic' if self.dynamic else 'static'}, per {self.per})"
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """How one linear layer rounds what enters it, number by number.
+
+    ``grid``: integers (``int8``) or a small float (``e4m3fn``, ``e5m2``, ``e2m1``). ``per``: what has one scale, ``tensor``, ``token`` (a
+    row of columns) or ``group`` (``group`` columns of one). A dynamic scale is the largest magnitude of these, at most ``most``, over
+    ``span`` (without ``symmetric``: the distance from the smallest, or 0, to the largest, or 0, over ``span``), and at least ``least``.
+    ``scale``: a static one, with ``zero`` as its zero point; beside a ``scale_grid`` the factor that the scales of groups stand under
+    (``inverse``: that they are divided by; ``factored``: found of the whole tensor, the largest magnitude over the largest that these
+    two grids have). ``least`` is then that of a group's rounded scale. ``scale_grid``: what a group's scale is rounded to: ``e4m3fn``,
+    or a power of two, of the largest magnitude under the grid's largest power (``floor``; ``even``: rounded to the grid's digits first)
+    or not under the scale itself (``ceil``). ``reciprocal``: inputs are multiplied by one over the scale, not divided by it.
+    ``highest``: the last integer, -``highest`` - 1 the first. ``outliers``: columns with a magnitude of at least this stay as they are
+    (0: none do). ``steps``: the dtype that inputs are cast to first, the rest is in float32; ``""``: all is computed in theirs.
+    """
+
+    grid: str
+    per: str = "token"
+    group: int = 0
+    scale: float | None = None
+    zero: float = 0.0
+    symmetric: bool = True
+    span: float = 127.0
+    least: float = 0.0
+    most: float | None = None
+    scale_grid: str = ""
+    inverse: bool = False
+    factored: bool = False
+    reciprocal: bool = False
+    highest: int = 127
+    outliers: float = 0.0
+    steps: str = "float32"
+
 
 _T = TypeVar("_T")
 

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from qformats.errors import UsageError
+from qformats.runtime.inputs import ACTIVATIONS
 from qformats.runtime.skeleton import part_of_transformers
 
 __all__ = ["METHOD", "QFormatsConfig"]
 
 METHOD = "qformats"
-ACTIVATIONS = (None, "float")
 
 _Mixin: Any = part_of_transformers("utils.quantization_config", "QuantizationConfigMixin")
 
@@ -29,7 +29,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
     ``to``: quantize a float checkpoint while it loads, to this format and scheme (``"hqq:int4,group=64"``, ``"bitsandbytes:nf4"``,
     ``"gguf:q4_k_m"``); None loads what the checkpoint holds. ``modules_to_not_convert``: names of modules that stay floats.
     ``per_module``: regular expression over module names → scheme. ``imatrix``: a file of importances, or a loaded one.
-    ``activations``: ``"float"`` leaves the inputs of linear layers in floats where the format rounds them; None: as the format has it.
+    ``activations``: ``"published"`` rounds the inputs of linear layers as the format has it, ``"float"`` leaves them.
     ``compute``: see ``qformats.kernels.dispatch.COMPUTE``. ``source``: the checkpoint's own ``quantization_config``.
 
     Raises ``UsageError`` for a value that an option does not have.
@@ -48,7 +48,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
         modules_to_not_convert: Sequence[str] | None = None,
         per_module: Mapping[str, str] | None = None,
         imatrix: Any = None,
-        activations: str | None = None,
+        activations: str = "published",
         compute: str = "exact",
         source: Mapping[str, Any] | None = None,
     ) -> None:
@@ -59,7 +59,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
         if to is not None and (not isinstance(to, str) or not to):
             raise UsageError("to", f"to is {to!r}", hint='a format and its options, as "hqq:int4,group=64"')
         if activations not in ACTIVATIONS:
-            raise UsageError("activations", f"activations is {activations!r}", hint='None (as published) or "float"')
+            raise UsageError("activations", f"activations is {activations!r}", hint=f"one of {', '.join(ACTIVATIONS)}")
         if compute not in COMPUTE:
             raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
         self.quant_method = METHOD

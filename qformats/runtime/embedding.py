@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered
-from qformats.runtime.packed import Packed, PackedWeight
+from qformats.runtime.packed import Packed, PackedWeight, refuse_another
 
 __all__ = ["QuantEmbedding"]
 
@@ -34,6 +34,17 @@ class QuantEmbedding(Packed, nn.Embedding):
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
         return PackedWeight(self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_another(self, value)
+
+    @property
+    def embed_scale(self) -> Tensor:
+        """The factor, where PEFT looks for it: it multiplies what an adapter adds. ``AttributeError`` where there is none."""
+        if self.factor is None:
+            raise AttributeError("embed_scale")
+        return torch.tensor(self.factor, device=self.plane_device)
 
     def forward(self, ids: Tensor) -> Tensor:
         planes = [self._buffers[name] for name in self._names[0]]

@@ -9,9 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from qformats.kernels.lower import Lowered
-from qformats.runtime.packed import Packed, PackedWeight, present
+from qformats.runtime.inputs import round_inputs
+from qformats.runtime.packed import Packed, PackedWeight, present, refuse_another
+from qformats.runtime.peft import watch
 
 __all__ = ["QuantLinear", "TiedHead"]
+
+watch()
 
 
 class QuantLinear(Packed, nn.Linear):
@@ -29,9 +33,17 @@ class QuantLinear(Packed, nn.Linear):
     def weight(self) -> PackedWeight:  # type: ignore[override]
         return PackedWeight(self)
 
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_another(self, value)
+
     def forward(self, x: Tensor) -> Tensor:
         y = self.multiply(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        if not self.output_rules:
+            return y
+        parts = [(y[..., start:stop], rule) for start, stop, rule in self.output_rules]
+        return torch.cat([round_inputs(part, rule).to(y.dtype) if rule else part for part, rule in parts], -1)
 
     def extra_repr(self) -> str:
         kinds = ", ".join(dict.fromkeys(f"{layout.grid}" for layout in self.layouts))
@@ -51,6 +63,10 @@ class TiedHead(nn.Linear):
     @property
     def weight(self) -> PackedWeight:  # type: ignore[override]
         return PackedWeight(self.__dict__["_embedding"])
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_another(self.__dict__["_embedding"], value)
 
     def forward(self, x: Tensor) -> Tensor:
         embedding: Packed = self.__dict__["_embedding"]

@@ -40,6 +40,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     compute: str = "exact",
+    activations: str = "published",
     allow_pickle: bool = False,
     quantize: str | None = None,
     modules_to_not_convert: Sequence[str] | None = None,
@@ -51,15 +52,20 @@ def load_model(
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
     ``compute``: ``"exact"``: weights exactly, products in float32; ``"int8"``: inputs rounded to bytes too, faster and never a default.
+    ``activations``: ``"published"`` rounds the inputs of linear layers where the checkpoint's format does, as its owner does; ``"float"``
+    runs the weights alone. Scales of a key-value cache are kept for saving; the cache itself holds floats.
     ``quantize``: a target such as ``"hqq:int4,group=64"`` or ``"gguf:q4_k_m"``; the floats are rounded as they are read, and the model
     saves as the checkpoint that ``qconvert quantize`` makes. What follows it belongs to it, see ``qformats.runtime.quantizing``.
 
     Raises ``BadFile`` and ``Unsupported`` before any weight is read where the architecture or a type is not supported.
     """
     from qformats.kernels.dispatch import COMPUTE
+    from qformats.runtime.inputs import ACTIVATIONS
 
     if compute not in COMPUTE:
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
+    if activations not in ACTIVATIONS:
+        raise UsageError("activations", f"activations is {activations!r}", hint=f"one of {', '.join(ACTIVATIONS)}")
     how = {"modules_to_not_convert": modules_to_not_convert, "per_module": per_module, "imatrix": imatrix}
     if quantize is None and (any(value is not None for value in how.values()) or allow_requantize):
         raise UsageError("quantize-missing", "options of quantize= are given, and no target", hint="such as quantize='gguf:q4_k_m'")
@@ -68,31 +74,49 @@ def load_model(
         if quantize is not None:
             skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
             checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]
-        model = build(checkpoint, dtype, compute)
+        model = build(checkpoint, dtype, compute, activations)
     return model if device is None else model.to(device)
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> Any:
+def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activations: str = "published") -> Any:
     """The model of an opened checkpoint on the CPU."""
     import torch
+
+    from qformats.runtime.inputs import check
 
     config = skeleton.config_of(checkpoint)
     wanted = dtype or _dtype_of(config) or torch.float32
     model = skeleton.empty_model(config, wanted)
     supply = _with_stacks(model, Supply.of(checkpoint, skeleton.rename(model)))
+    if activations == "published":
+        check(checkpoint)
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
-    remember(model, supply, packed, rounded)
+    remember(model, supply, packed, rounded, activations)
     return model
 
 
-def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set[str]) -> None:
+def remember(model: Any, supply: Supply, packed: dict[str, Origin], rounded: set[str], activations: str) -> None:
     """Make a filled ``model`` one that saves as its checkpoint. ``rounded``: tensors whose stored values its dtype does not hold."""
+    from torch import nn
+
+    from qformats.runtime.anew import stretches
+    from qformats.runtime.inputs import rules
+    from qformats.runtime.linear import TiedHead
+
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
-    model.qformats_record = Record.of(supply, packed, held, rounded)
+    model.qformats_record = record = Record.of(supply, packed, held, rounded)
     attach(model)
+    for name, parts in stretches(supply, packed, record.storages, record.writable).items():
+        module = model.get_submodule(name)
+        module.stretches = parts
+        if activations == "published" and not isinstance(module, nn.Embedding):
+            checkpoint = supply.checkpoint
+            module.input_rules, module.output_rules = rules(checkpoint, parts), rules(checkpoint, parts, "outputs")
+    for head in (module for module in model.modules() if isinstance(module, TiedHead)):
+        head.__dict__["_embedding"].shared = True
     give_back()
 
 

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from qformats.errors import Unsupported
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered, raised
+from qformats.runtime.anew import Kept, Stretch, requantized
+from qformats.runtime.inputs import round_inputs
 from qformats.runtime.state import Source, fill
 from qformats.tensor import QuantizedTensor
 
-__all__ = ["Packed", "PackedWeight", "present"]
+__all__ = ["Packed", "PackedWeight", "present", "refuse_another"]
 
 _OWN_OP = torch.ops.aten.detach.default
 
@@ -75,6 +78,10 @@ def present(module: nn.Module) -> Iterator[None]:
 
     with align_module_device(module):
         yield
+def refuse_another(module: Packed, value: Tensor) -> None:
+    """What ``module.weight = value`` does: nothing for the module's own weight, ``RuntimeError`` for any other."""
+    if not isinstance(value, PackedWeight) or value.module is not module:
+        raise RuntimeError("a packed weight cannot be assigned: merge adapters with requantize(), or call dequantize() on the model")
 
 
 class Packed(nn.Module):
@@ -87,6 +94,11 @@ class Packed(nn.Module):
     compute: str
     compute_dtype: torch.dtype
     source: Source | None = None  # what the rows are in a checkpoint, which names the entries of the state dict
+    input_rules: tuple[tuple[int, int, str], ...] = ()  # runs of rows and the rule that rounds what they meet (qformats.runtime.inputs)
+    output_rules: tuple[tuple[int, int, str], ...] = ()  # the same of what leaves a linear layer
+    stretches: tuple[Stretch, ...] = ()  # the stored weights that the rows are
+    changed: frozenset[str] = frozenset()  # those of them that have new codes
+    shared = False  # whether another module multiplies with these planes
 
     def hold(self, segments: Sequence[Lowered], compute_dtype: torch.dtype, compute: str) -> None:
         """Register the planes; ``compute``: see ``qformats.kernels.dispatch``. ``compute_dtype``: of the floats that it stands for."""
@@ -140,8 +152,21 @@ class Packed(nn.Module):
         return concatenate_rows(parts)
 
     def multiply(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``."""
+        """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``.
+
+        Inputs are rounded first where the checkpoint says so (``input_rules``).
+        """
         stop = self.weight_shape[0] if stop is None else stop
+        if not self.input_rules:
+            return self._exact(x, start, stop)
+        parts = []
+        for first, last, rule in self.input_rules:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                parts.append(self._exact(round_inputs(x, rule), low, high).to(x.dtype) if rule else self._exact(x, low, high))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def _exact(self, x: Tensor, start: int, stop: int) -> Tensor:
         parts = []
         for number, (first, layout) in enumerate(zip(self.starts, self.layouts, strict=True)):
             low, high = max(start, first) - first, min(stop, first + layout.rows) - first
@@ -161,6 +186,41 @@ class Packed(nn.Module):
         wanted = self.compute_dtype if dtype is None else dtype
         parts = [self.segment(i).dequantize(slice(None), wanted) for i in range(len(self.layouts))]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def requantize(self, floats: Tensor, keep: bool = False) -> Kept | None:
+        """New codes for ``floats`` (rows, columns) in the types that the checkpoint has; the planes of before, where ``keep`` is set.
+
+        What ``save_pretrained`` then writes is what a quantizer of that format makes of these floats; stored weights whose floats are the
+        dequantized ones keep their codes. Nothing changes where it raises: ``Unsupported('requantize')`` for types that have no quantizer
+        (learned codebooks), or where the module has no types of its own; ``BadFile('not-finite')`` for NaN and infinities.
+        """
+        if not self.stretches:
+            raise Unsupported("requantize", "these weights are of no checkpoint that says how they are stored")
+        if tuple(floats.shape) != self.weight_shape:
+            raise ValueError(f"floats of shape {tuple(floats.shape)} for a weight of shape {self.weight_shape}")
+        before = tuple(self.segment(i) for i in range(len(self.layouts)))
+        made: list[Lowered] = []
+        changed = set(self.changed)
+        for first, old in zip(self.starts, before, strict=True):
+            last = first + old.layout.rows
+            parts = [part for part in self.stretches if first <= part.start and part.stop <= last]
+            segments, names = requantized(old, first, floats[first:last], parts)
+            made += segments
+            changed |= names
+        kept = Kept(before, self.changed) if keep else None
+        self.hold_instead(made)
+        self.changed = frozenset(changed)
+        return kept
+
+    def restore(self, kept: Kept) -> None:
+        """Put back the planes that ``requantize`` gave, on the device where the module is now."""
+        device = self.plane_device
+        self.hold_instead([Lowered(old.layout, {name: plane.to(device) for name, plane in old.planes.items()}) for old in kept.segments])
+        self.changed = kept.changed
+
+    def storage_now(self, name: str, before: Any) -> Any:
+        """How the stored weight ``name`` is stored now that its codes are new; ``before`` where they are not."""
+        return next((part.storage for part in self.stretches if part.name == name and name in self.changed), before)
 
     def hold_instead(self, segments: Sequence[Lowered]) -> None:
         """Put other planes in the place of those that are held."""

@@ -21,6 +21,7 @@ from qformats.checkpoint import Checkpoint, open_checkpoint
 from qformats.errors import BadFile, Unsupported
 from qformats.runtime import loader, skeleton
 from qformats.runtime.config import METHOD, QFormatsConfig
+from qformats.runtime.inputs import check
 from qformats.runtime.packed import Packed
 from qformats.runtime.placing import Filling, transforms
 from qformats.runtime.quantizing import quantized
@@ -87,6 +88,8 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
             known = {key: renaming(key) for key in stored}
             if self.quantization_config.to is not None:
                 checkpoint = self._quantized(checkpoint, renaming)
+            if self.quantization_config.activations == "published":
+                check(checkpoint)
             self._supply = supply = Supply.of(checkpoint, renaming)
             workers = min(8, os.cpu_count() or 1)
             self._filling = Filling.of(model, supply, known, self._dtype, self.quantization_config.compute, workers)
@@ -124,7 +127,7 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
         self._filling.check()
         supply, places = self._supply, self._filling.places.values()
         packed = {name: origin for place in places for name, origin in loader.origins(supply, place)}
-        loader.remember(model, supply, packed, _rounded(model, supply))
+        loader.remember(model, supply, packed, _rounded(model, supply), self.quantization_config.activations)
         model._weight_conversions = None  # what was used here makes planes, which nobody can undo
         _warn_of_buffers(model)
         self._open.close()

@@ -64,7 +64,7 @@ class FileRecord:
 class Record:
     """``checkpoint``: closed, for its configuration and names. ``packed``: a tensor's own name → where its rows are.
 
-    ``storages``: of every quantized module. ``renamed``: a tensor's own name → the model's.
+    ``storages``: of every quantized module; ``writable``: whether its format writes it. ``renamed``: a tensor's own name → the model's.
     """
 
     checkpoint: Checkpoint
@@ -72,6 +72,7 @@ class Record:
     packed: Mapping[str, Origin]
     storages: Mapping[str, Storage]
     renamed: Mapping[str, str]
+    writable: Mapping[str, bool]
     small: Mapping[str, bytes] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: object) -> Record:
@@ -96,11 +97,12 @@ class Record:
         narrowed = {supply.stored[name] for name in rounded}
         stored = {new: old for new, old in supply.stored.items() if new in held}
         storages = {name: _storage(module) for name, module in checkpoint.modules.items() if checkpoint.is_quantized(name)}
-        kept = _not_held(checkpoint, storages, set(stored.values()))
+        writable = {name: _writable(storage, checkpoint.modules[name]) for name, storage in storages.items()}
+        kept = _not_held(checkpoint, writable, set(stored.values()))
         files = tuple(_file(checkpoint, source, kept, narrowed) for source in checkpoint.sources())
         places = {supply.stored[new]: origin for new, origin in packed.items()}
         small = {} if checkpoint.gguf is not None else {**checkpoint.side_files(), **_more_files(checkpoint)}
-        return Record(checkpoint, files, places, storages, {old: new for new, old in stored.items()}, small)
+        return Record(checkpoint, files, places, storages, {old: new for new, old in stored.items()}, writable, small)
 
 
 def _storage(module: Module) -> Storage:
@@ -112,12 +114,12 @@ def _storage(module: Module) -> Storage:
     return only  # type: ignore[no-any-return]
 
 
-def _not_held(checkpoint: Checkpoint, storages: Mapping[str, Storage], names: set[str]) -> set[str]:
+def _not_held(checkpoint: Checkpoint, writable: Mapping[str, bool], names: set[str]) -> set[str]:
     """Full names of stored tensors that the model has no value of: extras, copies of tied weights, buffers that it computes."""
     found: set[str] = set()
     for name, module in checkpoint.modules.items():
-        coded = name in storages
-        if coded and not _writable(storages[name], module):
+        coded = name in writable
+        if coded and not writable[name]:
             found.update(raw.name for raw in module.parts.values())
             continue
         own = registry.format_module(module.match.format).SUFFIXES if coded else ()
@@ -134,7 +136,10 @@ def _writable(storage: Storage, module: Module) -> bool:
     The scheme knows headers alone, and takes any plane of indices for an order; the storage has looked at them.
     """
     form = registry.format_module(module.match.format)
-    return bool(form.can_store(storage, replace(form.scheme(module), group_index=storage.group_index)))
+    scheme = form.scheme(module)
+    if scheme.group_index and not storage.group_index:  # its storage knows that the index, which is there, says nothing
+        scheme = replace(scheme, group_index=False)
+    return bool(form.can_store(storage, scheme))
 
 
 def _more_files(checkpoint: Checkpoint) -> dict[str, bytes]:

@@ -29,7 +29,7 @@ _NONE = object()
 _ARCHITECTURE = "qformats"  # the architecture that transformers is told of
 
 
-def take_over(*methods: str, activations: str | None = None, compute: str = "exact") -> TakeOver:
+def take_over(*methods: str, activations: str = "published", compute: str = "exact") -> TakeOver:
     """Let transformers load checkpoints of ``methods`` (none: all of ``METHODS``) as models on packed weights.
 
     A context manager, or ``take_over(...).install()`` for the rest of the process, until ``close()``. ``activations`` and ``compute`` as

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from qformats import assemble, registry
 from qformats.containers.atomic import OutputDirectory, OutputFile
 from qformats.containers.raw import RawTensor
+from qformats.containers.safetensors import METADATA_KEY, layout_safetensors, tensor_nbytes
 from qformats.containers.source import FileSource, MemorySource
 from qformats.errors import Unsupported, WouldLose
 from qformats.formats.dense import read_float, write_float
@@ -42,23 +45,40 @@ def save_model(model: Any, path: str | Path, *, overwrite: bool = False) -> None
         raise Unsupported("not-packed", "the model was not loaded by qformats", hint="use its own save_pretrained")
     final = Path(path)
     tensors = _Tensors(model, record)
-    if record.checkpoint.gguf is not None and len(record.files) == 1:
-        (file,) = record.files
+    tensors.check_kept()
+    files = [_resized(file, tensors.resized) for file in record.files]
+    if record.checkpoint.gguf is not None and len(files) == 1:
+        (file,) = files
         with OutputFile(final, file.size, overwrite) as out:
             _write(file, tensors, out)
             _seal(record, {"": out})
             out.commit()
         return
-    total = sum(file.size for file in record.files) + sum(map(len, record.small.values()))
+    total = sum(file.size for file in files) + sum(map(len, record.small.values()))
     with OutputDirectory(final, total, overwrite) as directory:
-        outs = {Path(file.name).name: directory.file(Path(file.name).name, file.size) for file in record.files}
-        for file in record.files:
+        outs = {Path(file.name).name: directory.file(Path(file.name).name, file.size) for file in files}
+        for file in files:
             _write(file, tensors, outs[Path(file.name).name])
         _seal(record, outs)
         for name, data in record.small.items():
             folder, _, last = name.rpartition("/")
             directory.write_bytes(last, data, folder=folder)
         directory.commit()
+
+
+def _resized(file: FileRecord, shapes: Mapping[str, tuple[int, ...]]) -> FileRecord:
+    """A file of safetensors with other shapes of some of its tensors."""
+    if not shapes.keys() & file.tensors.keys():
+        return file
+    found = {name: (stored.dtype, shapes.get(name, stored.shape)) for name, stored in file.tensors.items()}
+    metadata = json.loads(file.header[8:]).get(METADATA_KEY)
+    layout = layout_safetensors([(name, *kind) for name, kind in found.items()], metadata)
+    tensors = {
+        name: replace(stored, shape=found[name][1], offset=layout.offsets[name], nbytes=tensor_nbytes(*found[name]))
+        for name, stored in file.tensors.items()
+    }
+    order = sorted(tensors, key=lambda name: tensors[name].offset)
+    return replace(file, header=layout.header, tensors={name: tensors[name] for name in order}, size=layout.size)
 
 
 def _write(file: FileRecord, tensors: _Tensors, out: OutputFile) -> None:
@@ -92,12 +112,41 @@ class _Tensors:
         self._places = {raw.name: (name, leaf) for name, module in modules for leaf, raw in module.parts.items()}
         gguf = record.checkpoint.gguf is not None
         self._maps = {m.name: m for m in self._gguf_maps()} if gguf else {}
+        held = [module for module in model.modules() if isinstance(module, Packed) and module.changed]
+        self._changed = {part.name: part.storage for module in held for part in module.stretches if part.name in module.changed}
+        self.resized = {} if gguf else dict(self._resized())
+
+    def _resized(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Tensors of changed weights that have another shape than in the checkpoint, by their full names."""
+        for name, storage in self._changed.items():
+            module = self._record.checkpoint.modules[name]
+            layout = registry.format_module(module.match.format).layout(storage, self._record.checkpoint.scheme(name).shape)
+            for leaf, part in layout.items():
+                raw = module.parts.get(leaf)
+                if raw is not None and prod(part.shape) != prod(raw.shape):
+                    yield raw.name, part.shape
 
     def _gguf_maps(self) -> Iterator[Any]:
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for tensor in self._record.checkpoint.binding.to_hf(self._record.checkpoint.shapes()).tensors:
             shapes.setdefault(tensor.target, {})[tensor.leaf] = tensor.shape
         yield from self._record.checkpoint.binding.to_gguf(shapes).tensors
+
+    def check_kept(self) -> None:
+        """``WouldLose('changed-weight')`` for floats that changed and stand for codes that no writer makes, whose bytes are kept."""
+        stored = {name: one for file in self._record.files for name, one in file.tensors.items()}
+        for name, writable in self._record.writable.items():
+            if writable or f"{name}.weight" in self._record.packed or f"{name}.weight" not in self._record.renamed:
+                continue
+            now, module = self._reader.value(f"{name}.weight"), self._record.checkpoint.modules[name]
+            kept = {leaf: (raw, stored[raw.name].kept) for leaf, raw in module.parts.items()}
+            held = {leaf: (raw, MemorySource(data, raw.name)) for leaf, (raw, data) in kept.items() if data is not None}
+            parts = {leaf: replace(raw, source=source, offset=0) for leaf, (raw, source) in held.items()}
+            form = registry.format_module(module.match.format)
+            before = form.read(replace(module, parts=parts, memo={})).dequantize(torch.float32)
+            if not torch.equal(before.to(now.dtype).reshape(now.shape), now):
+                hint = "call dequantize() on the model and save that"
+                raise WouldLose("changed-weight", "it has changed, and its layout is read and never written", tensor=name, hint=hint)
 
     def as_it_was(self, name: str, stored: Stored) -> bytes | memoryview:
         """A tensor that the model holds in a narrower dtype: its stored bytes unless the model's value has changed since."""
@@ -134,12 +183,12 @@ class _Tensors:
         checkpoint = self._record.checkpoint
         module = checkpoint.modules[name]
         found: dict[str, memoryview] = {}
-        storage = self._record.storages.get(name)
+        storage = self._changed.get(name, self._record.storages.get(name))
         if storage is not None:
             shape = checkpoint.scheme(name).shape
             tensor = self._reader.codes(name, 0, prod(shape[:-1]))
             assert tensor is not None
-            found.update(written(module.match.format, storage, tensor, shape, module.parts))
+            found.update(written(module.match.format, storage, tensor, shape))
         for leaf, raw in module.parts.items():
             if leaf not in found and (storage is None or leaf == "bias"):
                 found[leaf] = _floats(self._reader.floats(name, leaf, None, None), raw.dtype, raw.name)
@@ -162,13 +211,12 @@ class _Tensors:
         return _bytes(piece.array)
 
 
-def written(
-    kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...], stored: Mapping[str, RawTensor]
-) -> dict[str, memoryview]:
-    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them. ``stored``: how large those of the source are."""
+def written(kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...]) -> dict[str, memoryview]:
+    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them."""
     form = registry.format_module(kind)
-    sizes = {leaf: raw.nbytes for leaf, raw in stored.items()}
-    return _joined(form.write(storage, _as_stored(tensor, storage, form), 0, shape), form.layout(storage, shape), sizes)
+    layout = form.layout(storage, shape)
+    sizes = {leaf: tensor_nbytes(part.dtype, part.shape) for leaf, part in layout.items()}
+    return _joined(form.write(storage, _as_stored(tensor, storage, form), 0, shape), layout, sizes)
 
 
 def _as_stored(tensor: QuantizedTensor, storage: Storage, form: Any) -> QuantizedTensor:
@@ -210,20 +258,40 @@ def _floats(values: Tensor, dtype: str, name: str) -> memoryview:
     return _bytes(write_float(values.reshape(1, -1), dtype, name=name))
 
 
+def plain_name(name: str) -> str:
+    """A module's or a tensor's name without the layer that PEFT put around it."""
+    return ".".join(part for part in name.split(".") if part != "base_layer")
+
+
+def check_adapters(model: Any) -> None:
+    """``WouldLose('adapter')`` where an adapter changes what the model computes and is not in its weights."""
+    for name, module in model.named_modules():
+        active = set(getattr(module, "active_adapters", ())) if not getattr(module, "disable_adapters", True) else set()
+        if hasattr(module, "base_layer"):
+            held = {key for leaf in module.adapter_layer_names for key in getattr(module, leaf, ())}
+            lost = (active & held) - set(module.merged_adapters)
+        else:
+            lost = active if hasattr(module, "original_module") else set()
+        if lost:
+            hint = "merge it first (merge_and_unload, merge_adapter), or save it alone with the save_pretrained of the PeftModel"
+            raise WouldLose("adapter", f"the adapter {min(lost)!r} is not in the weights", tensor=name, hint=hint)
+
+
 class _ModelReader:
     """A model's modules under the checkpoint's names, for ``assemble.read_rows``."""
 
     def __init__(self, model: Any, record: Record) -> None:
+        check_adapters(model)
         self._record = record
-        self._model = model
-        self._state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        self._state.update(model.named_buffers(remove_duplicate=False))
+        self._modules = {plain_name(name): module for name, module in model.named_modules(remove_duplicate=False)}
+        state = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+        self._state: dict[str, Tensor] = {plain_name(name): value for name, value in state}
 
     def codes(self, module: str, start: int, stop: int, *, codes: bool = True) -> QuantizedTensor | None:
         origin = self._record.packed.get(f"{module}.weight")
         if origin is None:
             return None
-        held = self._model.get_submodule(origin.module)
+        held = self._modules[origin.module]
         assert isinstance(held, Packed)
         with present(held):
             return held.rows(origin.start + start, origin.start + stop)
@@ -234,8 +302,8 @@ class _ModelReader:
         value = self._state[own].detach()
         if value.is_meta:  # offloaded
             module, _, leaf = own.rpartition(".")
-            with present(self._model.get_submodule(module)):
-                value = getattr(self._model.get_submodule(module), leaf).detach()
+            with present(self._modules[module]):
+                value = getattr(self._modules[module], leaf).detach()
         return value.cpu()
 
     def floats(self, module: str, leaf: str, start: int | None, stop: int | None) -> Tensor:

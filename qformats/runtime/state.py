@@ -101,9 +101,9 @@ class Source:
         rows = packed.rows(span.start, span.stop)
         if self.record.checkpoint.gguf is not None:
             (first, *_) = self.record.rows_of[span.stored].sources
-            return written("gguf", self.record.storages[first.module], rows, span.shape, leaves)
+            return written("gguf", self.record.storages[first.module], rows, span.shape)
         module = self.record.checkpoint.modules[span.stored]
-        found = written(module.match.format, self.record.storages[span.stored], rows, span.shape, leaves)
+        found = written(module.match.format, packed.storage_now(span.stored, self.record.storages[span.stored]), rows, span.shape)
         return {**{leaf: kept[raw.name] for leaf, raw in leaves.items() if raw.name in kept}, **found}
 
     # ------------------------------------------------------------ reading
@@ -163,7 +163,8 @@ def _tensor(data: bytes | memoryview, raw: RawTensor) -> Tensor:
     flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
     if raw.dtype not in _TORCH:  # blocks
         return flat.reshape(*raw.shape[:-1], -1)
-    return flat.view(getattr(torch, _TORCH[raw.dtype])).reshape(raw.shape)
+    values = flat.view(getattr(torch, _TORCH[raw.dtype]))
+    return values.reshape(raw.shape) if len(data) == raw.nbytes else values  # words of new codes may be longer
 
 
 def _raw(value: Tensor, key: str, stored: RawTensor) -> RawTensor:

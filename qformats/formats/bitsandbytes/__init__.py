@@ -6,11 +6,13 @@ skipped modules; ``has_fp16_weights`` checkpoints hold none, so their weights ar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from qformats.errors import BadFile
 from qformats.formats.bitsandbytes import fourbit, int8
 from qformats.formats.bitsandbytes.settings import NAME, config_out, detect, storages
-from qformats.formats.protocol import Module, PartInfo, Piece
+from qformats.formats.protocol import Inputs, Module, PartInfo, Piece
 from qformats.scheme import No, Scheme, Storage, Yes
 
 if TYPE_CHECKING:
@@ -28,9 +30,11 @@ __all__ = [
     "config_out",
     "dequantize",
     "detect",
+    "inputs",
     "layout",
     "module_warnings",
     "read",
+    "renewed",
     "scheme",
     "storage_of",
     "storages",
@@ -77,6 +81,24 @@ def dequantize(module: Module, start: int = 0, stop: int | None = None, dtype: t
 def storage_of(module: Module) -> Storage:
     """The storage that ``write`` makes these very parts of."""
     return int8.storage_of(module) if _is_int8(module) else fourbit.storage_of(module)
+
+
+def renewed(storage: Storage) -> Storage:
+    """The storage without the offset of the double-quantized scales, which follows from the codes."""
+    return replace(storage, options={key: value for key, value in storage.options.items() if key != "offset"})
+
+
+def inputs(module: Module) -> Inputs | None:
+    """LLM.int8(): int8 for each token, columns with a magnitude of at least the config's threshold as they are; 4-bit weights: None.
+
+    bitsandbytes 0.50.2 ``backends/default/ops.py`` (``int8_vectorwise_quant``), in float16; transformers' threshold is 6 by default.
+    """
+    if not _is_int8(module):
+        return None
+    threshold = module.match.config.get("llm_int8_threshold", 6.0)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold < 0:
+        raise BadFile("config-value", f"llm_int8_threshold is {threshold!r}, expected a number of at least 0")
+    return Inputs("int8", outliers=float(threshold), steps="float16")
 
 
 def module_warnings(module: Module) -> list[str]:

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 from qformats.formats.compressed_tensors.config import NAME, activations, detect
 from qformats.formats.compressed_tensors.config_write import config_out, harmonize, with_activations
+from qformats.formats.compressed_tensors.inputs import inputs
 from qformats.formats.compressed_tensors.shapes import SUFFIXES, scheme
 from qformats.formats.compressed_tensors.storages import can_store, layout, storage_of, storages
 from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_warnings, read, write
@@ -56,6 +57,7 @@ __all__ = [
     "config_out",
     "detect",
     "harmonize",
+    "inputs",
     "layout",
     "module_warnings",
     "read",

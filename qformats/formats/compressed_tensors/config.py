@@ -18,7 +18,9 @@ from typing import Any
 from qformats.errors import BadFile, Unsupported
 from qformats.formats.protocol import Activations, Match
 
-__all__ = ["METHODS", "NAME", "Args", "Group", "activations", "candidates", "dense_packing", "detect", "inner", "is_ignored"]
+__all__ = [
+    "METHODS", "NAME", "Args", "Group", "activations", "candidates", "dense_packing", "detect", "inner", "is_ignored", "preset_inputs",
+]  # fmt: skip
 
 NAME = "compressed-tensors"
 METHODS = (NAME, "compressed_tensors", "sparseml")
@@ -118,6 +120,11 @@ _PRESET_INPUTS = {
     "FP8": Activations("fp8", False), "FP8_DYNAMIC": Activations("fp8", True, "token"), "FP8_BLOCK": Activations("fp8", True, "group"),
     "W4AFP8": Activations("fp8", True, "token"), "NVFP4": Activations("nvfp4", False),
 }  # fmt: skip
+
+
+def preset_inputs(name: str) -> Activations | None:
+    """How the preset scheme ``name`` rounds inputs."""
+    return _PRESET_INPUTS.get(name.upper())
 
 
 def activations(config: Mapping[str, Any]) -> Activations | None:

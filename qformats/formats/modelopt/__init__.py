@@ -31,6 +31,7 @@ from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.modelopt import integers
 from qformats.formats.modelopt.settings import (
+    INPUTS,
     activations,
     config_beside,
     config_out,
@@ -40,8 +41,8 @@ from qformats.formats.modelopt.settings import (
     side_files,
     with_activations,
 )
-from qformats.formats.packed import FLOATS, float_array, group_option
-from qformats.formats.protocol import Module, PartInfo, Piece, Target
+from qformats.formats.packed import FLOATS, float_array, group_option, one_number
+from qformats.formats.protocol import Inputs, Module, PartInfo, Piece, Target
 from qformats.scheme import Factor, Float, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ __all__ = [
     "config_out",
     "detect",
     "holds_codes",
+    "inputs",
     "layout",
     "module_warnings",
     "read",
@@ -178,6 +180,27 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     if _is_integers(raw, scale):
         return integers.read(raw, scale, before, start, stop, codes=codes)
     return smallfloats.read(_weight(module), start, stop, codes=codes)
+
+
+def inputs(module: Module) -> Inputs | None:
+    """The rule of the layer's algorithm; None where it rounds no inputs, has no static scale, or multiplies inputs by column first.
+
+    ModelOpt's ``input_scale`` is amax over the grid's largest number, for NVFP4 over 6 * 448; MXFP8's scales are not below amax / 448.
+    """
+    word = layer_of(module.match.config, module.name)[0]
+    said = None if word is None else INPUTS.get(word)
+    if said is None or "pre_quant_scale" in module.parts:
+        return None
+    if said.kind == "mxfp8":
+        return Inputs("e4m3fn", "group", 32, scale_grid="ceil")
+    if said.dynamic:
+        return Inputs("e4m3fn", said.per, span=448.0)
+    if "input_scale" not in module.parts:
+        return None
+    scale = one_number(module.parts["input_scale"])
+    if said.kind == "nvfp4":
+        return Inputs("e2m1", "group", 16, scale, span=6.0, scale_grid="e4m3fn")
+    return Inputs("int8" if said.kind == "int8" else "e4m3fn", "tensor", scale=scale)
 
 
 def module_warnings(module: Module) -> list[str]:

@@ -19,7 +19,7 @@ from qformats.formats.protocol import Activations, Match, Target
 from qformats.scheme import Storage
 
 __all__ = [
-    "ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "has_static_inputs", "layer_of", "side_files",
+    "ALGORITHMS", "FILE", "INPUTS", "activations", "config_beside", "config_out", "detect", "has_static_inputs", "layer_of", "side_files",
     "with_activations",
 ]  # fmt: skip
 
@@ -162,7 +162,7 @@ def config_out(
     return {**made, "producer": {"name": "qformats", "version": tool_version()}, "quant_method": "modelopt"}
 
 
-_INPUTS = {
+INPUTS = {
     "FP8": Activations("fp8", False), "FP8_PER_CHANNEL_PER_TOKEN": Activations("fp8", True, "token"), "W4A8_AWQ": Activations("fp8", False),
     "W4A8_NVFP4_FP8": Activations("fp8", False), "W4A8_MXFP4_FP8": Activations("fp8", False), "NVFP4": Activations("nvfp4", False),
     "NVFP4_AWQ": Activations("nvfp4", False), "MXFP8": Activations("mxfp8", True, "group"),
@@ -174,7 +174,7 @@ def activations(config: Mapping[str, Any]) -> Activations | None:
     """Those of the algorithm, of a mixture the first layer's that has any."""
     details = _details(config)
     words = [details.get("quant_algo"), *(layer.get("quant_algo") for layer in (details.get("quantized_layers") or {}).values())]
-    return next((_INPUTS[word] for word in (str(w).upper() for w in words) if word in _INPUTS), None)
+    return next((INPUTS[word] for word in (str(w).upper() for w in words) if word in INPUTS), None)
 
 
 def has_static_inputs(activations: Activations | None) -> bool:
@@ -182,7 +182,7 @@ def has_static_inputs(activations: Activations | None) -> bool:
 
     vLLM's ``ModelOptFp8LinearMethod`` multiplies by ``input_scale``; FP8_PER_CHANNEL_PER_TOKEN measures its inputs while it runs.
     """
-    return activations == _INPUTS["FP8"]
+    return activations == INPUTS["FP8"]
 
 
 def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
@@ -193,7 +193,7 @@ def with_activations(config: Mapping[str, Any], activations: Activations | None,
     if algorithm == "FP8" and not has_static_inputs(activations):
         made["config_groups"] = {name: {key: value for key, value in group.items() if key != "input_activations"}
                                  for name, group in config.get("config_groups", {}).items()}  # fmt: skip
-    if activations is None or _INPUTS.get(str(algorithm)) == activations:
+    if activations is None or INPUTS.get(str(algorithm)) == activations:
         return made
     if (algorithm, activations.kind) != ("W4A16_NVFP4", "nvfp4"):
         return None

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, dtype_option, float_array, float_tensor, yes_no
-from qformats.formats.protocol import Module, PartInfo, Piece, Target
+from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, dtype_option, float_array, float_tensor, one_number, yes_no
+from qformats.formats.protocol import Inputs, Module, PartInfo, Piece, Target
 from qformats.formats.quanto.settings import kind_said
 from qformats.formats.slabs import Slabs
 from qformats.scheme import Float, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes, whole
@@ -24,8 +24,10 @@ __all__ = [
     "WRITTEN",
     "can_store",
     "group_of",
+    "inputs",
     "layout",
     "module_warnings",
+    "outputs",
     "read",
     "scheme",
     "storage_of",
@@ -220,6 +222,29 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     moved = Param(_shift_tensor(module, g, first, last).reshape(-1, across), tile)
     zero, offset = (moved, None) if g.shift == "U8" else (None, moved)
     return QuantizedTensor(shape, plane, grid, (scale,), zero, offset)
+
+
+def inputs(module: Module) -> Inputs | None:
+    """Quanto's activations: one static scale for the tensor (optimum-quanto 0.2.7 ``library/quantize.py``, ``nn/qmodule.py``)."""
+    return _rounding(module, "input_scale")
+
+
+def outputs(module: Module) -> Inputs | None:
+    """The same of what leaves a layer (``QModuleMixin.quantize_output``)."""
+    return _rounding(module, "output_scale")
+
+
+def _rounding(module: Module, leaf: str) -> Inputs | None:
+    modules = module.match.config.get("modules")
+    entry = modules.get(module.name) if isinstance(modules, dict) else None
+    kind = entry.get("activations", "none") if isinstance(entry, dict) else "none"
+    if kind == "none" or leaf not in module.parts:
+        return None
+    grid = {"qint8": "int8", "qfloat8": "e4m3fn", "qfloat8_e4m3fn": "e4m3fn", "qfloat8_e5m2": "e5m2"}.get(kind)
+    if grid is None:
+        text = f"its activations are {kind!r}, expected qint8 or qfloat8"
+        raise Unsupported("input-rule", text, tensor=module.name, hint='activations="float" runs the weights alone')
+    return Inputs(grid, "tensor", scale=one_number(module.parts[leaf]), steps="")
 
 
 def module_warnings(module: Module) -> tuple[str, ...]:

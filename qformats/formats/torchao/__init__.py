@@ -23,6 +23,7 @@ the activations. int4's formula with a float zero point is that of ``int4_row_qu
 
 from __future__ import annotations
 
+from qformats.formats.torchao.inputs import inputs
 from qformats.formats.torchao.names import EXTRAS, SUFFIXES, join_name, split_name
 from qformats.formats.torchao.pickled import PICKLED_CLASSES, flatten
 from qformats.formats.torchao.settings import config_out, detect, metadata_out, module_warnings
@@ -47,6 +48,7 @@ __all__ = [
     "detect",
     "embeddings",
     "flatten",
+    "inputs",
     "join_name",
     "layout",
     "metadata_out",

@@ -32,7 +32,7 @@ def floats(source: Path, out: Path) -> Any:
 
 def check_logits(case: str, tmp_path: Path) -> None:
     source = ready(case, tmp_path)
-    model = load_model(source, dtype=torch.float32)
+    model = load_model(source, dtype=torch.float32, activations="float")
     assert any(isinstance(module, Packed) for module in model.modules()) or "sparse" in case
     ids = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]]) % model.config.get_text_config().vocab_size
     found = logits(model, ids)
@@ -48,6 +48,8 @@ def test_logits_are_those_of_the_dequantized_weights(case: str, tmp_path: Path) 
 def test_an_unknown_way_of_computing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QFormatError, match="compute"):
         load_model(ready(SAMPLE[0], tmp_path), compute="int4")
+    with pytest.raises(QFormatError, match="activations"):
+        load_model(ready(SAMPLE[0], tmp_path / "again"), activations="int4")
 
 
 def test_weights_beside_a_buffer_that_is_computed_are_those_of_the_checkpoint(tmp_path: Path) -> None:
