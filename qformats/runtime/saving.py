@@ -211,11 +211,14 @@ class _Tensors:
         return _bytes(piece.array)
 
 
-def written(kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...]) -> dict[str, memoryview]:
-    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them."""
+def written(
+    kind: str, storage: Storage, tensor: QuantizedTensor, shape: tuple[int, ...], sizes: Mapping[str, int] | None = None
+) -> dict[str, memoryview]:
+    """The bytes of a whole weight's parts by leaf, as the format ``kind`` writes them. ``sizes``: of parts that are blocks, in bytes."""
     form = registry.format_module(kind)
     layout = form.layout(storage, shape)
-    sizes = {leaf: tensor_nbytes(part.dtype, part.shape) for leaf, part in layout.items()}
+    if sizes is None:
+        sizes = {leaf: tensor_nbytes(part.dtype, part.shape) for leaf, part in layout.items()}
     return _joined(form.write(storage, _as_stored(tensor, storage, form), 0, shape), layout, sizes)
 
 
@@ -226,7 +229,7 @@ def _as_stored(tensor: QuantizedTensor, storage: Storage, form: Any) -> Quantize
     return finish(tensor, fit(tensor, storage, own=partial(form.can_store, storage)))
 
 
-def _joined(pieces: list[Piece], layout: Any, sizes: dict[str, int]) -> dict[str, memoryview]:
+def _joined(pieces: list[Piece], layout: Any, sizes: Mapping[str, int]) -> dict[str, memoryview]:
     """The pieces of a whole weight as its parts."""
     import numpy as np
 

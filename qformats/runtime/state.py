@@ -101,7 +101,8 @@ class Source:
         rows = packed.rows(span.start, span.stop)
         if self.record.checkpoint.gguf is not None:
             (first, *_) = self.record.rows_of[span.stored].sources
-            return written("gguf", self.record.storages[first.module], rows, span.shape)
+            sizes = {leaf: raw.nbytes for leaf, raw in leaves.items()}
+            return written("gguf", self.record.storages[first.module], rows, span.shape, sizes)
         module = self.record.checkpoint.modules[span.stored]
         found = written(module.match.format, packed.storage_now(span.stored, self.record.storages[span.stored]), rows, span.shape)
         return {**{leaf: kept[raw.name] for leaf, raw in leaves.items() if raw.name in kept}, **found}
