@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from converters import commands_convert, commands_gguf, commands_imatrix, commands_lora, commands_run, commands_show
+from converters import commands_convert, commands_gguf, commands_hub, commands_imatrix, commands_lora, commands_run, commands_show
 from converters.output import Output
 from qformats import registry
 from qformats.errors import QFormatError, UsageError
@@ -34,6 +34,7 @@ COMMANDS: dict[str, click.Command] = {
     "run": commands_run.run,
     "perplexity": commands_run.perplexity,
     "compare": commands_run.compare,
+    "pull": commands_hub.pull,
     "split": commands_gguf.split,
     "merge": commands_gguf.merge,
     "edit": commands_gguf.edit,

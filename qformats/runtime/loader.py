@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.checkpoint import Checkpoint, fetched, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
@@ -49,7 +49,7 @@ def load_model(
 
     if compute not in COMPUTE:
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
-    with open_checkpoint(path, allow_pickle) as checkpoint:
+    with open_checkpoint(fetched(path), allow_pickle) as checkpoint:
         model = build(checkpoint, dtype, compute)
     return model if device is None else model.to(device)
 
