@@ -82,7 +82,7 @@ class Commands(click.Group):
 
 def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
     if isinstance(error, click.Abort):
-        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left behind"))
+        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output"))
         sys.exit(INTERRUPTED)
     if isinstance(error, click.ClickException):
         sys.exit(_usage(error, output))

@@ -186,7 +186,7 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     """Plan, refuse, execute, report. ``flags`` holds the wishes, the writing flags and the output flags."""
     output = output_of(flags.pop("as_json"), flags.pop("quiet"))
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
-    allow_pickle = flags.pop("allow_pickle")
+    allow_pickle, resume, kept = flags.pop("allow_pickle"), flags.pop("resume"), flags.pop("keep_source")
     check_report(report, src, dst)
     wishes = Wishes(**flags)
     if wishes.imatrix is not None:
@@ -196,6 +196,8 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     registry.parse_target(wishes.to)
     from qformats.checkpoint import open_checkpoint
 
+    if kept is not None:
+        src = _kept_source(src, kept, output)
     with open_checkpoint(src, allow_pickle) as checkpoint:
         if source is not None:
             _check_source(checkpoint, source, registry.parse_target(wishes.to).format)
@@ -206,11 +208,22 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
         from converters.report import Report
 
         with output.progress(dst.name) as progress:
-            outcome = execute(planned, dst, overwrite=overwrite, workers=workers, progress=progress)
+            outcome = execute(planned, dst, overwrite=overwrite, workers=workers, progress=progress, resume=resume)
         found = Report.build(planned, outcome, dst)
     if report is not None:
         found.write(report)
     output.result(found.to_json(), found.to_text)
+
+
+def _kept_source(src: Path, folder: Path, output: Output) -> Path:
+    """The source of the hub as files in ``folder``: all of a repository but other kinds of the same weights, or the file it names."""
+    from qformats.hub.names import is_address, parse_address
+    from qformats.hub.pull import pull_source
+
+    if not is_address(src):
+        raise UsageError("keep-source", "--keep-source is for a source of the hub", path=src, hint="leave it out")
+    with output.progress(folder.name) as progress:
+        return pull_source(parse_address(src), folder, progress=progress)
 
 
 def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None, output: Output) -> Plan:

@@ -18,7 +18,7 @@ from qformats.hub.names import Address, find_address
 from qformats.hub.pull import cached, cached_file, few
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["fetched", "find_address", "open_remote"]
+__all__ = ["fetched", "find_address", "needed", "open_remote"]
 
 _SIDE = (*SIDE_FILES, "README.md", "LICENSE")
 _TEXTS = (".json", ".jinja", ".txt", ".model")
@@ -123,12 +123,21 @@ def fetched(address: Address) -> Path:
         folder = cached(address, () if address.file is None else (address.file,))
         return folder if address.file is None else folder / address.file
     found = client.snapshot(address)
-    weights = _weights(found, address) or [name for name in found.files if name.endswith(_PICKLED) and "/" not in name]
-    if address.file is not None:
-        weights = weights if address.file.endswith(".gguf") else [address.file]
-    side = [name for name in found.files if name in _SIDE or (name.endswith(_TEXTS) and "/" not in name)]
-    for name in (*weights, *side):
+    names = needed(found, address)
+    for name in names:
         cached_file(found.address(name), found.files[name], address.revision)
     folder = _cache_folder(found)
-    gguf = weights and weights[0].endswith(".gguf")
-    return folder / (address.file or weights[0]) if address.file is not None or gguf else folder
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    single = address.file or gguf
+    return folder if single is None else folder / single
+
+
+def needed(found: client.Snapshot, address: Address) -> list[str]:
+    """The files that a conversion or a model of ``address`` reads, weights first: those of one kind, configuration, tokenizer."""
+    weights = _weights(found, address) or [name for name in found.files if name.endswith(_PICKLED) and "/" not in name]
+    if address.file is not None and not address.file.endswith(".gguf"):
+        weights = [address.file]
+    if not weights:
+        raise BadFile("no-weights", "holds no weights", path=address, hint=f"it holds {few(found.files)}")
+    side = [name for name in found.files if name in _SIDE or (name.endswith(_TEXTS) and "/" not in name)]
+    return list(dict.fromkeys((*weights, *side)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from qformats.hub import client
 from qformats.hub.names import Address
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "pull"]
+__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "pull", "pull_source"]
 
 _STEP_NBYTES, _FILES_AT_ONCE = 8 << 20, 4
 Progress = Callable[[int, int], None]
@@ -156,6 +157,23 @@ def pull(
             pool.shutdown(cancel_futures=True)
             raise
     return folder, names
+
+
+def pull_source(address: Address, destination: Path, *, progress: Progress | None = None) -> Path:
+    """Fetch what a conversion of ``address`` reads into ``destination``; what to open there."""
+    from qformats.hub.opening import needed
+
+    found = client.snapshot(address)
+    names = needed(found, address)
+    pinned = found.address()
+    pull(pinned, destination, include=[_literal(name) for name in names], progress=progress)
+    gguf = next((name for name in names if name.endswith(".gguf")), None)
+    single = address.file or gguf
+    return destination if single is None else destination / single
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 class _Ticker:
