@@ -35,6 +35,7 @@ COMMANDS: dict[str, click.Command] = {
     "perplexity": commands_run.perplexity,
     "compare": commands_run.compare,
     "pull": commands_hub.pull,
+    "push": commands_hub.push,
     "split": commands_gguf.split,
     "merge": commands_gguf.merge,
     "edit": commands_gguf.edit,

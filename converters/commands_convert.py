@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.commands_hub import push_output
 from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
@@ -187,7 +188,12 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     output = output_of(flags.pop("as_json"), flags.pop("quiet"))
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
     allow_pickle, resume, kept = flags.pop("allow_pickle"), flags.pop("resume"), flags.pop("keep_source")
+    repo, private = flags.pop("push_repo"), flags.pop("private")
     check_report(report, src, dst)
+    if repo is not None:
+        from qformats.hub.names import parse_repo
+
+        parse_repo(repo)
     wishes = Wishes(**flags)
     if wishes.imatrix is not None:
         from qformats.containers.atomic import check_not_same
@@ -212,7 +218,8 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
         found = Report.build(planned, outcome, dst)
     if report is not None:
         found.write(report)
-    output.result(found.to_json(), found.to_text)
+    pushed = {} if repo is None else {"pushed": push_output(dst, repo, output, found.to_json(), private)}
+    output.result({**found.to_json(), **pushed}, found.to_text)
 
 
 def _kept_source(src: Path, folder: Path, output: Output) -> Path:

@@ -38,13 +38,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def logged_in(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client has a token."""
     monkeypatch.setenv("HF_TOKEN", TOKEN)
 
 
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client was told to stay off the network."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if hasattr(constants, "is_offline_mode"):
