@@ -91,6 +91,8 @@ def of_found(found: Checkpoint, digests: Digests, workers: int) -> str | None:
             return None
         files[name], headers[name] = source, header.replace(digests.digits, replace(digests, output=_NONE).digits)
     side, base = [name for name in digests.files if name not in files], found.path
+    if side and found.prepare is not None:
+        found.prepare()
     if len(files) + len(side) != len(digests.files) or not all((base / name).is_file() for name in side):
         return None
     opened = {name: FileSource(base / name) for name in side}

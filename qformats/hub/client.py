@@ -119,6 +119,8 @@ def describe(error: BaseException, address: Address | str) -> QFormatError:
 
     chain = list(_causes(error))
     for kind, code, message, hint in _KINDS:
+        if code == "hub-offline" and not is_offline():
+            continue  # the client says so of every failure without a copy in its cache
         if any(isinstance(cause, getattr(errors, name, ())) for cause in chain for name in kind.split()):
             return RemoteError(code, message, path=address, hint=hint)
     space = next((cause for cause in chain if isinstance(cause, OSError) and cause.errno in _NO_SPACE), None)

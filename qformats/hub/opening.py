@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from qformats.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint, open_sources, pickle_refusal, small_names
-from qformats.containers.index import INDEX_SUFFIX
+from qformats.containers.index import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, read_index
 from qformats.containers.source import ByteSource, FileSource
 from qformats.errors import BadFile, RemoteError
 from qformats.hub import client
@@ -92,6 +92,18 @@ def _shards(found: client.Snapshot, file: str) -> list[str]:
     return [name for name in names if name in found.files]
 
 
+def _one_kind(found: client.Snapshot, weights: list[str]) -> list[str]:
+    """The files that opening a directory of these would read: repositories may hold the same weights twice."""
+    indexes = [name for name in found.files if name.endswith(INDEX_SUFFIX) and "/" not in name]
+    if SINGLE_NAME in weights:
+        return [SINGLE_NAME]
+    if INDEX_NAME not in indexes and len(indexes) != 1:
+        return weights
+    index = INDEX_NAME if INDEX_NAME in indexes else indexes[0]
+    shards = set(read_index(cached_file(found.address(index), found.files[index])).values())
+    return [name for name in weights if name in shards] or weights
+
+
 def _fetch_small(found: client.Snapshot, wanted: tuple[str, ...]) -> Path:
     """Fetch those of the ``wanted`` files that there are, and indexes; the directory of the cache they are in."""
     names = [name for name in found.files if name in wanted or (name.endswith(INDEX_SUFFIX) and "/" not in name)]
@@ -134,7 +146,7 @@ def fetched(address: Address) -> Path:
 
 def needed(found: client.Snapshot, address: Address) -> list[str]:
     """The files that a conversion or a model of ``address`` reads, weights first: those of one kind, configuration, tokenizer."""
-    weights = _weights(found, address) or [name for name in found.files if name.endswith(_PICKLED) and "/" not in name]
+    weights = _one_kind(found, _weights(found, address)) or [name for name in found.files if name.endswith(_PICKLED) and "/" not in name]
     if address.file is not None and not address.file.endswith(".gguf"):
         weights = [address.file]
     if not weights:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -144,7 +144,7 @@ def pull(
     names = _named(found, address, include, exclude)
     if folder.exists() and not folder.is_dir():
         raise OutputError("exists", "is not a directory", path=folder, hint="name a directory")
-    _check_space(folder, sum(found.files[name].size for name in names))
+    _check_space(folder, {name: found.files[name].size for name in names})
     total, ticker = sum(found.files[name].size for name in names), _Ticker(progress)
     spool = Spool(1)
     with ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="qformats-pull") as pool:
@@ -197,16 +197,22 @@ class _Ticker:
         self._stopped = True
 
 
-def _check_space(folder: Path, nbytes: int) -> None:
+def _check_space(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Refuse before the first byte what will not fit beside what is there already."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        paths = [path for name in sizes for path in (folder / name, _partial_of(folder / name))]
+        missing = sum(sizes.values()) - sum(path.stat().st_size for path in paths if path.is_file())
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise _unwritable(folder, error) from None
-    if nbytes - held > free:
-        text = f"needs {nbytes - held} bytes, the file system has {free} free"
+    if missing > free:
+        text = f"needs {missing} bytes, the file system has {free} free"
         raise OutputError("no-space", text, path=folder, hint="free space or choose another place")
+
+
+def _partial_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
 
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
@@ -226,7 +232,7 @@ def _fetch_file(found: client.Snapshot, file: client.RemoteFile, folder: Path, s
             tick(file.size)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = _partial_of(path)
         if partial.is_file() and partial.stat().st_size > file.size:
             partial.unlink()
         with partial.open("ab") as out:

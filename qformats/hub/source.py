@@ -48,14 +48,17 @@ class Spool:
             if key in self._slots:
                 return
             if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="qformats-", dir=_spool_directory())  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(buffering=0, prefix="qformats-", dir=_spool_directory())  # noqa: SIM115
             slot = len(self._slots) if len(self._slots) < self._count else self._slots.popitem(last=False)[1]
             try:
-                os.pwrite(self._file.fileno(), data, slot * CHUNK_NBYTES)
+                self._file.seek(slot * CHUNK_NBYTES)
+                whole = self._file.write(data) == len(data)
             except OSError:
+                whole = False
+            if whole:
+                self._slots[key] = slot
+            else:
                 self._count = max(1, len(self._slots))
-                return
-            self._slots[key] = slot
 
     def get(self, key: tuple[int, int], start: int, buffer: memoryview) -> bool:
         """Copy from byte ``start`` of a chunk into ``buffer`` if the chunk is here."""
@@ -64,7 +67,8 @@ class Spool:
             if slot is None:
                 return False
             self._slots.move_to_end(key)
-            return os.preadv(self._file.fileno(), [buffer], slot * CHUNK_NBYTES + start) == len(buffer)
+            self._file.seek(slot * CHUNK_NBYTES + start)
+            return bool(self._file.readinto(buffer) == len(buffer))
 
     def close(self) -> None:
         """Give the space back."""

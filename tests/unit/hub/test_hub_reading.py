@@ -7,10 +7,12 @@ import struct
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from loopback import SIGNATURE, TOKEN, Fault, Hub, folder_files
 
 import qformats
 from converters.api import convert, verify
+from converters.cli import qconvert
 from converters.inspect import inspect_path
 from qformats.containers.source import FileSource
 from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
@@ -148,6 +150,37 @@ def test_a_conversion_out_of_the_hub_gives_the_bytes_of_a_local_one(awq: Hub, tm
     assert cached == set()
 
 
+def test_a_directory_out_of_the_hub_has_its_side_files(awq: Hub, tmp_path: Path) -> None:
+    convert(AWQ, tmp_path / "here", to="gptq")
+    convert("hf://org/model", tmp_path / "there", to="gptq")
+    assert folder_files(tmp_path / "there") == folder_files(tmp_path / "here")
+    awq.add("org/gptq", folder_files(tmp_path / "there"))
+    assert verify(AWQ, "hf://org/gptq").ok
+
+
+def test_shards_with_an_index_are_one_model(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from converters import outputs
+
+    monkeypatch.setattr(outputs.safetensors_output, "__defaults__", (40_000,))
+    convert(AWQ, tmp_path / "shards", to="gptq")
+    assert len(list((tmp_path / "shards").glob("model-0*.safetensors"))) > 1
+    hub.add("org/shards", folder_files(tmp_path / "shards"))
+    there, here = inspect_path("hf://org/shards").to_json(tensors=True), inspect_path(tmp_path / "shards").to_json(tensors=True)
+    assert {**there, "path": ""} == {**here, "path": ""}
+    convert(tmp_path / "shards", tmp_path / "here.gguf", to="gguf")
+    convert("hf://org/shards", tmp_path / "there.gguf", to="gguf")
+    assert (tmp_path / "there.gguf").read_bytes() == (tmp_path / "here.gguf").read_bytes()
+
+
+def test_a_kept_source_is_a_copy_of_what_was_read(awq: Hub, tmp_path: Path) -> None:
+    words = ["convert", "hf://org/model", str(tmp_path / "a.gguf"), "--to", "gguf", "--keep-source", str(tmp_path / "kept"), "--quiet"]
+    run = CliRunner().invoke(qconvert, words)
+    assert run.exit_code == 0, run.output
+    assert folder_files(tmp_path / "kept") == {n: d for n, d in folder_files(AWQ).items() if n != "oracle.safetensors"}
+    convert(AWQ, tmp_path / "here.gguf", to="gguf")
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "here.gguf").read_bytes()
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -228,6 +261,7 @@ def test_a_token_opens_what_is_private(awq: Hub, logged_in: None) -> None:
         (Fault("/api/models", times=None, status=500), "hub-server"),
         (Fault("/api/models", times=None, status=429), "hub-rate"),
         (Fault("/cdn/", times=None, status=503), "hub-server"),
+        (Fault("/resolve/main|/resolve/.*/config", times=None, status=500), "hub-server"),
         (Fault("/cdn/", times=None, cut=0), "hub-connection"),
         (Fault("/cdn/", times=None, status=403), "hub-forbidden"),
     ],
