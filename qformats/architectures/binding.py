@@ -308,6 +308,12 @@ class Binding:
 
         return build_hf_files(self, metadata)
 
+    def hf_configs(self, metadata: Metadata) -> dict[str, bytes]:
+        """Those of ``hf_files`` that are not the tokenizer's, without building it."""
+        from qformats.architectures.metadata import build_hf_configs
+
+        return build_hf_configs(self, metadata)
+
     def _left_out(self) -> dict[str, str]:
         """Beginnings of names without a place in a GGUF: the family's, and blocks behind the last that predict further tokens."""
         count = self.full.get("num_nextn_predict_layers") or self.full.get("num_mtp_layers") or 0

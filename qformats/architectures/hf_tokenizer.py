@@ -8,9 +8,11 @@ not invented: no Unicode normalizer where llama.cpp applies none.
 
 from __future__ import annotations
 
+import gc
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures import pretokenizers
@@ -22,7 +24,7 @@ from qformats.errors import BadFile, Unsupported
 if TYPE_CHECKING:
     from qformats.containers.gguf import Metadata
 
-__all__ = ["hf_tokenizer_files"]
+__all__ = ["has_vocabulary", "hf_tokenizer_files", "no_collection", "special_ids", "tokenizer_parts"]
 
 _PREFIX = "tokenizer.ggml."
 _IDS = {
@@ -48,26 +50,53 @@ def _get(metadata: Metadata, key: str, default: Any = None) -> Any:
     return stored.value
 
 
+def has_vocabulary(metadata: Metadata) -> bool:
+    """Whether a GGUF says anything of a tokenizer."""
+    return _get(metadata, "model", "none") not in ("none", "no_vocab")
+
+
 def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, Any]]:
     """Build tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat_template.jinja.
 
     Returns (files, token ids by name for config.json). A GGUF without vocabulary gives neither. ``BadFile('tokenizer')`` if the
     columns disagree, ``Unsupported`` for a vocabulary kind or pre-tokenizer that has no counterpart.
     """
-    model = _get(metadata, "model", "none")
-    if model in ("none", "no_vocab"):
+    if not has_vocabulary(metadata):
         return {}, {}
+    parsed, files = tokenizer_parts(metadata)
+    with no_collection():
+        return {"tokenizer.json": _tokenizer_json(parsed), **files}, special_ids(metadata)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Without Python's search for cycles: it would walk over the hundreds of thousands of pairs made here, again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def tokenizer_parts(metadata: Metadata) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What tokenizer.json holds, as Python objects, and the other files; see ``hf_tokenizer_files``."""
+    with no_collection():
+        return _parts(metadata, str(_get(metadata, "model", "none")))
+
+
+def _parts(metadata: Metadata, model: str) -> tuple[dict[str, Any], dict[str, bytes]]:
     tokens = list(_get(metadata, "tokens", ()))
     types = list(_get(metadata, "token_type", [NORMAL] * len(tokens)))
     if not tokens or len(types) != len(tokens):
         raise BadFile("tokenizer", f"the vocabulary has {len(tokens)} tokens and {len(types)} types")
-    special = _special_ids(metadata, len(tokens), _UNIGRAM_IDS if model == "t5" else {})
+    special = _special_ids(metadata, len(tokens), model)
     if model == "gpt2":
         parsed = _byte_level(metadata, tokens, types)
     elif model == "t5":
         parsed = _unigram(metadata, tokens, types, special.get("unk"))
     elif model == "bert":
-        special = {**{name: number for name, number in _WPM_IDS.items() if number < len(tokens)}, **special}
         parsed = _wordpiece(metadata, tokens, types, special)
     elif model == "llama":
         parsed = _byte_fallback(metadata, tokens, types, special.get("unk"))
@@ -79,19 +108,43 @@ def hf_tokenizer_files(metadata: Metadata) -> tuple[dict[str, bytes], dict[str, 
     if model == "bert":  # transformers' words for the tokens around a text
         names.update({own: names[usual] for own, usual in (("cls_token", "bos_token"), ("sep_token", "sep_token")) if usual in names})
         names = {name: text for name, text in names.items() if name not in ("bos_token", "eos_token")}
-    files = {
-        "tokenizer.json": json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n",
-        "special_tokens_map.json": _dump(names),
-        **_settings(metadata, names),
-    }
-    ids: dict[str, Any] = {name: number for name, number in special.items() if model != "bert" or name == "pad"}
+    return parsed, {"special_tokens_map.json": _dump(names), **_settings(metadata, names)}
+
+
+def special_ids(metadata: Metadata) -> dict[str, Any]:
+    """Token ids by name (``bos``, ``eos``, ``pad``) for config.json; ``eos`` is a list where a turn ends with another token."""
+    model = _get(metadata, "model", "none")
+    if not has_vocabulary(metadata):
+        return {}
+    ids: dict[str, Any] = dict(_special_ids(metadata, len(_get(metadata, "tokens", ())), model))
+    if model == "bert":
+        ids = {"pad": ids["pad"]} if "pad" in ids else {}
     if (eot := _get(metadata, "eot_token_id")) is not None and "eos" in ids and eot != ids["eos"]:
         ids["eos"] = [ids["eos"], eot]
-    return files, {name: ids[name] for name in ("bos", "eos", "pad") if name in ids}
+    return {name: ids[name] for name in ("bos", "eos", "pad") if name in ids}
 
 
-def _special_ids(metadata: Metadata, size: int, defaults: Mapping[str, int]) -> dict[str, int]:
-    ids: dict[str, int] = {}
+def _tokenizer_json(parsed: Mapping[str, Any]) -> bytes:
+    """JSON with an indent of 1; a vocabulary and its merges, which are long, without Python's own slow indenting."""
+    model = parsed["model"]
+    long = {key: model[key] for key in ("vocab", "merges") if isinstance(model.get(key), dict if key == "vocab" else list) and model[key]}
+    short = {**parsed, "model": {key: f"\0{key}" if key in long else value for key, value in model.items()}}
+    text = json.dumps(short, ensure_ascii=False, indent=1)
+    if any(text.count(f'"\\u0000{key}"') != 1 for key in long):  # a token of that name
+        return json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n"
+    if "vocab" in long:
+        inner = json.dumps(long["vocab"], ensure_ascii=False, separators=(",\n   ", ": "))[1:-1]
+        text = text.replace('"\\u0000vocab"', f"{{\n   {inner}\n  }}", 1)
+    if "merges" in long:
+        word = json.encoder.encode_basestring  # type: ignore[attr-defined]
+        inner = ",\n   ".join(f"[\n    {word(left)},\n    {word(right)}\n   ]" for left, right in long["merges"])
+        text = text.replace('"\\u0000merges"', f"[\n   {inner}\n  ]", 1)
+    return text.encode() + b"\n"
+
+
+def _special_ids(metadata: Metadata, size: int, model: str) -> dict[str, int]:
+    defaults = _UNIGRAM_IDS if model == "t5" else {}
+    ids = {name: number for name, number in _WPM_IDS.items() if number < size} if model == "bert" else {}
     for name, key in _IDS.items():
         number = _get(metadata, key, defaults.get(name))
         if number is None or number == 0xFFFFFFFF:  # llama.cpp's "no such token"
@@ -125,7 +178,7 @@ def _added_tokens(tokens: Sequence[str], types: Sequence[int]) -> list[dict[str,
 def _model(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], **changes: Any) -> dict[str, Any]:
     fixed = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    return {**fixed, **flags, **changes, "vocab": dict(vocab), "merges": [list(merge) for merge in merges]}
+    return {**fixed, **flags, **changes, "vocab": dict(vocab), "merges": list(merges)}
 
 
 def _byte_level(metadata: Metadata, tokens: Sequence[str], types: Sequence[int]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qformats.architectures.binding import Binding
     from qformats.containers.gguf import Metadata
 
-__all__ = ["SIDE_FILES", "build_hf_files", "build_metadata", "json_file", "size_label"]
+__all__ = ["SIDE_FILES", "build_hf_configs", "build_hf_files", "build_metadata", "json_file", "size_label"]
 
 # side files that metadata reads, where they exist
 SIDE_FILES = (
@@ -206,7 +206,14 @@ def build_hf_files(binding: Binding, metadata: Metadata) -> dict[str, bytes]:
     """See ``Binding.hf_files``."""
     from qformats.architectures.hf_tokenizer import hf_tokenizer_files
 
-    files, special = hf_tokenizer_files(metadata)
+    return {**build_hf_configs(binding, metadata), **hf_tokenizer_files(metadata)[0]}
+
+
+def build_hf_configs(binding: Binding, metadata: Metadata) -> dict[str, bytes]:
+    """See ``Binding.hf_configs``."""
+    from qformats.architectures.hf_tokenizer import special_ids
+
+    special = special_ids(metadata)
     config = {**binding.config, **{f"{name}_token_id": special.get(name) for name in ("bos", "eos", "pad")}}
     generation: dict[str, Any] = {f"{name}_token_id": special[name] for name in ("bos", "eos", "pad") if name in special}
     generation.update(_generation(metadata))
@@ -214,7 +221,7 @@ def build_hf_files(binding: Binding, metadata: Metadata) -> dict[str, bytes]:
     pooled = metadata.get(f"{binding.architecture.gguf}.pooling_type")
     if binding.architecture.pooled_files is not None and pooled is not None:
         made.update(binding.architecture.pooled_files(pooled.value, binding.dims["H"]))
-    return {**{name: _dump(value) for name, value in made.items()}, **files}
+    return {name: _dump(value) for name, value in made.items()}
 
 
 def _generation(metadata: Metadata) -> dict[str, Any]:

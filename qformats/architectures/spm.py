@@ -13,9 +13,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from qformats.errors import BadFile, Unsupported
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "BYTE", "CONTROL", "NORMAL", "UNKNOWN", "UNUSED", "USER_DEFINED", "Normalizer", "Piece", "is_unigram", "merges_of", "read_model",
@@ -156,15 +160,45 @@ def merges_of(scores: Mapping[str, float], ids: Mapping[str, int]) -> list[tuple
 
     ``scores``: the pieces that text may be split into. Each piece is cut at every place where both halves are pieces.
     """
-    found: list[tuple[float, int, int, int, str, str]] = []
-    for piece, score in scores.items():
+    import numpy as np
+
+    if not scores:
+        return []
+    pieces = list(scores)
+    table = _cuts_of(pieces)
+    score, number = np.array(list(scores.values())), np.array([ids[piece] for piece in pieces])
+    whole, left, right = table.T
+    order = np.lexsort((number[right], number[left], number[whole], -score[whole]))
+    return [(pieces[a], pieces[b]) for a, b in table[order, 1:].tolist()]
+
+
+def _cuts_of(pieces: Sequence[str]) -> NDArray[np.int32]:
+    """(m, 3): the index of a piece and those of its two halves, for every cut of it into two other pieces."""
+    import numpy as np
+
+    from qformats.loops import find
+
+    loops = find("pieces")
+    if loops is None:
+        return _slow_cuts_of(pieces)
+    encoded = [piece.encode("utf-8", "surrogatepass") for piece in pieces]
+    starts = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(piece) for piece in encoded], out=starts[1:])
+    text, slots = np.frombuffer(b"".join(encoded), np.uint8), 1 << (2 * len(encoded)).bit_length()
+    found = np.empty((0, 3), np.int32)
+    while (count := loops.cuts(text, starts, np.full(slots, -1, np.int64), found)) > len(found):
+        found = np.empty((count, 3), np.int32)
+    return found
+
+
+def _slow_cuts_of(pieces: Sequence[str]) -> NDArray[np.int32]:
+    import numpy as np
+
+    index_of = {piece: index for index, piece in enumerate(pieces)}.get
+    found = []
+    for index, piece in enumerate(pieces):
         for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                found.append((-score, ids[piece], ids[left], ids[right], left, right))
-    found.sort(key=_merge_order)
-    return [(item[4], item[5]) for item in found]
-
-
-def _merge_order(item: tuple[float, int, int, int, str, str]) -> tuple[Any, ...]:
-    return item[:4]
+            left = index_of(piece[:cut])
+            if left is not None and (right := index_of(piece[cut:])) is not None:
+                found.append((index, left, right))
+    return np.array(found, np.int32).reshape(-1, 3)

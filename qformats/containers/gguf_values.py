@@ -135,8 +135,11 @@ class StringArray(Sequence[str]):
         return self._text(index, self.raw(index))
 
     def __iter__(self) -> Iterator[str]:
-        for index, raw in enumerate(self.iter_raw()):
-            yield self._text(index, raw)
+        try:
+            texts = [str(raw, "utf-8") for raw in self.iter_raw()]
+        except UnicodeDecodeError:
+            texts = [self._text(index, raw) for index, raw in enumerate(self.iter_raw())]
+        return iter(texts)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, StringArray):

@@ -19,6 +19,7 @@ from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
 from qformats.runtime.record import Origin, Record
+from qformats.runtime.streaming import give_back, lowered_by_rows
 from qformats.runtime.supply import Supply
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str) -> An
     held = {*packed, *(name for name, _ in (*model.named_parameters(), *model.named_buffers()))}
     model.__class__ = packed_class(type(model))  # type: ignore[arg-type]
     model.qformats_record = Record.of(supply, packed, held, rounded)
+    give_back()
     return model
 
 
@@ -224,6 +226,9 @@ def _lowered(supply: Supply, place: _Place) -> list[list[Lowered]]:
 
     found = []
     for stack in place.names:
+        if len(stack) == 1 and (whole := lowered_by_rows(supply, stack[0])) is not None:
+            found.append([whole])
+            continue
         tensors = [segment for name in stack for segment in supply.segments(name)]
         with suppress(Refused):
             tensors = [concatenate_rows(tensors)]

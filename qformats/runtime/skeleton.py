@@ -29,7 +29,7 @@ def config_of(checkpoint: Checkpoint) -> Any:
     """The model's configuration as transformers' own object, without the word of its quantization."""
     package = transformers()
     if checkpoint.gguf is not None:
-        files = checkpoint.binding.hf_files(checkpoint.gguf.metadata)
+        files = checkpoint.binding.hf_configs(checkpoint.gguf.metadata)
         values = json.loads(files["config.json"])
     else:
         values = dict(checkpoint.config)

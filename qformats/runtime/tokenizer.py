@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from qformats.architectures.hf_tokenizer import has_vocabulary, no_collection, tokenizer_parts
 from qformats.checkpoint import fetched, open_checkpoint
 from qformats.errors import BadFile, Unsupported
 from qformats.runtime import skeleton
 
 __all__ = ["adds_bos", "load_tokenizer"]
+
+_BPE_OPTIONS = (
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges",
+)  # fmt: skip
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -23,13 +29,31 @@ def load_tokenizer(path: str | Path) -> Any:
         if checkpoint.gguf is None:
             directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
             return _load(package, directory, checkpoint.path)
-        files = checkpoint.binding.hf_files(checkpoint.gguf.metadata)
-        if not any(name.startswith("tokenizer") for name in files):
+        metadata = checkpoint.gguf.metadata
+        if not has_vocabulary(metadata):
             raise Unsupported("tokenizer", "holds no vocabulary", path=checkpoint.path, hint="use the tokenizer of the original model")
-        with tempfile.TemporaryDirectory(prefix="qformats-tokenizer-") as folder:
-            for name, data in files.items():
-                (Path(folder) / name).write_bytes(data)
-            return _load(package, Path(folder), checkpoint.path)
+        parsed, files = tokenizer_parts(metadata)
+        files["config.json"] = checkpoint.binding.hf_configs(metadata)["config.json"]
+        with no_collection(), tempfile.TemporaryDirectory(prefix="qformats-tokenizer-") as folder:
+            return _from_parts(package, parsed, files, Path(folder), checkpoint.path)
+
+
+def _from_parts(package: Any, parsed: dict[str, Any], files: dict[str, bytes], folder: Path, shown: Path) -> Any:
+    """Written and loaded as files, but for the merges, of which there are many: they are put in as they are."""
+    model = parsed["model"]
+    apart = model.get("type") == "BPE" and bool(model["merges"])
+    short = {**parsed, "model": {**model, "merges": []}} if apart else parsed
+    files["tokenizer.json"] = json.dumps(short, ensure_ascii=False).encode()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    made = _load(package, folder, shown)
+    if apart:
+        from tokenizers.models import BPE
+
+        held = made.backend_tokenizer.model  # some of transformers' classes have settings of their own
+        options = {key: value for key in _BPE_OPTIONS if (value := getattr(held, key)) is not None}
+        made.backend_tokenizer.model = BPE(model["vocab"], model["merges"], **options)
+    return made
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -274,3 +275,44 @@ def test_damaged_metadata_raises_nothing_but_our_errors() -> None:
             binding = find_gguf(metadata).bind_gguf(metadata, tensors)
             binding.hf_files(metadata)
             binding.to_hf({name.rpartition(".")[0]: {"weight": tuple(getattr(t, "shape", t))} for name, t in tensors.items()})
+
+
+def test_cuts_are_found_alike_by_the_loop_and_in_plain_python() -> None:
+    from qformats.architectures import spm
+
+    letters = ["a", "b", "▁", "é", "日", "\U0001f600"]
+    pieces = [*letters, *(a + b for a in letters for b in letters), "ab▁é", "日日\U0001f600", "▁▁▁▁", "aéaé", "xa"]
+    assert sorted(map(tuple, spm._cuts_of(pieces).tolist())) == sorted(map(tuple, spm._slow_cuts_of(pieces).tolist()))
+    assert spm._cuts_of(["a"]).shape == (0, 3)
+
+
+def test_a_tokenizer_file_is_json_indented_by_one() -> None:
+    from qformats.architectures import hf_tokenizer
+
+    model = {"type": "BPE", "vocab": {"a": 0, '"\n': 1, "\0vocab": 2, "é": 3}, "merges": [("a", '"\n'), ("é", "é")]}
+    for parsed in ({"model": model, "decoder": None}, {"added": ["\0merges"], "model": model}, {"model": {"vocab": {}, "merges": []}},
+                   {"model": {"type": "Unigram", "vocab": [["a", 0.5]]}}):  # fmt: skip
+        assert hf_tokenizer._tokenizer_json(parsed) == json.dumps(parsed, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_tokenizer_loaded_at_once_is_the_one_that_its_files_make(case: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from qformats.architectures.hf_tokenizer import tokenizer_parts
+    from qformats.runtime.tokenizer import _from_parts
+
+    _, _, expected = load(case)
+    metadata = expected_metadata(expected)
+    binding = find_gguf(metadata).bind_gguf(metadata, expected_tensors(expected))
+    written, scratch = tmp_path / "written", tmp_path / "scratch"
+    written.mkdir()
+    scratch.mkdir()
+    for name, data in binding.hf_files(metadata).items():
+        (written / name).parent.mkdir(exist_ok=True)
+        (written / name).write_bytes(data)
+    wanted = transformers.AutoTokenizer.from_pretrained(written)
+    parsed, files = tokenizer_parts(metadata)
+    made = _from_parts(transformers, parsed, {**files, "config.json": binding.hf_configs(metadata)["config.json"]}, scratch, written)
+    assert type(made) is type(wanted) and made.special_tokens_map == wanted.special_tokens_map
+    assert json.loads(made.backend_tokenizer.to_str()) == json.loads(wanted.backend_tokenizer.to_str())
+    assert made.chat_template == wanted.chat_template and made("a text <s>").input_ids == wanted("a text <s>").input_ids
