@@ -45,7 +45,7 @@ class Seen:
         self.first = done if self.first is None else self.first
 
 
-def interrupted(source: str | Path, out: Path, to: str, calls: int = 6, **options: object) -> None:
+def interrupted(source: str | Path, out: Path, to: str, calls: int = 3, **options: object) -> None:
     with pytest.raises(KeyboardInterrupt):
         convert(source, out, to=to, workers=2, progress=Stop(calls), **options)  # type: ignore[arg-type]
     assert not out.exists() and journal_path(out).is_file()
@@ -74,7 +74,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tmp_path: Path, to:
 def test_nothing_finished_is_made_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from converters import execute
 
-    interrupted(LLAMA, tmp_path / "a.gguf", "gguf:q8_0", calls=8)
+    interrupted(LLAMA, tmp_path / "a.gguf", "gguf:q8_0")
     finished = {json.loads(line)["tensor"] for line in journal_path(tmp_path / "a.gguf").read_text().splitlines()[1:]}
     made: set[str] = set()
     run = execute._run_task
@@ -197,7 +197,7 @@ calls = 0
 def progress(done, total):
     global calls
     calls += 1
-    if calls == 6:
+    if calls == 3:
         os.kill(os.getpid(), signal.SIGKILL)
 convert("hf://org/model", sys.argv[1], to="gguf:q8_0", workers=2, allow_requantize=True, progress=progress)
 """
