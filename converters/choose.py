@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from converters.activations import extra_job
+from converters.activations import extra_job, scheme_of
 from converters.choose_floats import float_dtype, float_kind
 from converters.claims import float32_exact, float_scheme, row_count
 from converters.facts import MATRIX_KINDS, Facts
@@ -145,7 +145,7 @@ class Chooser(Facts):
             raise Unsupported("no-quantizer", f"there is no quantizer for {kind}", hint=f"types: {', '.join(found.types)}")
         if kind is not None and kind not in found.types and kind not in FLOAT_WORDS:
             raise UsageError("target-type", f"{target.format} has no type {kind!r}", hint=f"types: {', '.join(found.types)}")
-        return replace(target, type=kind, dtype=self.model_dtype)
+        return replace(target, type=kind, dtype=self.model_dtype, inputs=scheme_of(self.checkpoint))
 
     def _from_floats(self, tensor: TensorMap) -> Job:
         found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf} or {"F32"}
@@ -298,11 +298,18 @@ class Chooser(Facts):
     def _must_be_float(self, tensor: TensorMap) -> bool:
         """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats.
 
-        From another checkpoint the output stays in codes, and the embedding where the format's owner has codes for one.
+        From another checkpoint the output stays in codes, and the embedding where the loaders of the format take one.
         """
         ends = tensor.kind in ("embedding", "output") and self.checkpoint.gguf is not None
-        ends |= tensor.kind == "embedding" and not getattr(registry.format_module(self.options.target.format), "EMBEDDINGS", False)
+        ends |= self._is_embedding_of_floats(tensor)
         return self.is_stack(tensor) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
+
+    def _is_embedding_of_floats(self, tensor: TensorMap) -> bool:
+        """An embedding that the target's loaders do not take in codes."""
+        if tensor.kind != "embedding" or self.to_gguf or self.options.target.format == "hf":
+            return False
+        takes = getattr(registry.format_module(self.options.target.format), "embeddings", None)
+        return takes is None or not takes(self.options.target, self.scheme(tensor))
 
     def _dequantize(self, tensor: TensorMap, named: str | None) -> Job:
         scheme = self.scheme(tensor)
@@ -310,6 +317,8 @@ class Chooser(Facts):
         dtype = FLOAT_WORDS.get(named or "", "F32")
         exact = exact32 and dtype == "F32"
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
+        if self._is_embedding_of_floats(tensor) and not named:
+            reason = f"the loaders of {self.options.target.format} take no embedding in such codes; {reason}"
         if self.is_stack(tensor) and self.options.target.format != "hf":
             reason = f"stacked in one tensor, for which {self.options.target.format} has no codes; {reason}"
         return self.float_job(tensor, dtype, "dequantized", reason, exact)

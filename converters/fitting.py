@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING
 
 from converters.claims import Ranges, cannot_overflow, check_rows, fractional, hint_rows, pessimist
@@ -41,15 +44,16 @@ def best_fit(
                     found = _claim(facts, tensor, storage, rounding)
                 else:
                     own = partial(registry.format_module(format_name).can_store, storage)
-                    seen = fit(probe[0], storage, probe[1], facts.hint(tensor, probe[0].shape[0]), rounding=rounding, own=own)
+                    rows = probe[0].shape[0]
+                    with _counting(tensor, 0, rows):
+                        seen = fit(probe[0], storage, probe[1], facts.hint(tensor, rows), rounding=rounding, own=own)
+                    seen = replace(seen, reason=_of_rows(seen.reason, tensor, 0, rows))
                     found = _scan(facts, tensor, storage, seen, rounding)
+                return _codes_job(facts, tensor, storage, format_name, found, rounding), refusals
             except Refused as refusal:
                 refusals[storage.type] = str(refusal)
-                continue
             except Unsupported as error:
                 refusals[storage.type] = error.message
-                continue
-            return _codes_job(facts, tensor, storage, format_name, found, rounding), refusals
     return None, refusals
 
 
@@ -90,10 +94,28 @@ def _scan(facts: Facts, tensor: TensorMap, storage: Storage, worst: Fit, roundin
             continue
         ranges = Ranges(probe, slab, facts.checkpoint, start, stop)
         own = partial(registry.format_module(facts.options.target.format).can_store, storage)
-        found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding, own=own)  # type: ignore[arg-type]
-        if KINDS.index(found.kind) > KINDS.index(worst.kind):
-            worst = found
+        with _counting(tensor, start, stop):
+            found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding, own=own)  # type: ignore[arg-type]
+        worse, all_of_it = KINDS.index(found.kind) - KINDS.index(worst.kind), stop - start == prod(tensor.shape[:-1])
+        if worse > 0 or (worse == 0 and all_of_it):  # counts of all rows, where it was a count of the probe's
+            worst = replace(found, reason=_of_rows(found.reason, tensor, start, stop))
     return worst
+
+
+def _of_rows(text: str, tensor: TensorMap, start: int, stop: int) -> str:
+    """A reason with how many rows its counts are of, where these are not all."""
+    total = prod(tensor.shape[:-1])
+    counts = stop - start < total and re.search(r"\b\d+ of \d+ ", text)
+    return f"{text}, counted in {stop - start} of {total} rows" if counts else text
+
+
+@contextmanager
+def _counting(tensor: TensorMap, start: int, stop: int) -> Iterator[None]:
+    """The same for what a refusal counts."""
+    try:
+        yield
+    except Refused as refusal:
+        raise Refused(_of_rows(str(refusal), tensor, start, stop)) from None
 
 
 def _in_its_own_form(facts: Facts, tensor: TensorMap, storage: Storage) -> bool:

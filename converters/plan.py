@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "make_plan", "refuse_losses"]
 
+# formats whose loaders in transformers 5.23 dequantize single experts into the stack, and those that transformers does not load
+_FROM_SINGLE_EXPERTS = ("gguf", "hf", "fp8", "mxfp4", "compressed-tensors", "mlx")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -176,8 +179,8 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
 
 
 def _single_experts(format_name: str, jobs: Sequence[Job]) -> list[str]:
-    """transformers 5 keeps a layer's experts in one parameter and fills it from single experts in floats, or FP8, alone."""
-    if format_name in ("gguf", "hf", "fp8", "mxfp4"):
+    """transformers 5 keeps a layer's experts in one parameter; what fills it from single experts in codes is ``_FROM_SINGLE_EXPERTS``."""
+    if format_name in _FROM_SINGLE_EXPERTS:
         return []
     found = [job.name for job in jobs if ".experts." in job.name and job.map.leaf == "weight" and (job.storage or job.action == "parts")]
     if not found:

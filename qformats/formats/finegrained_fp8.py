@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
-from qformats.formats.packed import int_option
+from qformats.formats.packed import dtype_word, int_option
 from qformats.formats.protocol import Activations, Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, No, Scheme, Storage, Yes
 
@@ -211,7 +211,7 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     kind = target.type or ("fp4" if scheme.grid == Float("e2m1") else "fp8")
     if kind not in ("fp8", "mxfp8", "fp4"):
         raise UsageError("target-type", f"fp8 has no type {kind!r}", hint="types: fp8, mxfp8, fp4")
-    word = target.options.get("scale", "float32" if kind == "fp8" else "ue8m0").lower()
+    word = dtype_word(target.options.get("scale", "float32" if kind == "fp8" else "ue8m0"))
     if word not in ("float32", "ue8m0"):
         raise UsageError("option", f"scale={word} is not float32 or ue8m0")
     text = target.options.get("block")

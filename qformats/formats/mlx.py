@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from qformats.bits import pack_rows, unpack_rows
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor, yes_no
+from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, dtype_option, float_array, float_tensor, yes_no
 from qformats.formats.planes import finite, own_form, part, row_range
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
 from qformats.scheme import Float, Grid, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
@@ -45,12 +45,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG_KEYS",
-    "EMBEDDINGS",
     "NAME",
+    "NEEDS_DTYPE",
     "SUFFIXES",
     "can_store",
     "config_out",
     "detect",
+    "embeddings",
     "holds_codes",
     "layout",
     "metadata_out",
@@ -62,7 +63,7 @@ __all__ = [
 ]
 
 NAME = "mlx"
-EMBEDDINGS = True  # ``quantize_model`` of mlx-lm quantizes what has ``to_quantized``, embeddings too
+NEEDS_DTYPE = True
 SUFFIXES: frozenset[str] = frozenset({"scales", "biases", "qbiases"})
 CONFIG_KEYS = ("quantization", "quantization_config")  # where its config stands in config.json
 GROUPS = (128, 64, 32)
@@ -221,15 +222,21 @@ def _floats(raw: RawTensor, start: int, stop: int) -> Tensor:
     return finite(float_tensor(raw.row_range(start, stop), raw.dtype), raw)
 
 
+def embeddings(target: Target, scheme: Scheme) -> bool:
+    """``quantize_model`` of mlx-lm quantizes what has ``to_quantized``, embeddings too; ``metal`` replaces linear layers alone."""
+    return not yes_no(target, "metal")
+
+
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """The storages of a type, or of all; ``group=``, ``dtype=`` of scales and biases, ``metal`` for transformers' spelling.
 
-    Without ``dtype`` half precision and bfloat16, the source's first; a float32 pair is written only where it is asked for, since mlx then
-    computes in float32.
+    Without ``dtype`` the model's first, where the target says it, for mlx computes in float32 where inputs and scales differ
+    (``quantized_matmul`` of 0.32.4), then those that keep a scale as it is; ``metal`` has the model's alone, to which transformers rounds
+    them (``MetalLinear.forward``).
     """
     metal = yes_no(target, "metal")
     named = _named(target, metal)
-    groups, dtypes = _groups(target, scheme, metal), _dtypes(target, scheme)
+    groups, dtypes = _groups(target, scheme, metal), _dtypes(target, scheme, metal)
     found = []
     for name in named:
         if name in MODES:
@@ -264,15 +271,13 @@ def _groups(target: Target, scheme: Scheme, metal: bool) -> list[int]:
     return [next((group for group in GROUPS if width % group == 0 and k % group == 0), 32)]
 
 
-def _dtypes(target: Target, scheme: Scheme) -> list[str]:
-    words = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
-    value = target.options.get("dtype")
-    if value is not None and value not in words:
-        raise UsageError("option", f"dtype={value} is not known", hint=f"use one of {', '.join(words)}")
+def _dtypes(target: Target, scheme: Scheme, metal: bool) -> list[str]:
+    value = dtype_option(target) or (target.dtype if metal else None)
     if value is not None:
-        return [words[value]]
+        return [value]
     own = {s.dtype for s in scheme.scales}
-    return sorted(("float16", "bfloat16"), key=lambda dtype: dtype not in own)
+    others = sorted(("float16", "bfloat16"), key=lambda dtype: dtype not in own)
+    return list(dict.fromkeys([target.dtype or others[0], *others]))
 
 
 def layout(storage: Storage, shape: tuple[int, ...]) -> dict[str, PartInfo]:

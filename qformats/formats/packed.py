@@ -28,6 +28,8 @@ __all__ = [
     "blank_codes",
     "bool_field",
     "check_dtype",
+    "dtype_option",
+    "dtype_word",
     "dynamic_rules",
     "float_array",
     "float_tensor",
@@ -136,6 +138,22 @@ def yes_no(target: Target, key: str, default: bool = False) -> bool:
     if value.lower() in ("0", "false", "no", "off"):
         return False
     raise UsageError("option", f"{key}={value} is not a yes or no")
+
+
+def dtype_word(word: str) -> str:
+    """Torch's word of a dtype that a user names: ``f16`` and ``float16`` are one."""
+    known = word.lower()
+    return {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}.get(known, known)
+
+
+def dtype_option(target: Target, key: str = "dtype") -> str | None:
+    """A float dtype among the options as torch's word; ``UsageError('option')`` for any other."""
+    value = target.options.get(key)
+    if value is None:
+        return None
+    if dtype_word(value) not in ("float16", "bfloat16", "float32"):
+        raise UsageError("option", f"{key}={value} is not known", hint="use f16, bf16 or f32, or float16, bfloat16 or float32")
+    return dtype_word(value)
 
 
 def group_option(target: Target, scheme: Scheme) -> int | None:

@@ -40,8 +40,8 @@ What a format may have beside, where it needs it:
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
   (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
-- ``ONE_TYPE = True``: all weights of a checkpoint are of one type and group size. ``EMBEDDINGS = True``: its owner reads embeddings in
-  codes too.
+- ``ONE_TYPE = True``: all weights of a checkpoint are of one type and group size. ``embeddings(target, scheme)
+  -> bool``: whether the loaders of such a target read an embedding in such codes (False where it is absent).
 - ``BARE``: suffixes of a weight that is a parameter, not a module, and bears its module's whole name where it is floats (stacked experts).
   ``KEEPS_AXES = True``: codes have the rows of their floats, inputs too; else outputs are rows whatever the floats have.
   ``CONV1D = True``: its owner quantizes transformers' ``Conv1D`` (GPT-2), as (N, K) like any other matrix.
@@ -151,12 +151,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parsed ``FORMAT[:TYPE][,key=value…]``. ``dtype``: the model's (torch's word), for a format that asks (``NEEDS_DTYPE``)."""
+    """A parsed ``FORMAT[:TYPE][,key=value…]``. ``dtype``: the model's (torch's word), for a format that asks (``NEEDS_DTYPE``).
+
+    ``inputs``: how the source rounds what enters its linear layers.
+    """
 
     format: str
     type: str | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     dtype: str | None = None
+    inputs: Activations | None = None
 
     def __str__(self) -> str:
         pairs = "".join(f",{k}={v}" if v else f",{k}" for k, v in self.options.items())

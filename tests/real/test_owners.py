@@ -157,13 +157,13 @@ def test_into_gguf(case: Case, checkpoint: Any, workshop: Workshop, llama: Any, 
     assert verify(source, file, allow_pickle="-qmodel-" in case.name).ok
     plain, _ = workshop.convert(floats_of(source), "gguf:f32")
     ids, nll = ids_of(plain, evaluation_text(), TOKENS), []
-    for gguf in (file, plain):
+    # a ternary file's inputs in 8 bits are noise that these few tokens show (test_ternary_products.py): its weights are judged as floats
+    judged = workshop.convert(file, "gguf:f32")[0] if case.name.startswith("bitnet") else file
+    for gguf in (judged, plain):
         with llama.Llama(gguf) as model:
             nll.append(model.nll(ids, WINDOW))
     figure(f"{dict(report.kinds)}, error at most {worst:.2g}: NLL {nll[0]:.4f}, the owner's floats {nll[1]:.4f}")
-    # three values of a model that never learned them are noise, in which the 8 bits that llama.cpp gives activations show
-    kept = 0.004 * nll[1] if case.name.startswith("bitnet") else 0.015
-    assert abs(nll[0] - nll[1]) <= (0.015 * nll[1] if case.kind == "requantized" else kept)
+    assert abs(nll[0] - nll[1]) <= (0.015 * nll[1] if case.kind == "requantized" else 0.015)
 
 
 def stored_dtype(folder: Path, module: str) -> torch.dtype:

@@ -14,6 +14,7 @@ from typing import Any
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.bitsandbytes import fourbit, int8
 from qformats.formats.bitsandbytes.state import BLOCKSIZES, DTYPES, NESTED_BLOCKSIZE
+from qformats.formats.packed import dtype_word
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Flat, Integer, Scheme, Storage, Table, Tile
 
@@ -57,7 +58,7 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
 
 def _four_bits(target: Target, kind: str, scheme: Scheme) -> list[Storage]:
     options = target.options
-    words, dtype = options.get("storage", "uint8"), options.get("dtype", "bfloat16")
+    words, dtype = (dtype_word(options.get(key, default)) for key, default in (("storage", "uint8"), ("dtype", "bfloat16")))
     if words not in fourbit.STORAGE_DTYPES:
         raise UsageError("storage-dtype", f"{words!r} is no quant_storage", hint=f"choose one of {', '.join(fourbit.STORAGE_DTYPES)}")
     if dtype not in DTYPES:

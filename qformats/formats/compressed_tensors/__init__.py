@@ -40,13 +40,11 @@ from qformats.formats.compressed_tensors.shapes import SUFFIXES, scheme
 from qformats.formats.compressed_tensors.storages import can_store, layout, storage_of, storages
 from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_warnings, read, write
 
-EMBEDDINGS = True  # a target like any other class of modules
 EXTRAS = frozenset({f"{what}_{kind}" for what in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point", "global_scale")})
 INPUT_SCALES = {"fp8": (("input_scale",), False), "int8": (("input_scale",), False), "nvfp4": (("input_global_scale",), True)}
 INPUT_SCALE_SHAPE = (1,)
 
 __all__ = [
-    "EMBEDDINGS",
     "EXTRAS",
     "INPUT_SCALES",
     "INPUT_SCALE_SHAPE",

@@ -13,7 +13,7 @@ from typing import Any
 from qformats.bits import words_for
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.compressed_tensors.shapes import MX, Geometry, geometry, packed_words
-from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, yes_no
+from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, dtype_option, yes_no
 from qformats.formats.protocol import Module, PartInfo, Target
 from qformats.scheme import Factor, Float, Integer, No, Scheme, Storage, Tile, Yes, whole
 
@@ -21,7 +21,7 @@ __all__ = ["OPTIONS", "TYPES", "can_store", "layout", "storage_of", "storages"]
 
 TYPES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8")
 OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")
-_SCALES = {"f16": "float16", "bf16": "bfloat16", "f32": "float32"}
+_SCALES = ("float16", "bfloat16", "float32")
 _FORMATS = {"pack": "pack-quantized", "int": "int-quantized", "naive": "naive-quantized"}
 _SMALL = {
     "nvfp4": (Float("e2m1"), 16, Float("e4m3fn"), "nvfp4-pack-quantized"),
@@ -150,13 +150,11 @@ def _ordered(scheme: Scheme) -> list[str]:
 
 
 def _dtypes(target: Target, scheme: Scheme) -> list[str]:
-    word = target.options.get("scale")
+    word = dtype_option(target, "scale")
     if word is not None:
-        if word not in _SCALES:
-            raise UsageError("option", f"scale={word} is not known", hint="use scale=f16, scale=bf16 or scale=f32")
-        return [_SCALES[word]]
+        return [word]
     scales = [s.nested.scales[0] if s.nested is not None and s.nested.scales else s for s in scheme.scales[:1]]
-    own = [s.dtype for s in scales if s.dtype in _SCALES.values()]
+    own = [s.dtype for s in scales if s.dtype in _SCALES]
     first = own[0] if own else "bfloat16"
     return [first, *(d for d in ("float16", "bfloat16", "float32") if d != first and own)]
 

@@ -11,7 +11,7 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.hqq.state import FLOATS, PACKINGS, Geometry, bits_of, encode, geometry_of, layer, part_info
 from qformats.formats.hqq.stats import nested_spec, statistic_param
-from qformats.formats.packed import CONTAINER_FLOATS, blank_codes, float_array, group_option
+from qformats.formats.packed import CONTAINER_FLOATS, blank_codes, dtype_option, float_array, group_option
 from qformats.formats.packed import FLOATS as TORCH_WORDS
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Block, Cyclic, Flat, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes, whole
@@ -184,10 +184,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
 
 
 def _dtypes(target: Target, scheme: Scheme) -> list[str]:
-    asked = target.options.get("dtype")
+    asked = dtype_option(target)
     if asked is not None:
-        if f"torch.{asked}" not in FLOATS:
-            raise UsageError("option", f"dtype={asked} is not known", hint="use float16, bfloat16 or float32")
         return [asked]
     own = [s.dtype for s in scheme.scales if f"torch.{s.dtype}" in FLOATS]
     return list(dict.fromkeys([*own[:1], "float16"]))

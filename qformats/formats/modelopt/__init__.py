@@ -30,7 +30,16 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats import smallfloats
 from qformats.formats.modelopt import integers
-from qformats.formats.modelopt.settings import activations, config_beside, config_out, detect, layer_of, side_files, with_activations
+from qformats.formats.modelopt.settings import (
+    activations,
+    config_beside,
+    config_out,
+    detect,
+    has_static_inputs,
+    layer_of,
+    side_files,
+    with_activations,
+)
 from qformats.formats.packed import FLOATS, float_array, group_option
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.scheme import Factor, Float, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
@@ -258,6 +267,8 @@ def _eights(kind: str, target: Target, scheme: Scheme) -> list[Storage]:
     if word is not None and word not in shapes:
         raise UsageError("option", f"scale={word} is not tensor, channel or block")
     order = [word] if word is not None else sorted(shapes, key=lambda name: not _has_tiles(scheme, shapes[name][1], shapes[name][2]))
+    if word is None and not has_static_inputs(target.inputs):
+        order.remove("tensor")  # its loaders want a static scale of the inputs; a row's scale comes with inputs that are measured
     return [Storage("fp8", Float("e4m3fn"), group, bits, ("float32",), rows=rows, options={"algo": algo})
             for algo, rows, group, bits in (shapes[name] for name in order)]  # fmt: skip
 

@@ -19,7 +19,8 @@ from qformats.formats.protocol import Activations, Match, Target
 from qformats.scheme import Storage
 
 __all__ = [
-    "ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "layer_of", "side_files", "with_activations",
+    "ALGORITHMS", "FILE", "activations", "config_beside", "config_out", "detect", "has_static_inputs", "layer_of", "side_files",
+    "with_activations",
 ]  # fmt: skip
 
 FILE = "hf_quant_config.json"
@@ -176,11 +177,22 @@ def activations(config: Mapping[str, Any]) -> Activations | None:
     return next((_INPUTS[word] for word in (str(w).upper() for w in words) if word in _INPUTS), None)
 
 
+def has_static_inputs(activations: Activations | None) -> bool:
+    """Whether inputs have the one scale for each layer that the algorithm FP8 wants of a checkpoint.
+
+    vLLM's ``ModelOptFp8LinearMethod`` multiplies by ``input_scale``; FP8_PER_CHANNEL_PER_TOKEN measures its inputs while it runs.
+    """
+    return activations == _INPUTS["FP8"]
+
+
 def with_activations(config: Mapping[str, Any], activations: Activations | None, cache: bool) -> dict[str, Any] | None:
     """The config under the algorithm with these activations; None where its algorithm has others."""
     made, algorithm = dict(config), config.get("quant_algo")
     if cache and not made.get("kv_cache_scheme"):
         made["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+    if algorithm == "FP8" and not has_static_inputs(activations):
+        made["config_groups"] = {name: {key: value for key, value in group.items() if key != "input_activations"}
+                                 for name, group in config.get("config_groups", {}).items()}  # fmt: skip
     if activations is None or _INPUTS.get(str(algorithm)) == activations:
         return made
     if (algorithm, activations.kind) != ("W4A16_NVFP4", "nvfp4"):

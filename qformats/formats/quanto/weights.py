@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
-from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor, yes_no
+from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, dtype_option, float_array, float_tensor, yes_no
 from qformats.formats.protocol import Module, PartInfo, Piece, Target
 from qformats.formats.quanto.settings import kind_said
 from qformats.formats.slabs import Slabs
@@ -287,10 +287,8 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
 
 
 def _dtypes(target: Target, scheme: Scheme) -> list[str]:
-    asked, known = target.options.get("dtype"), ("float16", "bfloat16", "float32")
+    asked, known = dtype_option(target), ("float16", "bfloat16", "float32")
     if asked is not None:
-        if asked not in known:
-            raise UsageError("option", f"dtype={asked} is not known", hint="use float16, bfloat16 or float32")
         return [asked]
     if target.dtype in known:
         return [target.dtype]

@@ -27,17 +27,15 @@ from qformats.formats.torchao.names import EXTRAS, SUFFIXES, join_name, split_na
 from qformats.formats.torchao.pickled import PICKLED_CLASSES, flatten
 from qformats.formats.torchao.settings import config_out, detect, metadata_out, module_warnings
 from qformats.formats.torchao.shapes import scheme
-from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, layout, storage_of, storages
+from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, embeddings, layout, storage_of, storages
 from qformats.formats.torchao.weights import read, write
 
 NAME = "torchao"
 BARE = frozenset({"_qdata"})
-EMBEDDINGS = True  # transformers, ``include_input_output_embeddings``
 KEEPS_AXES = True
 
 __all__ = [
     "BARE",
-    "EMBEDDINGS",
     "EXTRAS",
     "KEEPS_AXES",
     "NAME",
@@ -47,6 +45,7 @@ __all__ = [
     "can_store",
     "config_out",
     "detect",
+    "embeddings",
     "flatten",
     "join_name",
     "layout",

@@ -5,7 +5,9 @@ Source: ``TorchAoConfig`` in ``utils/quantization_config.py`` and ``quantizers/q
 
 ``quant_type`` is ``{"default": C}``; C is ``{"_type", "_version", "_data"}`` of one config class, of ``FqnToConfig`` (once
 ``ModuleFqnToConfig``) a map from module names, ``re:`` patterns and ``_default`` to such. Until 2025 it was a string,
-``"int4_weight_only"``, with ``quant_type_kwargs`` beside it. What a tensor is, its own metadata says, never the config.
+``"int4_weight_only"``, with ``quant_type_kwargs`` beside it. What a tensor is, its own metadata says, never the config: where a class
+refuses a granularity that its tensors may have (``__post_init__``: float8 blocks, one scale for a tensor of fewer than 8 bits), it is
+written with its default.
 """
 
 from __future__ import annotations
@@ -185,12 +187,11 @@ def _is_current(config: Mapping[str, Any]) -> bool:
     return not any(entry.get("_version", 1) == 1 and str(entry.get("_type")).startswith(("Int", "Float8")) for entry in _configs(config))
 
 
-def _granularity(storage: Storage, per_row: dict[str, Any]) -> dict[str, Any]:
-    if storage.rows is None:
+def _granularity(storage: Storage, per_row: dict[str, Any], per_tensor: bool = True) -> dict[str, Any]:
+    """Of those that the config classes take: a row, a group in one, or where ``per_tensor`` a tensor."""
+    if storage.rows is None and per_tensor:
         return {"_type": "PerTensor", "_version": 1, "_data": {}}
-    if storage.rows > 1:
-        return {"_type": "PerBlock", "_version": 1, "_data": {"block_size": [storage.rows, storage.group]}}
-    if storage.group is None:
+    if storage.rows != 1 or storage.group is None:
         return per_row
     return {"_type": "PerGroup", "_version": 1, "_data": {"group_size": storage.group}}
 
@@ -207,7 +208,7 @@ def _config(storage: Storage) -> dict[str, Any]:
         return _class(
             "IntxWeightOnlyConfig", 2,
             weight_dtype=_dtype(f"int{storage.integers.bits}"),
-            granularity=_granularity(storage, {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}),
+            granularity=_granularity(storage, {"_type": "PerAxis", "_version": 1, "_data": {"axis": 0}}, per_tensor=False),
             mapping_type={"_type": "MappingType", "_data": "SYMMETRIC" if symmetric else "ASYMMETRIC"},
             scale_dtype=None,
             intx_packing_format={"_type": "IntxPackingFormat", "_data": "UNPACKED_TO_INT8"},

@@ -7,7 +7,7 @@ usual, ``zero`` the container dtype of zero points, ``entry`` the metadata entry
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
+from math import gcd, prod
 
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, group_option, yes_no
@@ -16,7 +16,7 @@ from qformats.formats.torchao.names import entry_of, prefix_of
 from qformats.formats.torchao.shapes import Form, form_of, swizzled_shape, zero_is_absent
 from qformats.scheme import Block, Factor, Float, Grid, Integer, No, Scheme, Storage, Tile, Yes, whole
 
-__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "form_to_write", "layout", "storage_of", "storages"]
+__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "embeddings", "form_to_write", "layout", "storage_of", "storages"]
 
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, of the rows under one scale, and of 128 where scales are swizzled
 OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym")
@@ -67,6 +67,7 @@ def _storage(form: Form, zero: str | None, absent: bool, options: dict[str, obje
         zero_point=(max(limits[0], -128), limits[1]) if integer else None,
         offset=FLOATS[zero] if form.is_offset and zero is not None else None,
         k_multiple=unit if group is not None else 1,
+        n_multiple=rows or 1,
         options=options,
         scale_grid=scaled,
         rows=rows,
@@ -94,6 +95,12 @@ def _bits(form: Form, zero: str | None, columns: int, rows: int) -> float:
 
 
 # ---------------------------------------------------------------- targets
+
+
+def embeddings(target: Target, scheme: Scheme) -> bool:
+    """transformers takes them under ``include_input_output_embeddings``; the microscaled classes have no ``aten.embedding``."""
+    kinds = [target.type] if target.type is not None else _likely(scheme)
+    return not kinds[0].startswith(("mx", "nv"))
 
 
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
@@ -198,7 +205,7 @@ def _fp8_blocks(target: Target, scheme: Scheme) -> list[tuple[int, int] | None]:
     if yes_no(target, "tensor"):
         return [None]
     if yes_no(target, "block"):
-        return [(_BLOCK, _BLOCK)]
+        return [(min(_BLOCK, scheme.shape[-2]), _BLOCK)]
     known = isinstance(scheme.grid, Float) and bool(scheme.scales) and isinstance(scheme.scales[0].block, Tile)
     if yes_no(target, "channel") or not known:
         return [(1, columns)]
@@ -206,8 +213,8 @@ def _fp8_blocks(target: Target, scheme: Scheme) -> list[tuple[int, int] | None]:
     assert isinstance(tile, Tile)
     if tile == whole(scheme.shape):
         return [None, (1, columns)]
-    high, width = (tile.sizes[-2] if len(tile.sizes) > 1 else 1), min(tile.sizes[-1], columns)
-    same = (high, width)
+    high = tile.sizes[-2] if len(tile.sizes) > 1 else 1
+    same = gcd(high, scheme.shape[-2]) if high < scheme.shape[-2] else scheme.shape[-2], gcd(min(tile.sizes[-1], columns), columns)
     return [same] if same == (1, columns) else [same, (1, columns)]
 
 

@@ -128,3 +128,19 @@ def test_a_preset_scheme_has_its_inputs(tmp_path: Path) -> None:
     edit_json(source / "config.json", lambda c: c["quantization_config"].update(config_groups={"FP8": ["Linear"]}))
     converted(source, tmp_path / "out", "fp8")
     assert config_of(tmp_path / "out")["activation_scheme"] == "static"
+
+
+def test_modelopt_has_no_static_scale_to_claim_where_none_is_carried(tmp_path: Path) -> None:
+    """Its algorithm FP8 wants ``input_scale`` beside every weight: without one a tensor's scale becomes its rows', for inputs measured as
+    the model runs, and back the one it was; where the algorithm is named, the config does not say that inputs are static."""
+    source = ready(FP8, tmp_path)
+    edit(source, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("activation_scale")])
+    edit_json(source / "config.json", lambda config: config["quantization_config"].update(activation_scheme="dynamic"))
+    plan = converted(source, tmp_path / "out", "modelopt")
+    assert all(job.kind == "exact" for job in plan.jobs if job.storage is not None)
+    assert config_of(tmp_path / "out")["quant_algo"] == "FP8_PER_CHANNEL_PER_TOKEN"
+    converted(tmp_path / "out", tmp_path / "back", "fp8")
+    assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")
+    converted(source, tmp_path / "named", "modelopt:fp8,scale=tensor")
+    config = config_of(tmp_path / "named")
+    assert config["quant_algo"] == "FP8" and all("input_activations" not in group for group in config["config_groups"].values())

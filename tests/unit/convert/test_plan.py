@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -408,3 +409,16 @@ def test_the_header_does_not_promise_that_float_zero_points_keep_every_bit() -> 
     with pytest.raises(Refused):
         fit(row, storage)
     assert fit(row, storage, rounding=True).kind == "codes-exact"
+
+
+def test_counts_in_a_reason_are_of_all_rows_or_say_of_how_many(work: Path) -> None:
+    """A probe of 64 rows decides the kind at times; what it counts is then not called a count of the tensor."""
+    seen = 0
+    for job in planned(ready("gptq/4b-g32-asym-v1", work), "gguf:q4_1").jobs:
+        for found in re.finditer(r"\b\d+ of (\d+) (?:blocks|scales|offsets|groups)\b", job.reason):
+            rows, columns = job.map.shape
+            each, said = columns // 32, re.search(r"counted in (\d+) of (\d+) rows", job.reason)
+            assert int(found[1]) == each * (rows if said is None else int(said[1]))
+            assert said is None or int(said[2]) == rows
+            seen += 1
+    assert seen

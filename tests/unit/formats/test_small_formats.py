@@ -25,7 +25,7 @@ from qformats.formats.protocol import Match, Module, Target
 from qformats.quantize import rtn
 from qformats.real import round_once
 from qformats.reencode import finish, fit
-from qformats.scheme import Integer, Learned, Scheme, Storage, Tile, whole
+from qformats.scheme import Float, Integer, Learned, ParamSpec, Scheme, Storage, Tile, whole
 from qformats.tensor import Param, QuantizedTensor, constant
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
@@ -457,3 +457,32 @@ def test_exact_ways(case: str, target: str) -> None:
     kind, before, after = stored(case, target)
     assert kind == "exact"
     assert torch.equal(before.dequantize(torch.float64), after.dequantize(torch.float64))
+
+
+@pytest.mark.parametrize("words", [("f16", "float16"), ("bf16", "bfloat16"), ("f32", "float32")])
+@pytest.mark.parametrize("start", ["mlx:int4,dtype=", "hqq:int4,dtype=", "quanto:qint4,dtype=", "compressed-tensors:int4,scale=",
+                                   "bitsandbytes:nf4,dtype=", "fp8:fp8,scale="])  # fmt: skip
+def test_a_dtype_has_two_words_in_every_format(start: str, words: tuple[str, str]) -> None:
+    """Torch's and GGUF's, which mean the same."""
+    if start.startswith("fp8") and words[0] != "f32":
+        pytest.skip("FP8's scales are float32 or exponents")
+    scheme = Scheme((64, 128), Float("e4m3fn") if start.startswith("fp8") else Integer(8, True))
+    found = []
+    for word in words:
+        target = registry.parse_target(start + word)
+        found.append(registry.format_module(target.format).storages(target, scheme))
+    assert found[0] == found[1] and found[0]
+    with pytest.raises(UsageError):
+        target = registry.parse_target(f"{start}f12")
+        registry.format_module(target.format).storages(target, scheme)
+
+
+def test_mlx_computes_in_the_model_s_dtype() -> None:
+    """``quantized_matmul`` of mlx 0.32.4 gives float32 where inputs and scales differ: new scales follow the model, kept ones may not."""
+    tile = Tile((1, 32))
+    scheme = Scheme((64, 128), Integer(4), (ParamSpec("float16", tile),))
+    for dtype in ("float16", "bfloat16", "float32"):
+        found = [s.scale_dtypes[0] for s in mlx.storages(Target("mlx", "int4", {}, dtype), scheme)]
+        assert found[0] == dtype and "float16" in found
+        assert {s.scale_dtypes for s in mlx.storages(Target("mlx", "int4", {"metal": ""}, dtype), scheme)} == {(dtype,)}
+    assert {s.scale_dtypes for s in mlx.storages(Target("mlx", "int4", {"dtype": "f16"}, "bfloat16"), scheme)} == {("float16",)}
