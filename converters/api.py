@@ -83,10 +83,13 @@ def convert(
     workers: int | None = None,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    resume: bool = False,
     **wishes: Unpack[Wishes],
 ) -> Report:
     """Convert ``source`` into ``destination`` and report every tensor's kind.
 
+    ``source`` may be an address of the hub (see ``qformats.open``): its tensors are then read as they are needed and not kept.
+    ``resume``: go on with what a killed run left; its journal must be of the same source and options (``UsageError('journal-changed')``).
     ``allow_pickle``: read a source of ``torch.save`` too, as data; nothing in it is run. The rest: see ``Wishes``.
 
     Raises ``WouldLose`` before writing if ``exact`` cannot be kept or new codes would be needed without consent.
@@ -96,7 +99,7 @@ def convert(
     planned = plan(source, to=to, allow_pickle=allow_pickle, **wishes)
     with planned.checkpoint:
         refuse_losses(planned)
-        outcome = execute(planned, destination, overwrite=overwrite, workers=workers, progress=progress)
+        outcome = execute(planned, destination, overwrite=overwrite, workers=workers, progress=progress, resume=resume)
         return Report.build(planned, outcome)
 
 

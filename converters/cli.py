@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import click
 
-from converters import commands_convert, commands_gguf, commands_imatrix, commands_lora, commands_run, commands_show
+from converters import commands_convert, commands_gguf, commands_hub, commands_imatrix, commands_lora, commands_run, commands_show
 from converters.output import Output
 from qformats import registry
 from qformats.errors import QFormatError, UsageError
@@ -34,6 +34,8 @@ COMMANDS: dict[str, click.Command] = {
     "run": commands_run.run,
     "perplexity": commands_run.perplexity,
     "compare": commands_run.compare,
+    "pull": commands_hub.pull,
+    "push": commands_hub.push,
     "split": commands_gguf.split,
     "merge": commands_gguf.merge,
     "edit": commands_gguf.edit,
@@ -81,7 +83,7 @@ class Commands(click.Group):
 
 def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
     if isinstance(error, click.Abort):
-        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left behind"))
+        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output"))
         sys.exit(INTERRUPTED)
     if isinstance(error, click.ClickException):
         sys.exit(_usage(error, output))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from converters.commands_hub import push_output
 from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
@@ -186,8 +187,13 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     """Plan, refuse, execute, report. ``flags`` holds the wishes, the writing flags and the output flags."""
     output = output_of(flags.pop("as_json"), flags.pop("quiet"))
     overwrite, workers, report = flags.pop("overwrite"), flags.pop("workers"), flags.pop("report")
-    allow_pickle = flags.pop("allow_pickle")
+    allow_pickle, resume, kept = flags.pop("allow_pickle"), flags.pop("resume"), flags.pop("keep_source")
+    repo, private = flags.pop("push_repo"), flags.pop("private")
     check_report(report, src, dst)
+    if repo is not None:
+        from qformats.hub.names import parse_repo
+
+        parse_repo(repo)
     wishes = Wishes(**flags)
     if wishes.imatrix is not None:
         from qformats.containers.atomic import check_not_same
@@ -196,6 +202,8 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     registry.parse_target(wishes.to)
     from qformats.checkpoint import open_checkpoint
 
+    if kept is not None:
+        src = _kept_source(src, kept, output)
     with open_checkpoint(src, allow_pickle) as checkpoint:
         if source is not None:
             _check_source(checkpoint, source, registry.parse_target(wishes.to).format)
@@ -206,11 +214,23 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
         from converters.report import Report
 
         with output.progress(dst.name) as progress:
-            outcome = execute(planned, dst, overwrite=overwrite, workers=workers, progress=progress)
+            outcome = execute(planned, dst, overwrite=overwrite, workers=workers, progress=progress, resume=resume)
         found = Report.build(planned, outcome, dst)
     if report is not None:
         found.write(report)
-    output.result(found.to_json(), found.to_text)
+    pushed = {} if repo is None else {"pushed": push_output(dst, repo, output, found.to_json(), private)}
+    output.result({**found.to_json(), **pushed}, found.to_text)
+
+
+def _kept_source(src: Path, folder: Path, output: Output) -> Path:
+    """The source of the hub as files in ``folder``: all of a repository but other kinds of the same weights, or the file it names."""
+    from qformats.hub.names import is_address, parse_address
+    from qformats.hub.pull import pull_source
+
+    if not is_address(src):
+        raise UsageError("keep-source", "--keep-source is for a source of the hub", path=src, hint="leave it out")
+    with output.progress(folder.name) as progress:
+        return pull_source(parse_address(src), folder, progress=progress)
 
 
 def _planned(checkpoint: Checkpoint, wishes: Wishes, digest: str | None, output: Output) -> Plan:

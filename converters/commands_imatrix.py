@@ -71,8 +71,9 @@ def read_text(path: Path) -> str:
 def _floats(model: Path, output: Output, allow_pickle: bool) -> Iterator[Path]:
     """The model as a directory that transformers loads: itself, or a float32 copy that lives as long as the context."""
     from converters.api import convert
-    from qformats.checkpoint import open_checkpoint
+    from qformats.checkpoint import fetched, open_checkpoint
 
+    model = fetched(model)
     with open_checkpoint(model, allow_pickle) as checkpoint:
         plain = checkpoint.format == "hf" and checkpoint.container == "safetensors" and checkpoint.path.is_dir()
     if plain:

@@ -91,6 +91,8 @@ def of_found(found: Checkpoint, digests: Digests, workers: int) -> str | None:
             return None
         files[name], headers[name] = source, header.replace(digests.digits, replace(digests, output=_NONE).digits)
     side, base = [name for name in digests.files if name not in files], found.path
+    if side and found.prepare is not None:
+        found.prepare()
     if len(files) + len(side) != len(digests.files) or not all((base / name).is_file() for name in side):
         return None
     opened = {name: FileSource(base / name) for name in side}
@@ -120,6 +122,11 @@ def _digest(files: Mapping[str, ByteSource], headers: Mapping[str, bytes], worke
 def _leaves(files: Mapping[str, ByteSource], headers: Mapping[str, bytes], chunks: Sequence[tuple[str, int]]) -> list[bytes]:
     buffer, leaves = bytearray(_CHUNK_NBYTES), []
     for name, at in chunks:
+        known = getattr(files[name], "chunk_digest", None)  # of bytes that passed already, where reading them again is dear
+        found = None if known is None or name in headers else known(at, min(_CHUNK_NBYTES, files[name].size - at))
+        if found is not None:
+            leaves.append(found)
+            continue
         view = memoryview(buffer)[: min(_CHUNK_NBYTES, files[name].size - at)]
         files[name].pread_into(at, view)
         header = headers.get(name, b"")[at : at + len(view)]

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from converters import digests
 from converters.jobs import Job
+from converters.journal import Journal, Sums, is_remote, is_worth_it, keeps, may_resume
 from converters.kept_planes import earlier_rows
 from converters.outputs import OutputPart
 from converters.plan import Plan
@@ -62,10 +64,17 @@ class Sink(Protocol):
 
 
 def execute(
-    plan: Plan, destination: str | Path, *, overwrite: bool = False, workers: int | None = None, progress: Progress | None = None
+    plan: Plan,
+    destination: str | Path,
+    *,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    resume: bool = False,
 ) -> Outcome:
     """Write the planned output; it appears under its final name only when every byte is on disk.
 
+    What takes long keeps a journal (``converters.journal``); with ``resume`` the tensors that it names are not made again.
     Raises ``OutputError`` for the destination, ``BadFile`` if the source changes or breaks meanwhile.
     """
     if not plan.scanned:
@@ -73,21 +82,46 @@ def execute(
     final = Path(destination)
     check_not_same([plan.checkpoint.path, *plan.checkpoint.sources()], final)
     started = time.perf_counter()
+    with_journal = resume or is_worth_it(plan)
+    again = resume and may_resume(plan, final)
     if plan.output.directory:
-        with OutputDirectory(final, plan.output.nbytes, overwrite) as directory:
+        with OutputDirectory(final, plan.output.nbytes, overwrite, again) as directory:
             files = {name: directory.file(name, layout.size) for name, layout in plan.output.layouts.items()}
-            outcome = _write(plan, files, workers, progress)
-            for name, data in plan.output.small.items():
-                folder, _, last = name.rpartition("/")
-                directory.write_bytes(last, data, folder=folder)
-            directory.commit()
+            journal = _journal(plan, final, files, again) if with_journal else None
+            with _kept(directory, journal):
+                outcome = _write(plan, files, workers, progress, journal)
+                for name, data in plan.output.small.items():
+                    folder, _, last = name.rpartition("/")
+                    directory.write_bytes(last, data, folder=folder)
+                directory.commit()
     else:
-        with OutputFile(final, plan.output.nbytes, overwrite) as out:
-            outcome = _write(plan, {"": out}, workers, progress)
-            out.commit()
+        with OutputFile(final, plan.output.nbytes, overwrite, again) as out:
+            journal = _journal(plan, final, {"": out}, again) if with_journal else None
+            with _kept(out, journal):
+                outcome = _write(plan, {"": out}, workers, progress, journal)
+                out.commit()
     outcome.seconds = time.perf_counter() - started
     outcome.nbytes_written = plan.output.nbytes
     return outcome
+
+
+def _journal(plan: Plan, final: Path, files: Mapping[str, OutputFile], again: bool) -> Journal:
+    return Journal(plan, final, {name: file.partial for name, file in files.items()}, again)
+
+
+@contextmanager
+def _kept(out: OutputFile | OutputDirectory, journal: Journal | None) -> Iterator[None]:
+    """Leave the partial output and its journal behind where the same command may go on with them."""
+    try:
+        yield
+    except BaseException as error:
+        if journal is not None:
+            if keeps(error):
+                out.keep()
+            journal.close(error)
+        raise
+    if journal is not None:
+        journal.close()
 
 
 class _Writer:
@@ -135,10 +169,12 @@ class _Writer:
         self._flusher.shutdown(cancel_futures=True)
 
 
-def _write(plan: Plan, files: dict[str, OutputFile], workers: int | None, progress: Progress | None) -> Outcome:
+def _write(
+    plan: Plan, files: dict[str, OutputFile], workers: int | None, progress: Progress | None, journal: Journal | None
+) -> Outcome:
     count, writer = worker_count(workers), _Writer(files)
     try:
-        outcome = run_jobs(plan, writer, count, progress)
+        outcome = run_jobs(plan, writer, count, progress, journal)
         writer.finish(plan, count)
     finally:
         writer.close()
@@ -153,8 +189,10 @@ def worker_count(workers: int | None) -> int:
 # ---------------------------------------------------------------- the work
 
 
-def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progress | None = None) -> Outcome:
-    """Produce every part of every job into ``sink``."""
+def run_jobs(
+    plan: Plan, sink: Sink, workers: int | None = None, progress: Progress | None = None, journal: Journal | None = None
+) -> Outcome:
+    """Produce every part of every job into ``sink``, but for those that the ``journal`` has as finished."""
     import torch
 
     count = worker_count(workers)
@@ -164,7 +202,7 @@ def run_jobs(plan: Plan, sink: Sink, workers: int | None = None, progress: Progr
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, thread_name_prefix="qconvert") as pool:
-            _drive(pool, count, plan, sink, errors, progress, total)
+            _Drive(pool, count, plan, sink, errors, progress, total, journal).run()
     finally:
         torch.set_num_threads(threads)
     outcome.errors = errors.relative()
@@ -191,34 +229,69 @@ class _Memory:
         self.made[self._names[id(part)]][offset : offset + len(data)] = data
 
 
-def _drive(pool: ThreadPoolExecutor, count: int, plan: Plan, sink: Sink, errors: _Errors, progress: Progress | None, total: int) -> None:
-    """Keep at most twice as many tasks in flight as there are workers; stop at the first error."""
-    pending: dict[Future[int], None] = {}
-    done = 0
-    queue = sorted(plan.jobs, key=lambda j: -j.weights) if count > 1 else plan.jobs
-    try:
-        for task in (task for job in queue for task in _tasks(plan, job)):
-            pending[pool.submit(_run_task, plan, task, sink, errors)] = None
-            if len(pending) >= 2 * count:
-                done += _collect(pending, progress, done, total)
-        while pending:
-            done += _collect(pending, progress, done, total)
-    except BaseException:
-        for future in pending:
-            future.cancel()
-        wait(pending)
-        raise
+@dataclass
+class _Drive:
+    """Keeps at most twice as many tasks in flight as there are workers; stops at the first error."""
+
+    pool: ThreadPoolExecutor
+    count: int
+    plan: Plan
+    sink: Sink
+    errors: _Errors
+    progress: Progress | None
+    total: int
+    journal: Journal | None
+    pending: dict[Future[int], Job] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+    done: int = 0
+
+    def run(self) -> None:
+        """Every task of every job."""
+        finished = {} if self.journal is None else self.journal.done
+        for name, sums in finished.items():
+            self.errors.put(name, sums)
+        self.done = 0 if self.journal is None else self.journal.nbytes()
+        try:
+            for job in (job for job in _queue(self.plan, self.count) if job.name not in finished):
+                tasks = _tasks(self.plan, job)
+                self.left[job.name] = len(tasks)
+                for task in tasks:
+                    self.pending[self.pool.submit(_run_task, self.plan, task, self.sink, self.errors)] = job
+                    if len(self.pending) >= 2 * self.count:
+                        self._collect()
+            while self.pending:
+                self._collect()
+        except BaseException:
+            for future in self.pending:
+                future.cancel()
+            wait(self.pending)
+            raise
+
+    def _collect(self) -> None:
+        finished, _ = wait(self.pending, return_when="FIRST_COMPLETED")
+        for future in finished:
+            job = self.pending.pop(future)
+            self.done += future.result()
+            self.left[job.name] -= 1
+            if self.left[job.name] == 0 and self.journal is not None:
+                self.journal.finish(job, self.errors.of(job.name))
+        if self.progress is not None:
+            self.progress(self.done, self.total)
 
 
-def _collect(pending: dict[Future[int], None], progress: Progress | None, done: int, total: int) -> int:
-    finished, _ = wait(pending, return_when="FIRST_COMPLETED")
-    nbytes = 0
-    for future in finished:
-        del pending[future]
-        nbytes += future.result()
-    if progress is not None:
-        progress(done + nbytes, total)
-    return nbytes
+def _queue(plan: Plan, count: int) -> Sequence[Job]:
+    """The big tensors first, so that no worker is left alone with one; what comes over a network in the order it lies there."""
+    sources = plan.checkpoint.sources()
+    if not any(is_remote(source) for source in sources):
+        return sorted(plan.jobs, key=lambda j: -j.weights) if count > 1 else plan.jobs
+    number = {id(source): at for at, source in enumerate(sources)}
+
+    def place(job: Job) -> tuple[int, int]:
+        modules = [plan.checkpoint.modules[s.module] for s in job.map.sources if s.module]
+        parts = [raw for module in modules for raw in module.parts.values()]
+        return min(((number.get(id(raw.source), 0), raw.offset) for raw in parts), default=(0, 0))
+
+    return sorted(plan.jobs, key=place)
 
 
 @dataclass(frozen=True)
@@ -458,6 +531,14 @@ class _Errors:
         apart = before - after
         error, size = ((values * values).sum(-1).sum(dtype=torch.float64) for values in (apart, before))  # rows in their own dtype
         self._sums[job.name, start] = float(error), float(size)
+
+    def put(self, name: str, sums: Sums) -> None:
+        """The sums of a tensor that an earlier run made."""
+        self._sums.update({(name, start): pair for start, pair in sums.items()})
+
+    def of(self, name: str) -> Sums:
+        """The sums of one tensor by first row."""
+        return {start: pair for (owner, start), pair in list(self._sums.items()) if owner == name}
 
     def relative(self) -> dict[str, float]:
         totals: dict[str, tuple[float, float]] = {}

@@ -118,9 +118,14 @@ def loss_flags(function: F) -> F:
 
 
 def writing_flags(function: F) -> F:
-    """``--overwrite --workers --report``."""
+    """``--overwrite --resume --keep-source --push --private --workers --report``."""
+    kept = "Fetch a source of the hub into DIR first and keep it there."
     return _stack(
         click.option("--overwrite", is_flag=True, help="Replace DST if it exists."),
+        click.option("--resume", is_flag=True, help="Go on with what a killed run of this command left."),
+        click.option("--keep-source", type=click.Path(path_type=Path), metavar="DIR", help=kept),
+        click.option("--push", "push_repo", metavar="REPO[@BRANCH]", help="Put DST into a repository of the hub afterwards."),
+        click.option("--private/--public", default=None, help="Of a repository that --push makes."),
         click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core)."),
         click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Report: .json, .md or .html."),
     )(function)  # fmt: skip

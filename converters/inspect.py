@@ -136,7 +136,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     record = checkpoint.provenance or {}
     origin = record.get("source")
     return Inspection(
-        str(checkpoint.path),
+        checkpoint.shown,
         checkpoint.format,
         checkpoint.match.dialect,
         checkpoint.container,

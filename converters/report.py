@@ -101,7 +101,7 @@ class Report:
             )  # fmt: skip
             lines.append(line)
         return cls(
-            str(plan.checkpoint.path),
+            plan.checkpoint.shown,
             plan.checkpoint.format,
             sum(raw.nbytes for raw in plan.checkpoint.raw.values()),
             str(plan.options.target),

@@ -2,6 +2,7 @@
 
 ``qformats.open(path)`` gives a ``Checkpoint``; its ``tensors`` are ``QuantizedTensor`` values or floats, read when asked for;
 ``qformats.save(checkpoint, path)`` writes it in its own format. Converting to another is ``converters.convert``.
+Paths may be addresses of the hub, ``hf://org/name[@revision][/file]``; ``qformats.push_to_hub(path, repo)`` is the way back.
 ``qformats.load_model(path)`` gives a transformers model that runs on the packed weights, ``qformats.load_tokenizer`` its tokenizer.
 Importing this package imports neither torch nor transformers.
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         UsageError,
         WouldLose,
     )
+    from qformats.hub.push import push_to_hub
     from qformats.runtime.config import QFormatsConfig
     from qformats.runtime.loader import load_model
     from qformats.runtime.peft import prepare_for_training
@@ -54,13 +56,15 @@ __all__ = [
     "load_tokenizer",
     "open",
     "prepare_for_training",
+    "push_to_hub",
     "save",
     "version",
 ]
 
 _HOMES = {
     "Checkpoint": "checkpoint", "QFormatsConfig": "runtime.config", "QuantizedTensor": "tensor", "load_model": "runtime.loader",
-    "load_tokenizer": "runtime.tokenizer", "open": "checkpoint", "prepare_for_training": "runtime.peft", "save": "saving",
+    "load_tokenizer": "runtime.tokenizer", "open": "checkpoint", "prepare_for_training": "runtime.peft", "push_to_hub": "hub.push",
+    "save": "saving",
 }  # fmt: skip
 _SPELLINGS = {"open": "open_checkpoint"}
 

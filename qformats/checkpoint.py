@@ -7,14 +7,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformats import registry
-from qformats.containers.gguf import GGUFFile, open_gguf
+from qformats.containers.gguf import GGUFFile, open_gguf, open_gguf_sources
 from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from qformats.architectures import Binding
     from qformats.tensor import QuantizedTensor
 
-__all__ = ["FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "open_checkpoint", "open_unwritten"]
+__all__ = [
+    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "open_checkpoint", "open_sources",
+    "open_unwritten", "pickle_refusal", "small_names",
+]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
 FLOAT_TYPES = ("F32", "F16", "BF16", "F64")
@@ -43,6 +48,7 @@ SIDE_FILES = (
     "1_Pooling/config.json",
 )  # fmt: skip
 _MAX_SIDE_NBYTES = 256_000_000
+REMOTE_SCHEMES, REMOTE_OPENER = ("hf:/",), "qformats.hub.opening"  # imported only for an address: it comes later in the order of rooms
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,8 @@ class Checkpoint:
     ``format``: ``match.format``. ``container``: ``"safetensors"``, ``"torch"`` or ``"gguf"``. ``raw``: every stored tensor by full name.
     ``config``: config.json (``{}`` for GGUF or a bare file). ``metadata``: of the GGUF, or the safetensors ``__metadata__``.
     ``opened``: the files, where the tensors do not name each of them. ``unwritten``: of one that is made while it is read
-    (``path`` is then that of what it is made from), else None.
+    (``path`` is then that of what it is made from), else None. ``origin``: the address it was opened by, if that is no path.
+    ``prepare``: brings the side files beside ``path`` before they are read.
     """
 
     path: Path
@@ -77,6 +84,13 @@ class Checkpoint:
     warnings: tuple[str, ...] = field(default_factory=tuple)
     opened: tuple[ByteSource, ...] = ()
     unwritten: Unwritten | None = None
+    origin: str | None = None
+    prepare: Callable[[], None] | None = field(default=None, compare=False)
+
+    @property
+    def shown(self) -> str:
+        """What to call it: its address, or its path."""
+        return self.origin or str(self.path)
 
     def read_as(self, options: Mapping[str, str]) -> Checkpoint:
         """The same checkpoint under the user's ``options`` (see ``Match``); ``UsageError('source-option')`` for one unknown."""
@@ -234,6 +248,8 @@ class Checkpoint:
             return {}
         if self.unwritten is not None:
             return dict(self.unwritten.small)
+        if self.prepare is not None:
+            self.prepare()
         directory = self.path if self.path.is_dir() else self.path.parent
         return {name: _read_small(directory / name) for name in SIDE_FILES if (directory / name).is_file()}
 
@@ -304,10 +320,15 @@ class Tensors(Mapping[str, Any]):
 def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
     """Open what ``path`` is; ``BadFile`` or ``Unsupported`` if it is nothing we read.
 
+    ``hf://org/name[@revision][/file]`` is a repository of the hub, as is a string ``org/name`` under which nothing lies here: its weights
+    are read where they are (``qformats.hub``, ``RemoteError``).
     Files of ``torch.save`` are ``Unsafe('pickle')`` unless ``allow_pickle``; then they are read as data, and what asks for more than
     data is refused (the errors of ``qformats.containers.torch_zip``).
     """
-    where = Path(path)
+    where, remote = Path(path), _remote(path)
+    if remote is not None:
+        opened: Checkpoint = remote[0].open_remote(remote[1], allow_pickle)
+        return opened
     try:
         if where.is_dir():
             return _open_directory(where, allow_pickle)
@@ -340,11 +361,52 @@ def open_unwritten(path: Path, files: Mapping[str, ByteSource], unwritten: Unwri
     return replace(_with_config(path, read, raw, metadata, tuple(files)), unwritten=unwritten)
 
 
+def _remote(path: str | Path) -> tuple[Any, Any] | None:
+    """The module that opens what is no local path, and the address in its words."""
+    text = path.as_posix() if isinstance(path, Path) else str(path)
+    if not text.startswith(REMOTE_SCHEMES) and not (isinstance(path, str) and text.count("/") == 1 and not os.path.exists(path)):
+        return None
+    opener = import_module(REMOTE_OPENER)
+    address = opener.find_address(path)
+    return None if address is None else (opener, address)
+
+
+def fetched(path: str | Path) -> Path:
+    """``path``, or for an address the local copy of what it names, fetched into the client's cache."""
+    remote = _remote(path)
+    return Path(path) if remote is None else Path(remote[0].fetched(remote[1]))
+
+
+def small_names() -> tuple[str, ...]:
+    """The small files that opening a directory may read."""
+    return ("config.json", *_BESIDE)
+
+
+def open_sources(path: Path, sources: Mapping[str, ByteSource]) -> Checkpoint:
+    """Open files of weights that lie elsewhere as if they were those of ``path``: a directory with the small files, or a file in one.
+
+    ``sources``: by file name; of a GGUF its shards.
+    """
+    if path.suffix == ".gguf":
+        file = open_gguf_sources(list(sources.values()))
+        return Checkpoint(path, "gguf", Match("gguf", {"container": "gguf"}), file.tensors, {}, file.metadata, tuple(sources), file)
+    if path.name in sources and not path.is_dir():
+        single = open_safetensors(sources[path.name])
+        return _with_config(path, lambda name: _read_json(path.parent / name), single.tensors, single.metadata, (path.name,))
+    found = open_directory(path, sources)
+    return _with_config(path, lambda name: _read_json(path / name), found.tensors, found.metadata, tuple(found.files))
+
+
+def pickle_refusal(where: object) -> Unsafe:
+    """The error for files of ``torch.save`` that nobody allowed."""
+    hint = "convert it to safetensors first, or add --allow-pickle (allow_pickle=True): it is then read without running anything"
+    return Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=where, hint=hint)
+
+
 def _open_torch(where: Path, allow_pickle: bool) -> Checkpoint:
     """A file or a directory of ``torch.save``."""
     if not allow_pickle:
-        hint = "convert it to safetensors first, or add --allow-pickle (allow_pickle=True): it is then read without running anything"
-        raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=where, hint=hint)
+        raise pickle_refusal(where)
     allow = registry.pickled_classes()
     if where.is_dir():
         return _with_values(where, where, open_torch_directory(where, registry.pickle_files(), allow))

@@ -6,6 +6,8 @@ and each carries the process exit code that ``qconvert`` returns for it.
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "BadFile",
     "Mismatch",
@@ -17,7 +19,19 @@ __all__ = [
     "UsageError",
     "WouldLose",
     "printable",
+    "redacted",
 ]
+
+_SECRET = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}|(?<=Bearer )\S+")
+
+
+def redacted(text: str) -> str:
+    """``text`` without access tokens.
+
+    >>> redacted("token hf_" + "a" * 34)
+    'token hf_…'
+    """
+    return _SECRET.sub(lambda found: "hf_…" if found[0].startswith("hf_") else "…", text)
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -45,11 +59,11 @@ class QFormatError(Exception):
         hint: str | None = None,
     ) -> None:
         self.code = code
-        self.message = printable(message, 2000)
+        self.message = printable(redacted(message), 2000)
         self.path = None if path is None else str(path)
         self.tensor = tensor
         self.offset_bytes = offset_bytes
-        self.hint = hint
+        self.hint = None if hint is None else redacted(hint)
         super().__init__(str(self))
 
     def __str__(self) -> str:

@@ -1,7 +1,8 @@
 """Output that is either complete under its final name or not there at all.
 
 A file is written as ``.NAME.partial`` beside its destination, a directory as ``.NAME.partial/``; ``commit`` flushes it to
-disk and renames it. A partial left by a killed run is locked by nobody and is replaced by the next one. Every problem is an
+disk and renames it. A partial left by a killed run is locked by nobody and is replaced by the next one, or gone on with if that
+is asked for (``resume``; ``keep`` leaves one on purpose). Every problem is an
 ``OutputError``: ``exists``, ``same-file``, ``unwritable``, ``no-space``, ``in-use``, ``not-a-checkpoint``, ``write-failed``.
 """
 
@@ -151,15 +152,16 @@ class OutputFile:
     """A file of known or growing size, written at any offset from any thread, under its final name only after ``commit``.
 
     As a context manager it aborts unless committed. ``size`` reserves the space at once and is the final size.
-    Writers must have stopped before ``commit`` or ``abort`` is called.
+    ``resume``: go on with the partial that is there, of whatever content. Writers must have stopped before ``commit`` or ``abort``.
     """
 
-    def __init__(self, final: Path, size: int | None, overwrite: bool) -> None:
+    def __init__(self, final: Path, size: int | None, overwrite: bool, resume: bool = False) -> None:
         self.final, self.size, self._overwrite = Path(final), size, overwrite
-        _check_destination(self.final, size, overwrite)
-        _check_replaceable_file(self.final)
         self.partial = _partial_of(self.final)
-        self._fd = _create_locked(self.partial, self.final, _create_file, os.unlink)
+        found = resume and self.partial.is_file() and not self.partial.is_symlink()
+        _check_destination(self.final, None if found else size, overwrite)
+        _check_replaceable_file(self.final)
+        self._fd = _create_locked(self.partial, self.final, _open_file if found else _create_file, os.unlink)
         self._closing = threading.Lock()
         try:
             self._reserve()
@@ -236,6 +238,10 @@ class OutputFile:
             return
         os.unlink(self.partial)
 
+    def keep(self) -> None:
+        """Leave the partial for a later run to go on with; ``abort`` then does nothing."""
+        self._close()
+
     def abort(self) -> None:
         """Remove what was written; after ``commit`` it does nothing."""
         if self._fd < 0:
@@ -263,21 +269,27 @@ def _create_file(partial: Path) -> int:
     return os.open(partial, flags, FILE_MODE)
 
 
+def _open_file(partial: Path) -> int:
+    return os.open(partial, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+
+
 class OutputDirectory:
     """A directory of files that appears under its final name, complete, with ``commit``.
 
     ``size`` is the planned total, for the space check. With ``overwrite`` an existing checkpoint directory is renamed aside,
     the new one takes its place, and the old one is deleted; a directory that holds no checkpoint is never deleted.
+    ``resume``: go on with the partial directory that is there.
     """
 
-    def __init__(self, final: Path, size: int | None, overwrite: bool) -> None:
+    def __init__(self, final: Path, size: int | None, overwrite: bool, resume: bool = False) -> None:
         self.final, self._overwrite = Path(os.path.abspath(final)), overwrite
-        _check_destination(self.final, size, overwrite)
-        _check_replaceable(self.final)
         self.partial = _partial_of(self.final)
+        self._resume = resume and self.partial.is_dir() and not self.partial.is_symlink()
+        _check_destination(self.final, None if self._resume else size, overwrite)
+        _check_replaceable(self.final)
         self._files: dict[str, OutputFile] = {}
         self._open = True
-        self._fd = _create_locked(self.partial, self.final, _create_directory, _remove_tree)
+        self._fd = _create_locked(self.partial, self.final, _open_directory if self._resume else _create_directory, _remove_tree)
 
     def file(self, name: str, size: int | None = None, *, folder: str = "") -> OutputFile:
         """Start the file ``name``, in ``folder`` if given; the directory's ``commit`` finishes it if the caller has not."""
@@ -290,7 +302,9 @@ class OutputDirectory:
             place.mkdir(exist_ok=True)
         if f"{folder}/{name}" in self._files:
             raise OutputError("exists", f"the file {name!r} is written twice", path=self.final)
-        self._files[f"{folder}/{name}"] = OutputFile(place / name, size, overwrite=False)
+        if self._resume and (place / name).is_file():  # finished before the kill, but not the directory
+            os.replace(place / name, _partial_of(place / name))
+        self._files[f"{folder}/{name}"] = OutputFile(place / name, size, overwrite=False, resume=self._resume)
         return self._files[f"{folder}/{name}"]
 
     def write_bytes(self, name: str, data: bytes, *, folder: str = "") -> None:
@@ -336,6 +350,12 @@ class OutputDirectory:
             raise
         return old
 
+    def keep(self) -> None:
+        """Leave the partial directory for a later run to go on with; ``abort`` then does nothing."""
+        for file in self._files.values():
+            file.keep()
+        self._close()
+
     def abort(self) -> None:
         """Remove what was written; after ``commit`` it does nothing."""
         if not self._open:
@@ -362,6 +382,10 @@ class OutputDirectory:
 def _create_directory(partial: Path) -> int:
     os.mkdir(partial)
     return os.open(partial, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+
+def _open_directory(partial: Path) -> int:
+    return os.open(partial, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0))
 
 
 def _remove_tree(path: Path) -> None:

@@ -45,7 +45,7 @@ __all__ = [
     "Value",
     "layout_gguf",
     "open_gguf",
-    "open_gguf_shards",
+    "open_gguf_shards", "open_gguf_sources",
     "tensor_nbytes",
 ]
 
@@ -108,7 +108,14 @@ def open_gguf(path: str | Path | ByteSource) -> GGUFFile:
 
 def open_gguf_shards(paths: Sequence[str | Path]) -> GGUFFile:
     """Open the shards at ``paths``, in any order and under any names, as one file; raises as ``open_gguf``."""
-    opened = [_open_one(FileSource(path)) for path in paths]
+    return open_gguf_sources([FileSource(path) for path in paths])
+
+
+def open_gguf_sources(sources: Sequence[ByteSource]) -> GGUFFile:
+    """``open_gguf_shards`` of bytes from anywhere; one source that is no shard is a file."""
+    opened = [_open_one(source) for source in sources]
+    if len(opened) == 1 and _integer(opened[0], "split.count") in (None, 0, 1):
+        return opened[0]
     numbers = [_integer(file, "split.no") for file in opened]
     files = [file for _, file in sorted(zip(numbers, opened), key=lambda pair: -1 if pair[0] is None else pair[0])]
     count = _integer(files[0], "split.count") if files else None

@@ -8,14 +8,14 @@ huggingface_hub 1.x (``model-00001-of-00003.safetensors``, ``weight_map`` and ``
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qformats.containers.atomic import plain_file_name
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import SafetensorsFile, open_safetensors, parse_json, tensor_nbytes
-from qformats.containers.source import FileSource
+from qformats.containers.source import ByteSource, FileSource
 from qformats.errors import BadFile, UsageError
 
 __all__ = ["INDEX_NAME", "SafetensorsSet", "file_names", "index_json", "open_directory", "read_index", "shard_names", "shard_plan"]
@@ -41,22 +41,22 @@ class SafetensorsSet:
     files: list[str]
 
 
-def open_directory(path: str | Path) -> SafetensorsSet:
+def open_directory(path: str | Path, sources: Mapping[str, ByteSource] | None = None) -> SafetensorsSet:
     """Open the safetensors files of a checkpoint directory and hold them against their index.
 
     Raises ``BadFile``: ``not-a-directory``, ``no-weights``, ``index-missing``, ``index-ambiguous``, ``index``,
     ``shard-missing``, ``tensor-missing``, ``tensor-wrong-shard``, ``duplicate-tensor`` and those of ``open_safetensors``;
     ``Unsafe('file-name')`` for a shard name that is no plain file name. A tensor that only the index forgets is kept, as
-    transformers keeps it.
+    transformers keeps it. ``sources``: files by name that lie elsewhere and stand for those of the directory.
     """
-    directory = Path(path)
-    names = file_names(directory)
+    directory, others = Path(path), sources or {}
+    names = sorted({*file_names(directory), *others})
     if SINGLE_NAME in names:
-        return _join(directory, [SINGLE_NAME], {})
+        return _join(directory, [SINGLE_NAME], {}, others)
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if INDEX_NAME in indexes or len(indexes) == 1:
         weight_map = read_index(directory / (INDEX_NAME if INDEX_NAME in indexes else indexes[0]))
-        return _join(directory, sorted(set(weight_map.values())), weight_map)
+        return _join(directory, sorted(set(weight_map.values())), weight_map, others)
     if indexes:
         raise BadFile("index-ambiguous", f"holds several indexes: {', '.join(indexes)}", path=directory, hint="keep one")
     files = [name for name in names if name.endswith(".safetensors")]
@@ -64,7 +64,7 @@ def open_directory(path: str | Path) -> SafetensorsSet:
         raise BadFile("no-weights", "holds no .safetensors file", path=directory)
     if len(files) > 1:
         raise BadFile("index-missing", f"holds {len(files)} .safetensors files and no index", path=directory, hint=f"fetch {INDEX_NAME}")
-    return _join(directory, files, {})
+    return _join(directory, files, {}, others)
 
 
 def file_names(directory: Path) -> list[str]:
@@ -95,11 +95,11 @@ def read_index(path: Path, suffix: str = ".safetensors") -> dict[str, str]:
     return weight_map
 
 
-def _join(directory: Path, files: list[str], weight_map: dict[str, str]) -> SafetensorsSet:
+def _join(directory: Path, files: list[str], weight_map: dict[str, str], others: Mapping[str, ByteSource]) -> SafetensorsSet:
     for name in files:
-        if not (directory / name).exists():
+        if name not in others and not (directory / name).exists():
             raise BadFile("shard-missing", f"the index names {name!r}, which is not there", path=directory, hint="fetch it")
-    opened: dict[str, SafetensorsFile] = {name: open_safetensors(directory / name) for name in files}
+    opened: dict[str, SafetensorsFile] = {name: open_safetensors(others.get(name, directory / name)) for name in files}
     metadata: dict[str, str] = {}
     tensors: dict[str, RawTensor] = {}
     for name, file in opened.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.mapping import TensorMap
-from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.checkpoint import Checkpoint, fetched, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
 from qformats.runtime.model import packed_class
@@ -70,7 +70,7 @@ def load_model(
     if quantize is None and (any(value is not None for value in how.values()) or allow_requantize):
         raise UsageError("quantize-missing", "options of quantize= are given, and no target", hint="such as quantize='gguf:q4_k_m'")
     with ExitStack() as stack:
-        checkpoint = stack.enter_context(open_checkpoint(path, allow_pickle))
+        checkpoint = stack.enter_context(open_checkpoint(fetched(path), allow_pickle))
         if quantize is not None:
             skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
             checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,6 +49,21 @@ class PackedModel:
                 fill(module, module.source, state_dict, f"{prefix}{name}.", missing, errors)
                 module.__dict__["_taken"] = True
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Save the model and put it into ``repo_id``: ``private``, ``revision``, ``create_pr``, ``commit_message`` as in transformers.
+
+        One commit with the model card; other options as of ``qformats.push_to_hub``. Attached adapters go up as transformers pushes them.
+        """
+        if getattr(self, "_hf_peft_config_loaded", False):
+            return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+        push = import_module("qformats.hub.push").push_to_hub  # a later room, asked for only here
+        message = options.pop("commit_message", None)
+        with TemporaryDirectory(prefix="qformats-push-") as folder:
+            self.save_pretrained(folder)
+            files = list(Path(folder).iterdir())
+            single = len(files) == 1 and files[0].suffix == ".gguf"
+            return push(files[0] if single else folder, repo_id, message=message, **options)
 
     def dequantize(self, dtype: torch.dtype | str | None = None) -> Any:
         """Replace every packed weight by floats, each exact value rounded once to ``dtype`` (None: the model's own); the model itself."""

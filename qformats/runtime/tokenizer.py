@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qformats.architectures.hf_tokenizer import has_vocabulary, no_collection, tokenizer_parts
-from qformats.checkpoint import open_checkpoint
+from qformats.checkpoint import fetched, open_checkpoint
 from qformats.errors import BadFile, Unsupported
 from qformats.runtime import skeleton
 
@@ -25,7 +25,7 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises ``BadFile('tokenizer')`` where the files are not there or transformers cannot read them.
     """
     package = skeleton.transformers()
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(fetched(path)) as checkpoint:
         if checkpoint.gguf is None:
             directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
             return _load(package, directory, checkpoint.path)
