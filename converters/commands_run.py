@@ -32,6 +32,10 @@ def _model_flags(command: Callable[..., Any], which: str = "MODEL") -> Callable[
             "--activations", type=click.Choice(("published", "float")), default="published", show_default=True,
             help="Round the inputs of linear layers as the format's owner does, or run the weights alone.",
         ),
+        click.option(
+            "--compute", type=click.Choice(("exact", "int8")), default="exact", show_default=True,
+            help="int8 rounds the inputs of every product to bytes too: faster on a CPU, and not exact.",
+        ),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
         click.option("--quantize", metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
     ):  # fmt: skip
@@ -50,23 +54,15 @@ def _text_flags(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _load(
-    path: Path, output: Output, device: str | None, dtype: str | None, activations: str, allow_pickle: bool, quantize: str | None = None
-) -> Any:
+def _load(path: Path, output: Output, device: str | None, dtype: str | None, **how: Any) -> Any:
     import torch
 
     from qformats.runtime.loader import load_model
 
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.device(where)
-        if where.startswith("cuda") and not torch.cuda.is_available():
-            raise RuntimeError("there is no CUDA device")
-    except RuntimeError as error:
-        raise UsageError("device", f"{where!r} is no device of this machine: {error}", hint="use --device cpu") from None
     wanted = None if dtype is None else getattr(torch, dtype)
     with output.working(f"loading {path.name}"):
-        return load_model(path, device=where, dtype=wanted, activations=activations, allow_pickle=allow_pickle, quantize=quantize)
+        return load_model(path, device=where, dtype=wanted, **how)
 
 
 @click.command(short_help="Generate text.", epilog='Example: qconvert run model.gguf -p "The capital of France is"')

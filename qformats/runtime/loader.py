@@ -7,10 +7,11 @@ stores as floats becomes parameters of ``dtype``.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint, fetched, open_checkpoint
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.runtime import skeleton
+from qformats.runtime.devices import check_memory, checked, dispatched
 from qformats.runtime.model import packed_class
 from qformats.runtime.quantizing import quantized
 from qformats.runtime.record import Origin, Record
@@ -39,6 +41,8 @@ def load_model(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | Path | None = None,
     compute: str = "exact",
     activations: str = "published",
     allow_pickle: bool = False,
@@ -51,6 +55,8 @@ def load_model(
     """The model at ``path`` (a directory, a .safetensors or a .gguf file) as transformers' own class, ready to generate.
 
     ``dtype``: of the activations and of what is stored as floats; None takes the checkpoint's own, float32 where it names none.
+    ``device_map``: instead of one device ``"auto"`` or devices by module names, as of transformers; ``offload_folder`` takes what goes to
+    ``"disk"``.
     ``compute``: ``"exact"``: weights exactly, products in float32; ``"int8"``: inputs rounded to bytes too, faster and never a default.
     ``activations``: ``"published"`` rounds the inputs of linear layers where the checkpoint's format does, as its owner does; ``"float"``
     runs the weights alone. Scales of a key-value cache are kept for saving; the cache itself holds floats.
@@ -66,6 +72,9 @@ def load_model(
         raise UsageError("compute", f"compute is {compute!r}", hint=f"one of {', '.join(COMPUTE)}")
     if activations not in ACTIVATIONS:
         raise UsageError("activations", f"activations is {activations!r}", hint=f"one of {', '.join(ACTIVATIONS)}")
+    if device is not None and device_map is not None:
+        raise UsageError("device-map", "device and device_map are both given", hint="device_map says where every module goes")
+    where = checked(device)
     how = {"modules_to_not_convert": modules_to_not_convert, "per_module": per_module, "imatrix": imatrix}
     if quantize is None and (any(value is not None for value in how.values()) or allow_requantize):
         raise UsageError("quantize-missing", "options of quantize= are given, and no target", hint="such as quantize='gguf:q4_k_m'")
@@ -74,12 +83,17 @@ def load_model(
         if quantize is not None:
             skeleton.config_of(checkpoint)  # a model that cannot run is refused before its weights are rounded
             checkpoint = stack.enter_context(quantized(checkpoint, quantize, **how, allow_requantize=allow_requantize))  # type: ignore[arg-type]
-        model = build(checkpoint, dtype, compute, activations)
-    return model if device is None else model.to(device)
+        if device_map is None and quantize is None:
+            check_memory(checkpoint, where)
+        put = None if device_map is None else partial(dispatched, device_map=device_map, offload_folder=offload_folder)
+        model = build(checkpoint, dtype, compute, activations, put)
+    return model if where is None else model.to(where)
 
 
-def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activations: str = "published") -> Any:
-    """The model of an opened checkpoint on the CPU."""
+def build(
+    checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activations: str = "published", put: Callable[[Any], Any] | None = None
+) -> Any:
+    """The model of an opened checkpoint on the CPU, or where ``put`` puts its modules."""
     import torch
 
     from qformats.runtime.inputs import check
@@ -93,6 +107,7 @@ def build(checkpoint: Checkpoint, dtype: torch.dtype | None, compute: str, activ
     with torch.inference_mode(False), torch.no_grad():
         packed, rounded = _fill(model, supply, wanted, compute)
         skeleton.finish(model, checkpoint)
+        model = model if put is None else put(model)
     remember(model, supply, packed, rounded, activations)
     return model
 

@@ -1,0 +1,69 @@
+"""Where a model runs, and the experts of a layer in one launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import ready
+
+import qformats
+from qformats.errors import QFormatError
+from qformats.runtime import devices
+
+pytest.importorskip("transformers")
+torch.set_num_threads(1)
+AWQ, IDS = "awq/gemm-g32", torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(IDS).logits
+    return found
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [({"device": "cuda:99"}, "device"), ({"device": "moon"}, "device"), ({"device": "cpu", "device_map": "auto"}, "device-map"),
+     ({"device_map": "somewhere"}, "device-map"), ({"device_map": {"model.layers": "cpu"}}, "device-map"),
+     ({"device_map": {"": "disk"}}, "device-map")],
+)  # fmt: skip
+def test_places_that_are_none_are_refused(options: dict[str, Any], code: str, tmp_path: Path) -> None:
+    with pytest.raises(QFormatError) as found:
+        qformats.load_model(ready(AWQ, tmp_path), **options)
+    assert found.value.code == code
+
+
+def test_too_little_memory_is_said_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_free_here", lambda: 1000)
+    with pytest.raises(QFormatError, match="free") as found:
+        qformats.load_model(ready(AWQ, tmp_path))
+    assert found.value.code == "memory"
+
+
+@pytest.mark.parametrize("map_", ["auto", {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu",
+                                           "model.layers": "disk", "lm_head": "disk"}])  # fmt: skip
+def test_a_map_gives_the_same_model(map_: Any, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    source = ready(AWQ, tmp_path)
+    model = qformats.load_model(source, device_map=map_, offload_folder=tmp_path / "offloaded")
+    assert torch.equal(logits(model), logits(qformats.load_model(source)))
+    model.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("case", ["awq/gemm-moe-qwen3", "gptq/moe-qwen3"])
+def test_experts_in_one_launch_are_those_one_by_one(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    model = qformats.load_model(ready(case, tmp_path), dtype=torch.float32)
+    layers = [module for module in model.modules() if type(module).__name__ == "QuantExperts"]
+    assert layers
+    for layer in layers[:1]:
+        hidden = torch.randn(5, layer.down_proj.outputs, generator=torch.Generator().manual_seed(1))
+        index = torch.tensor([[0, 1], [1, layer.num_experts], [0, 3], [3, 2], [1, 0]]) % (layer.num_experts + 1)
+        weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            found, wanted = layer.grouped(hidden, index, weights), layer._one_by_one(hidden, index, weights)
+        assert found is not None and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
