@@ -61,6 +61,14 @@ def kinds(table: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(lines)
 
 
+def running(table: Mapping[str, Mapping[str, str]]) -> str:
+    """What loaded models can do, by format."""
+    columns = list(next(iter(table.values())))
+    lines = ["| " + " | ".join(["format", *columns]) + " |", "|" + "---|" * (len(columns) + 1)]
+    lines += ["| " + " | ".join([f"`{form}`", *(_cell(row[column]) for column in columns)]) + " |" for form, row in table.items()]
+    return "\n".join(lines)
+
+
 def summary(table: Mapping[str, Mapping[str, str]]) -> str:
     """The rows of ``kinds`` for one type of each format: its default, Q4_0 and F16 of GGUF."""
     chosen = {}

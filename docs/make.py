@@ -150,6 +150,8 @@ def pages() -> dict[Path, str]:
     for name, section in matrix.SECTIONS.items():
         text = matrix.replace_between(text, name, section())
     table = json.loads((ROOT / "docs" / "kinds.json").read_text(encoding="utf-8"))
+    running = json.loads((ROOT / "docs" / "running.json").read_text(encoding="utf-8"))
+    text = matrix.replace_between(text, "running", matrix.running(running))
     return {
         readme: matrix.replace_between(text, "kinds", matrix.summary(table)),
         ROOT / "docs" / "conversions.md": _CONVERSIONS + matrix.kinds(table) + "\n",

@@ -1,4 +1,4 @@
-"""The operators ``qformats::matmul``, ``qformats::matmul_back`` and ``qformats::embed`` over lowered planes, and which kernel runs.
+"""The operators ``qformats::matmul``, ``grouped``, their gradients and ``embed`` over lowered planes, and which kernel runs.
 
 An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
 way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32; ``"int8"`` rounds the inputs to bytes
@@ -9,6 +9,7 @@ the operator's overhead, for code that is neither compiled nor differentiated. T
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from qformats.kernels import cpu, gpu, reference
 from qformats.kernels.layout import Layout
 from qformats.kernels.lower import Lowered
 
-__all__ = ["COMPUTE", "embed", "matmul", "multiply"]
+__all__ = ["COMPUTE", "embed", "grouped", "matmul", "multiply", "multiply_grouped"]
 
 COMPUTE = ("exact", "int8")
 _KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": gpu}  # by device; None of a kernel: the definition runs
@@ -46,11 +47,16 @@ def _(x: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int, c
     return x.new_empty((*x.shape[:-1], stop - start))
 
 
-@torch.library.custom_op("qformats::matmul_back", mutates_args=())
-def matmul_back(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
-    lowered, kernels = _lowered(planes, layout), _KERNELS.get(grad.device.type)
+def back(grad: Tensor, lowered: Lowered, start: int, stop: int) -> Tensor:
+    """The gradient of the input of ``multiply`` from that of its result."""
+    kernels = _KERNELS.get(grad.device.type)
     made = None if kernels is None else kernels.matmul_back(grad, lowered, start, stop)
     return reference.matmul_back(grad, lowered, start, stop) if made is None else made
+
+
+@torch.library.custom_op("qformats::matmul_back", mutates_args=())
+def matmul_back(grad: Tensor, planes: Sequence[Tensor], layout: str, start: int, stop: int) -> Tensor:
+    return back(grad, _lowered(planes, layout), start, stop)
 
 
 @matmul_back.register_fake
@@ -69,6 +75,58 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 matmul.register_autograd(_gradient, setup_context=_keep)
+
+
+def multiply_grouped(x: Tensor, lowered: Lowered, offsets: Tensor, outputs: int, compute: str) -> Tensor:
+    """Rows ``offsets[e]:offsets[e + 1]`` of ``x`` (n, K) times the transposed rows of expert e, ``outputs`` of them; (n, outputs).
+
+    ``offsets``: (E + 1,) on the device of ``x``. Rows of no expert come out zero.
+    """
+    if x.is_cuda and compute == "exact" and (made := gpu.experts(x, lowered, offsets, outputs)) is not None:
+        return made
+    out = x.new_zeros((len(x), outputs))
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        if start < stop:
+            out[start:stop] = multiply(x[start:stop], lowered, expert * outputs, (expert + 1) * outputs, compute)
+    return out
+
+
+@torch.library.custom_op("qformats::grouped", mutates_args=())
+def grouped(x: Tensor, planes: Sequence[Tensor], layout: str, offsets: Tensor, outputs: int, compute: str) -> Tensor:
+    return multiply_grouped(x, _lowered(planes, layout), offsets, outputs, compute)
+
+
+@grouped.register_fake
+def _(x: Tensor, planes: Sequence[Tensor], layout: str, offsets: Tensor, outputs: int, compute: str) -> Tensor:
+    return x.new_empty((x.shape[0], outputs))
+
+
+@torch.library.custom_op("qformats::grouped_back", mutates_args=())
+def grouped_back(grad: Tensor, planes: Sequence[Tensor], layout: str, offsets: Tensor) -> Tensor:
+    lowered, outputs = _lowered(planes, layout), grad.shape[-1]
+    out = grad.new_zeros((len(grad), lowered.layout.columns))
+    for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
+        if start < stop:
+            out[start:stop] = back(grad[start:stop], lowered, expert * outputs, (expert + 1) * outputs)
+    return out
+
+
+@grouped_back.register_fake
+def _(grad: Tensor, planes: Sequence[Tensor], layout: str, offsets: Tensor) -> Tensor:
+    return grad.new_empty((grad.shape[0], Layout.parse(layout).columns))
+
+
+def _keep_grouped(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, planes, ctx.layout, offsets, _, _ = inputs
+    ctx.save_for_backward(offsets, *planes)
+
+
+def _grouped_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    offsets, *planes = ctx.saved_tensors
+    return grouped_back(grad.contiguous(), planes, ctx.layout, offsets), [None] * len(planes), None, None, None, None
+
+
+grouped.register_autograd(_grouped_gradient, setup_context=_keep_grouped)
 
 
 @torch.library.custom_op("qformats::embed", mutates_args=())

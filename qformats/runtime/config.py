@@ -86,7 +86,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
         if self.source is not None:
             return copy.deepcopy(self.source)
         given = {key: value for key, value in self.__dict__.items() if key not in ("quant_method", "source", "imatrix")}
-        plain = {key: value for key, value in given.items() if value and (key, value) != ("compute", "exact")}
+        plain = {key: value for key, value in given.items() if value and value not in ("exact", "published")}
         return {"quant_method": METHOD, **copy.deepcopy(plain)}
 
     def to_diff_dict(self) -> dict[str, Any]:

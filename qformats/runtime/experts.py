@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qformats.kernels import gpu
+from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered
+from qformats.runtime.inputs import round_inputs
 from qformats.runtime.packed import Packed, present
 
 __all__ = ["ExpertStack", "QuantExperts"]
@@ -29,14 +30,20 @@ class ExpertStack(Packed):
         """``x`` (n, K) times the transposed matrix of one expert, (n, N)."""
         return self.multiply(x, expert * self.outputs, (expert + 1) * self.outputs)
 
-    def products(self, x: Tensor, offsets: Tensor) -> Tensor | None:
-        """Rows ``offsets[e]:offsets[e + 1]`` of ``x`` (n, K) times the transposed matrix of expert e, for all of them in one launch.
+    def products(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Rows ``offsets[e]:offsets[e + 1]`` of ``x`` (n, K) times the transposed matrix of expert e; where ``groups`` is true."""
+        rule = self.input_rules[0][2] if self.input_rules else ""
+        given = round_inputs(x, rule) if rule else x
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            planes = [self._buffers[name] for name in self._names[0]]
+            made: Tensor = dispatch.grouped(given, planes, self._texts[0], offsets, self.outputs, self.compute)
+            return made.to(x.dtype)
+        return dispatch.multiply_grouped(given, self.segment(0), offsets, self.outputs, self.compute).to(x.dtype)
 
-        None where no kernel does that: several schemes, inputs that are rounded, layouts without a kernel.
-        """
-        if self.input_rules or len(self.layouts) > 1 or self.compute != "exact":
-            return None
-        return gpu.experts(x, self.segment(0), offsets, self.outputs)
+    @property
+    def groups(self) -> bool:
+        """Whether all experts are of one scheme, and their inputs are rounded alike."""
+        return len(self.layouts) == 1 and len({rule for _, _, rule in self.input_rules}) <= 1
 
 
 class QuantExperts(nn.Module):
@@ -80,35 +87,29 @@ class QuantExperts(nn.Module):
         return self._mixed(hidden, top_k_index, top_k_weights)
 
     def _mixed(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        if hidden.is_cuda and not (hidden.requires_grad and torch.is_grad_enabled()):
-            made = self.grouped(hidden, top_k_index, top_k_weights)
-            if made is not None:
-                return made
-        return self._one_by_one(hidden, top_k_index, top_k_weights)
+        stacks = [self.get_submodule(name) for name in (*self._first, "down_proj")]
+        grouped = all(stack.groups for stack in stacks)
+        return (self.grouped if grouped else self._one_by_one)(hidden, top_k_index, top_k_weights)
 
-    def grouped(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor | None:
-        """The same with one launch for each stack, without waiting for the device; None where a stack has no such kernel."""
+    def grouped(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Tokens sorted by expert, one product for each stack; nothing here depends on what the tokens chose."""
         count = top_k_index.shape[-1]
         experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
         offsets = torch.searchsorted(experts, torch.arange(self.num_experts + 1, device=experts.device))
         own = experts.clamp(0, self.num_experts - 1)  # rows of no expert come out zero
         x = hidden[order // count]
         parts = [self.get_submodule(name).products(x, offsets) for name in self._first]  # type: ignore[operator]
-        if any(part is None for part in parts):
-            return None
         first = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
         if self.first_bias is not None:
             first = first + self.first_bias[own].to(first.dtype)
         made = self.down_proj.products(self._gate(first), offsets)
-        if made is None:
-            return None
         if self.down_bias is not None:
             made = made + self.down_bias[own].to(made.dtype)
         real = (experts >= 0) & (experts < self.num_experts)
         made = torch.where(real[:, None], made * top_k_weights.reshape(-1)[order, None], 0)
-        placed = torch.empty_like(made)
-        placed[order] = made  # every place once: the same bits on every run
-        return placed.view(*top_k_index.shape, -1).sum(-2).to(hidden.dtype)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(len(order), device=order.device)
+        return made[back].view(*top_k_index.shape, -1).sum(-2).to(hidden.dtype)
 
     def _one_by_one(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         out = torch.zeros_like(hidden)

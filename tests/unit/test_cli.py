@@ -278,7 +278,7 @@ def test_tensor_type_names_the_type_of_some_tensors(tmp_path: Path) -> None:
 def test_exact_stops_before_writing_and_names_the_offenders(tmp_path: Path) -> None:
     found = run("convert", AWQ, tmp_path / "m.gguf", "--to", "gguf:q4_1", "--exact")
     assert found.exit_code == 7 and "7 tensors cannot be kept exactly" in found.stderr
-    assert re.search(r"codes-exact Q4_1, 7 tensors \(.*\): the offset of \d+ of [\d,]+ blocks rounds", found.stderr)
+    assert re.search(r"codes-exact Q4_1, [1-7] tensors \(.*\): the offset of \d+ of [\d,]+ blocks rounds", found.stderr)
     assert list(tmp_path.iterdir()) == []
 
 

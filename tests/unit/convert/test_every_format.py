@@ -78,7 +78,7 @@ def test_workers_and_row_ranges_change_no_byte(name: str, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("name", OUTPUTS)
-def test_an_interrupt_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_nothing_but_what_resume_takes(name: str, tmp_path: Path) -> None:
     def progress(done: int, total: int) -> None:
         raise KeyboardInterrupt
 
@@ -86,7 +86,10 @@ def test_an_interrupt_leaves_nothing(name: str, tmp_path: Path) -> None:
     source = ready(path, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", to=to, workers=2, allow_requantize=True, progress=progress)
-    assert names_in(tmp_path) == [source.name]
+    assert not (tmp_path / "out").exists() and set(names_in(tmp_path)) <= {source.name, ".out.journal", ".out.partial"}
+    convert(source, tmp_path / "out", to=to, workers=2, allow_requantize=True, resume=True)
+    assert set(names_in(tmp_path)) == {"out", source.name}
+    assert verify(source, tmp_path / "out").ok
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes", "quanto"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from checkpoints import ready
 
 import qformats
 from qformats.errors import QFormatError
+from qformats.kernels import dispatch, gpu
 from qformats.runtime import devices
 
 pytest.importorskip("transformers")
@@ -55,15 +57,26 @@ def test_a_map_gives_the_same_model(map_: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ["awq/gemm-moe-qwen3", "gptq/moe-qwen3"])
-def test_experts_in_one_launch_are_those_one_by_one(case: str, tmp_path: Path) -> None:
-    pytest.importorskip("triton")
+def test_experts_in_one_launch_are_those_one_by_one(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = qformats.load_model(ready(case, tmp_path), dtype=torch.float32)
-    layers = [module for module in model.modules() if type(module).__name__ == "QuantExperts"]
-    assert layers
-    for layer in layers[:1]:
-        hidden = torch.randn(5, layer.down_proj.outputs, generator=torch.Generator().manual_seed(1))
-        index = torch.tensor([[0, 1], [1, layer.num_experts], [0, 3], [3, 2], [1, 0]]) % (layer.num_experts + 1)
-        weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(2))
-        with torch.no_grad():
-            found, wanted = layer.grouped(hidden, index, weights), layer._one_by_one(hidden, index, weights)
-        assert found is not None and torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
+    layer = next(module for module in model.modules() if type(module).__name__ == "QuantExperts")
+    hidden = torch.randn(5, layer.down_proj.outputs, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    index = torch.tensor([[0, 1], [1, layer.num_experts], [0, 3], [3, 2], [1, 0]]) % (layer.num_experts + 1)
+    weights = torch.rand(5, 2, generator=torch.Generator().manual_seed(2))
+    found, wanted = layer.grouped(hidden, index, weights), layer._one_by_one(hidden, index, weights)
+    close = {"rtol": 1e-4, "atol": 1e-5 * float(wanted.abs().max())}
+    assert torch.allclose(found, wanted, **close)
+    (one,), (other,) = torch.autograd.grad(found.square().sum(), hidden), torch.autograd.grad(wanted.square().sum(), hidden)
+    assert torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    with torch.no_grad():
+        assert torch.equal(layer(hidden, index, weights), layer.grouped(hidden, index, weights))
+        if importlib.util.find_spec("triton"):
+            monkeypatch.setattr(dispatch, "multiply_grouped", lambda x, w, offsets, outputs, compute: gpu.experts(x, w, offsets, outputs))
+            assert torch.allclose(layer.grouped(hidden, index, weights), wanted, **close)
+
+
+def test_mixtures_compile_without_a_break(tmp_path: Path) -> None:
+    model = qformats.load_model(ready("awq/gemm-moe-qwen3", tmp_path), dtype=torch.float32)
+    compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.allclose(compiled(input_ids=IDS, use_cache=False).logits, logits(model), atol=1e-4)
