@@ -33,7 +33,7 @@ CASES = (
 
 
 def logits(path: Path) -> torch.Tensor:
-    model = load_model(path, dtype=torch.float32).eval()
+    model = load_model(path, dtype=torch.float32, activations="float").eval()
     with torch.no_grad():
         found: torch.Tensor = model(torch.arange(3, 35)[None]).logits[0].float()
     return found

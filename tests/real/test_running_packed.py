@@ -67,7 +67,7 @@ def floats_logits(folder: Path, ids: list[int]) -> Array:
 def test_as_the_same_numbers_in_floats(source: Path, workshop: Workshop, figure: Any) -> None:
     """Beside the float32 of every exact value; and beside the owner's own floats, which most owners round to 16 bits."""
     ids = tokens(source)
-    mine = logits_of(qformats.load_model(source, dtype=torch.float32, allow_pickle=True), ids)
+    mine = logits_of(qformats.load_model(source, dtype=torch.float32, activations="float", allow_pickle=True), ids)
     plain, _ = workshop.convert(source, "hf:f32", allow_pickle=True)
     words = judge(mine, floats_logits(plain, ids), ids)
     if floats_of(source).exists():

@@ -80,6 +80,7 @@ def test_an_embedding_is_codes_only_where_it_loads(codes: str, to: str, tmp_path
     reason = next(line.reason for line in report.tensors if line.name == "model.embed_tokens.weight")
     assert ("take no embedding" in reason) == ((to, codes) != ("torchao", "int4"))
     if to in ("compressed-tensors", "torchao", "bitsandbytes"):  # the others have loaders of their own, for linear layers
+        pytest.importorskip(to.replace("-", "_"))
         weight = loaded(tmp_path / "out").get_input_embeddings().weight
         found = weight.dequantize() if hasattr(weight, "qdata") else weight
         assert float((found.float() - values).norm() / values.norm()) < 2.0**-7
