@@ -140,7 +140,7 @@ def translate(codes: Any, table: Any, out: Any) -> None:
 
 
 @compiled
-def _greatest_divisor(a: Any, b: Any) -> Any:
+def greatest_divisor(a: Any, b: Any) -> Any:
     while b:
         a, b = b, i64(a % b)
     return a
@@ -175,7 +175,7 @@ def common_step(values: Any, step: Any) -> None:
         for i in range(count):
             if common == 1:
                 break
-            common = _greatest_divisor(i64(_scaled(abs(values[r, i]), -unit)), common)
+            common = greatest_divisor(i64(_scaled(abs(values[r, i]), -unit)), common)
         step[r] = _scaled(f64(common), unit) if common else f64(1)
 
 
@@ -188,7 +188,7 @@ def common_divisor(numbers: Any, divisor: Any) -> None:
         for i in range(count):
             if common == 1:
                 break
-            common = _greatest_divisor(abs(numbers[r, i]), common)
+            common = greatest_divisor(abs(numbers[r, i]), common)
         divisor[r] = common
 
 

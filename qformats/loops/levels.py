@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from qformats.loops.blocks import greatest_divisor
 from qformats.loops.compiled import compiled
 
 __all__ = ["folded_range", "stepped"]
@@ -52,13 +53,6 @@ def _integers(values: Array, whole: Array) -> Any:
 
 
 @compiled
-def _greatest_divisor(a: Any, b: Any) -> Any:
-    while b:
-        a, b = b, i64(a % b)
-    return a
-
-
-@compiled
 def _long_row(row: Array, whole: Array, turned: bool, number: Array) -> Any:
     """The step of any numbers, NaN where there is none."""
     unit, bits = _integers(row, whole)
@@ -68,7 +62,7 @@ def _long_row(row: Array, whole: Array, turned: bool, number: Array) -> Any:
     for i in range(len(row)):
         if common == 1:
             break
-        common = _greatest_divisor(whole[i], common)
+        common = greatest_divisor(whole[i], common)
     for i in range(len(row)):
         q = whole[i] // common
         most = max(most, q)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qformats.kernels import dispatch
 from qformats.kernels.lower import Lowered
-from qformats.runtime.inputs import round_inputs
+from qformats.runtime.inputs import by_rows, round_inputs
 from qformats.runtime.packed import Packed, present
 
 __all__ = ["ExpertStack", "QuantExperts"]
@@ -42,8 +42,9 @@ class ExpertStack(Packed):
 
     @property
     def groups(self) -> bool:
-        """Whether all experts are of one scheme, and their inputs are rounded alike."""
-        return len(self.layouts) == 1 and len({rule for _, _, rule in self.input_rules}) <= 1
+        """Whether all experts are of one scheme, and their inputs are rounded alike and row by row."""
+        rules = {rule for _, _, rule in self.input_rules}
+        return len(self.layouts) == 1 and len(rules) <= 1 and all(by_rows(rule) for rule in rules)
 
 
 class QuantExperts(nn.Module):
@@ -79,17 +80,13 @@ class QuantExperts(nn.Module):
     def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """``hidden`` (n, K), ``top_k_index`` and ``top_k_weights`` (n, k); the weighted sum of the experts' outputs, (n, K)."""
         stacks = [self.get_submodule(name) for name in (*self._first, "down_proj")]
+        mixed = self.grouped if all(stack.groups for stack in stacks) else self._one_by_one
         if any("_hf_hook" in stack.__dict__ for stack in stacks):  # their planes may be elsewhere, and no forward of theirs is called
             with ExitStack() as here:
                 for stack in stacks:
                     here.enter_context(present(stack))
-                return self._mixed(hidden, top_k_index, top_k_weights)
-        return self._mixed(hidden, top_k_index, top_k_weights)
-
-    def _mixed(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        stacks = [self.get_submodule(name) for name in (*self._first, "down_proj")]
-        grouped = all(stack.groups for stack in stacks)
-        return (self.grouped if grouped else self._one_by_one)(hidden, top_k_index, top_k_weights)
+                return mixed(hidden, top_k_index, top_k_weights)
+        return mixed(hidden, top_k_index, top_k_weights)
 
     def grouped(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Tokens sorted by expert, one product for each stack; nothing here depends on what the tokens chose."""

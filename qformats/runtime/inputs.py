@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qformats.checkpoint import Checkpoint
     from qformats.runtime.anew import Stretch
 
-__all__ = ["ACTIVATIONS", "check", "round_inputs", "rounded", "rules"]
+__all__ = ["ACTIVATIONS", "by_rows", "check", "round_inputs", "rounded", "rules"]
 
 ACTIVATIONS = ("published", "float")
 _FP8 = {"e4m3fn": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -65,6 +65,12 @@ def rules(checkpoint: Checkpoint, parts: Sequence[Stretch], what: str = "inputs"
 @lru_cache(maxsize=4096)
 def _parse(text: str) -> Inputs:
     return Inputs(**json.loads(text))
+
+
+def by_rows(text: str) -> bool:
+    """Whether the rule rounds a row alike whatever rows are beside it; ``""`` is no rule."""
+    rule = _parse(text) if text else None
+    return rule is None or not (rule.outliers or rule.factored or (rule.per == "tensor" and rule.scale is None))
 
 
 def round_inputs(x: Tensor, text: str) -> Tensor:

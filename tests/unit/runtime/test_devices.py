@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def test_experts_in_one_launch_are_those_one_by_one(case: str, tmp_path: Path, m
         if importlib.util.find_spec("triton"):
             monkeypatch.setattr(dispatch, "multiply_grouped", lambda x, w, offsets, outputs, compute: gpu.experts(x, w, offsets, outputs))
             assert torch.allclose(layer.grouped(hidden, index, weights), wanted, **close)
+
+
+@pytest.mark.parametrize("rule", [{"grid": "int8", "per": "tensor"}, {"grid": "int8", "outliers": 0.5}, {"grid": "int8"}])
+def test_inputs_of_an_expert_are_rounded_without_those_of_others(rule: dict[str, Any], tmp_path: Path) -> None:
+    model = qformats.load_model(ready("awq/gemm-moe-qwen3", tmp_path), dtype=torch.float32)
+    layer = next(module for module in model.modules() if type(module).__name__ == "QuantExperts")
+    for stack in layer.children():
+        stack.input_rules = ((0, stack.weight_shape[0], json.dumps(rule)),)
+    hidden = torch.randn(5, layer.down_proj.outputs, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 6).view(5, 1)
+    chosen = torch.tensor([[0, 1], [1, 2], [0, 3], [3, 2], [1, 0]]), torch.full((5, 2), 0.5)
+    with torch.no_grad():
+        found, wanted = layer(hidden, *chosen), layer._one_by_one(hidden, *chosen)
+    assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max()))
 
 
 def test_mixtures_compile_without_a_break(tmp_path: Path) -> None:
