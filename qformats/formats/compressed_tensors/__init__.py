@@ -47,8 +47,8 @@ INPUT_SCALE_SHAPE = (1,)
 GROUPS = (64, 32)
 
 __all__ = [
-    "GROUPS",
     "EXTRAS",
+    "GROUPS",
     "INPUT_SCALES",
     "INPUT_SCALE_SHAPE",
     "NAME",
