@@ -20,7 +20,7 @@ from qformats import rewrite
 from qformats.reencode.affine import F16_BOUND, Affine, Folded, Ranges, affine_form, merge_range, spread, straighten
 from qformats.reencode.decision import KINDS, Fit, Hint
 from qformats.reencode.floats import spelled
-from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, must_fold, sub_levels, super_scale
+from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, must_fold, sub_levels, super_scale, underflows
 from qformats.reencode.offsets import narrow_offset, offset_blocks
 from qformats.reencode.shaped import is_shaped, row_storage, shaped_scale
 from qformats.reencode.values import same_codes
@@ -67,20 +67,30 @@ def fit(
         if kept is not None:
             return kept
     known: Folded = []
-    if must_fold(t, storage):
-        try:
-            return _fold(t, storage, ranges, hint, rounding, known)
-        except Refused:
-            pass  # the reason is that of both ways
+    folded = _folded_first(t, storage, ranges, hint, rounding, known)
+    if folded is not None and (folded.kind == "exact" or not underflows(folded.scale)):
+        return folded
     try:
         return _into(*affine_form(t, storage, ranges, rounding, known=known), storage, hint, rounding)
     except Refused as refusal:
+        if folded is not None:
+            return folded
         if not may_fold(t, storage):
             raise
         try:
             return _fold(t, storage, ranges, hint, rounding, known)
         except Refused as second:
             raise Refused(f"{refusal}; sub-scales in codes: {second}") from None
+
+
+def _folded_first(
+    t: QuantizedTensor, storage: Storage, ranges: Ranges, hint: Hint | None, rounding: bool, known: Folded
+) -> Fit | None:
+    """``_fold`` where sub-scales differ so that no one scale is exact; None for other tensors and where it is refused."""
+    try:
+        return _fold(t, storage, ranges, hint, rounding, known) if must_fold(t, storage) else None
+    except Refused:
+        return None  # the reason will be that of both ways
 
 
 def _fold(t: QuantizedTensor, storage: Storage, ranges: Ranges, hint: Hint | None, rounding: bool, known: Folded) -> Fit:
