@@ -1,8 +1,9 @@
 """A file of the hub as a ``ByteSource``: what is asked for is fetched by range requests, and little more.
 
-Headers are read in small pieces that double while the reading goes on (8 KiB to 1 MiB). What follows is read in whole chunks of 1 MiB,
-neighbours in one request, kept in a bounded spool on disk so that what a plan has read is there for the conversion; the XXH3-128 of
-every chunk that passed is remembered, so that the digest of a source needs no second reading. A file is pinned to a commit.
+Headers are read in small pieces that double while the reading goes on (8 KiB to 128 KiB, or as much as is asked for). What follows is
+read in whole chunks of 1 MiB, neighbours in one request, kept in a bounded spool on disk so that what a plan has read is there for the
+conversion; the XXH3-128 of every chunk that passed is remembered, so that the digest of a source needs no second reading. A file is
+pinned to a commit.
 
 The hub lists one SHA-256 of a whole file (git's SHA-1 of a small one), which can only be taken front to back: chunks are hashed as soon
 as all before them have been, out of the spool where they came too early. ``check`` hashes what is left, fetching what was never read or
@@ -33,7 +34,8 @@ __all__ = ["CHUNK_NBYTES", "HubSource", "Spool"]
 
 CHUNK_NBYTES = 1 << 20
 SPOOL_NBYTES = 2 << 30
-_FIRST_NBYTES, _SMALL_NBYTES = 8 << 10, 4 << 20  # the first piece of a header; how much of a file is read in small pieces
+_FIRST_NBYTES, _MOST_NBYTES = 8 << 10, 128 << 10  # how far a header is read ahead
+_SMALL_NBYTES = 8 << 20  # how much of a file is read in small pieces: the vocabulary of a GGUF
 _RUN_CHUNKS = 16  # at most so many in one request
 _TRIES = 5  # without a single byte coming
 _MOVED = (401, 403, 404, 410)  # what a signed address answers when its time is over
@@ -157,7 +159,7 @@ class HubSource:
         state = self._state
         if state.whole is None:
             with self._lock:
-                small = not state.bulk and state.small_nbytes + len(view) <= _SMALL_NBYTES
+                small = not state.bulk and len(view) < CHUNK_NBYTES and state.small_nbytes + len(view) <= _SMALL_NBYTES
                 state.bulk = not small
                 if small:
                     self._read_small(offset, view)
@@ -230,7 +232,7 @@ class HubSource:
             return
         at = offset + len(got)
         goes_on = any(s + len(d) == at for s, d in state.small)
-        state.ahead = min(CHUNK_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
+        state.ahead = min(_MOST_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
         stop = min(self.size, max(end, at + state.ahead))
         piece = b"".join(self._fetch(at, stop))
         if state.whole is None:
