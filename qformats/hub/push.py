@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.checkpoint import Checkpoint, is_remote_path, open_checkpoint
 from qformats.containers.gguf import SHARD_NAME
 from qformats.errors import BadFile, OutputError, QFormatError, RemoteError, UsageError
 from qformats.hub import client
@@ -68,6 +68,8 @@ def push_to_hub(
     Raises ``RemoteError``, and ``UsageError('hub-file-size')`` for a file that the hub would not serve. A failed push changes no file.
     """
     address = parse_repo(repo)
+    if is_remote_path(path):
+        raise UsageError("push-source", "is a repository already", path=path, hint="pull it first: qconvert pull")
     target = Address(address.repo, revision or address.revision)
     with open_checkpoint(path) as checkpoint:
         files = _files(Path(path), target.repo, checkpoint)
