@@ -253,10 +253,21 @@ def test_a_killed_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> N
 # ---------------------------------------------------------------- models
 
 
-def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path) -> None:
+def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path, tmp_path: Path) -> None:
     model = qformats.load_model(AWQ)
     model.push_to_hub("org/new", commit_message="packed", private=True)
     files = hub.files("org/new")
     assert files["model.safetensors"] == (AWQ / "model.safetensors").read_bytes() and hub.repos["org/new"].messages[head(hub)] == "packed"
-    qformats.load_model(gguf).push_to_hub("org/Tiny-GGUF")
-    assert hub.files("org/Tiny-GGUF")["Tiny-Q8_0.gguf"] == gguf.read_bytes()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, commit_message="saved")
+    saved = hub.repos["org/saved"]
+    assert hub.files("org/saved")["model.safetensors"] == files["model.safetensors"] and saved.messages[saved.branches["main"]] == "saved"
+    model.save_pretrained(tmp_path / "there", push_to_hub=True, repo_id="org/named", private=True, revision="v2")
+    assert "model.safetensors" in hub.files("org/named", "v2") and hub.repos["org/named"].private
+    with pytest.raises(UsageError, match="token-option"):
+        model.save_pretrained(tmp_path / "there", push_to_hub=True, token="hf_" + "x" * 30)
+    model.save_pretrained(tmp_path / "none", is_main_process=False, push_to_hub=True)
+    assert not (tmp_path / "none").exists() and "org/none" not in hub.repos
+    packed = qformats.load_model(gguf)
+    packed.push_to_hub("org/Tiny-GGUF")
+    packed.save_pretrained(tmp_path / "Small.gguf", push_to_hub=True)
+    assert hub.files("org/Tiny-GGUF")["Tiny-Q8_0.gguf"] == hub.files("org/Small")["Small-Q8_0.gguf"] == gguf.read_bytes()
