@@ -14,6 +14,7 @@ from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
 from converters.options import PlanOptions, recorded_words
+from converters.output import count
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
 from converters.provenance import is_intact, tool_version
@@ -62,7 +63,8 @@ class VerifyResult:
         if not self.ok:
             first = self.mismatches[0]
             where = ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)
-            raise Mismatch("verify", f"{len(self.mismatches)} differences, the first: {where}", path=path, hint="convert again")
+            text = f"{count(len(self.mismatches), 'difference')}, the first: {where}"
+            raise Mismatch("verify", text, path=path, hint="convert again")
 
 
 def verify(

@@ -133,6 +133,8 @@ def fetched(address: Address) -> Path:
     """
     if client.is_offline():
         folder = cached(address, () if address.file is None else (address.file,))
+        if address.file is None:
+            _check_cached(address, folder)
         return folder if address.file is None else folder / address.file
     found = client.snapshot(address)
     names = needed(found, address)
@@ -142,6 +144,16 @@ def fetched(address: Address) -> Path:
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     single = address.file or gguf
     return folder if single is None else folder / single
+
+
+def _check_cached(address: Address, folder: Path) -> None:
+    """``RemoteError('hub-offline')`` unless the weights of a repository are in the cache, all shards of them."""
+    here = {path.name for path in folder.iterdir()}
+    shards = [name for index in here if index.endswith(INDEX_SUFFIX) for name in read_index(folder / index).values()]
+    missing = sorted(set(shards) - here)
+    if (shards and missing and SINGLE_NAME not in here) or not any(name.endswith((".safetensors", ".gguf", *_PICKLED)) for name in here):
+        text = f"{missing[0] if missing else 'the file of its weights'} is not in the cache and cannot be fetched"
+        raise RemoteError("hub-offline", text, path=address, hint="pull it once while online: qconvert pull")
 
 
 def fetched_file(address: Address) -> Path:

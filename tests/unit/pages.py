@@ -1,9 +1,9 @@
 """Runs the code blocks of a documentation page from top to bottom, and holds what they print against the blocks that show it.
 
-``sh``: lines of ``qconvert`` (run in this process), ``export NAME=VALUE``, ``unset NAME`` and ``ls``, with
-``> FILE`` at their end or without; ``# exit 3`` there is the exit code a line must have, 0 without. ``python``: all blocks of a page share their names; one that begins with ``# in PATH`` is a file
-that the page adds, and is handed to ``place``. ``text``: what the block before it prints; ``…`` stands for any text, alone on a line for
-any lines, and seconds are not compared. Blocks of other languages fail.
+``sh``: lines of ``qconvert`` (run in this process; ``> FILE`` takes what it prints), ``export NAME=VALUE``, ``unset NAME`` and ``ls``;
+``# exit 3`` at the end of a line is the exit code it must have, 0 without. ``python``: all blocks of a page share their names; one that
+begins with ``# in PATH`` is a file that the page adds, and is handed to ``place``. ``text``: what the block before it prints; ``…`` stands
+for any text, alone on a line for any lines, and seconds are not compared. Blocks of other languages fail.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Page:
         return self.path.read_text(encoding="utf-8")
 
     def blocks(self) -> list[tuple[int, str, str]]:
-        """(line, language, text) of every block."""
+        """(line, language, text) of every block; there are no fences but those of whole blocks."""
+        assert 2 * len(_BLOCK.findall(self.text)) == self.text.count("```"), self.path.name
         return [(self.text[: found.start()].count("\n") + 2, found[1], found[2]) for found in _BLOCK.finditer(self.text)]
 
     def run(self) -> int:
