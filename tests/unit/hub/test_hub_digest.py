@@ -116,7 +116,7 @@ def test_nothing_else_is_written_out_of_wrong_bytes(hub: Hub, tmp_path: Path) ->
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_file_checked_before_a_break_is_not_fetched_again(hub: Hub, tmp_path: Path) -> None:
+def test_a_file_checked_before_a_break_is_not_checked_again(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.add("org/model", folder_files(LLAMA))
     whole = convert(LLAMA, tmp_path / "whole.gguf", to="gguf:q8_0")
     calls = [0]
@@ -126,15 +126,19 @@ def test_a_file_checked_before_a_break_is_not_fetched_again(hub: Hub, tmp_path: 
         if calls[0] == 4:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt) as caught:
+        patched.setattr(HubSource, "checked", True)
         convert("hf://org/model", tmp_path / "a.gguf", to="gguf:q8_0", workers=1, progress=stop)
     assert caught.value.__notes__ == [
         "run the same command with --resume: what is finished stays in .a.gguf.partial, which may be deleted with .a.gguf.journal"
     ]
     lines = journal_path(tmp_path / "a.gguf").read_text().splitlines()
-    assert [json.loads(line) for line in lines if "checked" in line] in ([], [{"checked": 0}])
+    assert [json.loads(line) for line in lines if "checked" in line] == [{"checked": 0}]
+    seen, check = [], HubSource.check
+    monkeypatch.setattr(HubSource, "check", lambda self: (seen.append(self.checked), check(self)))
     again = convert("hf://org/model", tmp_path / "a.gguf", to="gguf:q8_0", resume=True)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes() and again.kinds == whole.kinds
+    assert seen == [True]
 
 
 def test_a_checked_source_of_an_earlier_run_is_taken_as_such(hub: Hub) -> None:
