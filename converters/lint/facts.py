@@ -2,7 +2,7 @@
 
 The facts, all optional for a rule (an absent one is null):
 
-- ``container`` (``safetensors``, ``gguf``, ``torch``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method`` in lower case,
+- ``container`` (``safetensors``, ``gguf``, ``torch``, ``broken gguf``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method`` in lower case,
   ``""`` if config.json states none), ``stated`` (config.json has a quantization config), ``quantization`` (that config, or the one beside
   it), ``config`` (config.json), ``architecture``, ``model_type``, ``remote_code`` (``auto_map``); ``problem`` (``code``, ``message``): why
   the files cannot be opened.
@@ -21,14 +21,12 @@ The facts, all optional for a rule (an absent one is null):
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from converters.inspect import scheme_label
 from converters.lint.reading import Found
 from qformats import registry
 from qformats.checkpoint import Checkpoint
-from qformats.containers.gguf import SHARD_NAME
 from qformats.containers.safetensors import tensor_nbytes
 from qformats.errors import QFormatError
 from qformats.scheme import Integer, Scheme
@@ -46,11 +44,15 @@ def facts_of(found: Found) -> dict[str, Any]:
     facts: dict[str, Any] = {"path": found.path, "container": "none", "modules": [], "bits": [], "groups": [], "types": []}
     if found.problem is not None:
         facts["problem"] = {"code": found.problem.code, "message": found.problem.message}
+        if checkpoint is None and (found.path.endswith(".gguf") or found.problem.code.startswith("gguf")):
+            return {**facts, "container": "broken gguf", "format": "gguf"}
     if checkpoint is not None and checkpoint.gguf is not None:
         return {**facts, "container": "gguf", "format": "gguf", "gguf": _gguf(checkpoint)}
     config = dict(checkpoint.config) if checkpoint is not None else found.json("config.json")
     facts.update(_said(config, checkpoint), tokenizer=_tokenizer(found), generation="generation_config.json" in found.names)
     facts["files"] = _files(found)
+    if checkpoint is None:
+        facts["format"] = next((row.name for row in registry.ROWS if facts["method"] and facts["method"] in row.methods), None)
     if checkpoint is not None:
         modules = list(_modules(checkpoint))
         known = [m for m in modules if "problem" not in m]
@@ -107,7 +109,8 @@ def _modules(checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
             try:
                 yield _module(checkpoint, name)
             except QFormatError as error:
-                yield {"name": name, "problem": {"code": error.code, "message": error.message}}
+                leaves = sorted(checkpoint.modules[name].parts)
+                yield {"name": name, "leaves": leaves, "problem": {"code": error.code, "message": error.message}}
 
 
 def _module(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
@@ -208,5 +211,4 @@ def _gguf(checkpoint: Checkpoint) -> dict[str, Any]:
         "embedding": "token_embd.weight" in file.tensors,
         "big_endian": file.big_endian,
         "shards": file.shards,
-        "split_name": all(SHARD_NAME.fullmatch(Path(source.name).name) for source in checkpoint.sources()),
     }

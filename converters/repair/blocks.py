@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from math import prod
 from typing import Any
 
 from converters.files import FILE_TYPES
@@ -21,6 +22,7 @@ from qformats.formats.ggml.mixes import FILE_TYPES as MIXES
 __all__ = ["gguf_repairs"]
 
 _VERSION = 2
+_ENDS = ("token_embd.weight", "output.weight")  # often of another type than the rest
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -40,9 +42,9 @@ def _values(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def _types(checkpoint: Checkpoint) -> list[tuple[Repair, Assignment]]:
     values, weights = _values(checkpoint), Counter[str]()
-    for raw in checkpoint.raw.values():
-        if len(raw.shape) > 1:
-            weights[raw.dtype] += raw.nbytes
+    for name, raw in checkpoint.raw.items():
+        if len(raw.shape) > 1 and name not in _ENDS:
+            weights[raw.dtype] += prod(raw.shape)
     if not weights:
         return []
     main, said = weights.most_common(1)[0][0], values.get("general.file_type")
