@@ -2,8 +2,8 @@
 
 The facts, all optional for a rule (an absent one is null):
 
-- ``container`` (``safetensors``, ``gguf``, ``torch``, ``broken gguf``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method`` in lower case,
-  ``""`` if config.json states none), ``stated`` (config.json has a quantization config), ``quantization`` (that config, or the one beside
+- ``container`` (``safetensors``, ``gguf``, ``torch``, ``broken gguf``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method`` in
+  lower case, ``""`` if config.json states none), ``stated`` (config.json has a quantization config), ``quantization`` (that config, or the one beside
   it), ``config`` (config.json), ``architecture``, ``model_type``, ``remote_code`` (``auto_map``); ``problem`` (``code``, ``message``): why
   the files cannot be opened.
 - ``modules``: of each module in codes ``name bits group symmetric act_order inputs outputs leaves type``; from parameters where there are

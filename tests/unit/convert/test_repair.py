@@ -213,7 +213,7 @@ def test_small_files_come_from_another_checkpoint(tmp_path: Path) -> None:
     lost = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
     for name in lost:
         (path / name).unlink()
-    edit_json(path / "config.json", lambda c: [c.pop("architectures"), c.pop("model_type")] and None)
+    edit_json(path / "config.json", lambda c: [c.pop(key) for key in ("architectures", "model_type")] and None)
     assert not loads(path, "vllm")
     repair_path(path, tmp_path / "out", like=like)
     assert all((tmp_path / "out" / name).read_bytes() == (like / name).read_bytes() for name in lost)
@@ -350,7 +350,11 @@ def test_a_whole_gguf_stays(gguf: Path, tmp_path: Path) -> None:
 
 def test_the_model_must_be_the_same(gguf: Path, tmp_path: Path) -> None:
     like = ready(GPTQ, tmp_path)
-    edit_json(like / "tokenizer.json", lambda t: t["model"]["vocab"].update({next(iter(t["model"]["vocab"])) + "x": len(t["model"]["vocab"]) + 40}))
+    def grown(tokenizer: dict[str, Any]) -> None:
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[next(iter(vocabulary)) + "x"] = len(vocabulary) + 40
+
+    edit_json(like / "tokenizer.json", grown)
     with pytest.raises(QFormatError):
         repair_path(damaged(gguf, tmp_path, removed=("tokenizer.chat_template",)), tmp_path / "out.gguf", like=like)
     assert not (tmp_path / "out.gguf").exists()
