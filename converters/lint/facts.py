@@ -2,10 +2,10 @@
 
 The facts, all optional for a rule (an absent one is null):
 
-- ``container`` (``safetensors``, ``gguf``, ``torch``, ``broken gguf``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method`` in
-  lower case, ``""`` if config.json states none), ``stated`` (config.json has a quantization config), ``quantization`` (that config, or the one beside
-  it), ``config`` (config.json), ``architecture``, ``model_type``, ``remote_code`` (``auto_map``); ``problem`` (``code``, ``message``): why
-  the files cannot be opened.
+- ``container`` (``safetensors``, ``gguf``, ``torch``, ``broken gguf``, ``none``), ``format``, ``dialect``, ``method`` (``quant_method``
+  in lower case, ``""`` if config.json states none), ``stated`` (config.json has a quantization config), ``quantization`` (that config, or
+  the one beside it), ``config`` (config.json), ``architecture``, ``model_type``, ``remote_code`` (``auto_map``); ``problem`` (``code``,
+  ``message``): why the files cannot be opened.
 - ``modules``: of each module in codes ``name bits group symmetric act_order inputs outputs leaves type``; from parameters where there are
   zero points in words: ``zeros`` (how they are stored), ``zero`` (the one true value, if there is one), ``index`` (``absent``,
   ``trivial``, ``act-order`` …), ``label``; or ``problem``. ``bits``, ``groups``, ``types``: their distinct values. ``asymmetric``,
