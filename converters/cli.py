@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 
 import click
 
-from converters import commands_convert, commands_gguf, commands_hub, commands_imatrix, commands_lora, commands_run, commands_show
+from converters import (
+    commands_convert,
+    commands_gguf,
+    commands_hub,
+    commands_imatrix,
+    commands_lint,
+    commands_lora,
+    commands_run,
+    commands_show,
+)
 from converters.output import Output
 from qformats import registry
 from qformats.errors import QFormatError, UsageError
@@ -39,6 +48,8 @@ COMMANDS: dict[str, click.Command] = {
     "split": commands_gguf.split,
     "merge": commands_gguf.merge,
     "edit": commands_gguf.edit,
+    "lint": commands_lint.lint,
+    "repair": commands_lint.repair,
     "formats": commands_show.formats,
     "lora-to-gguf": commands_lora.lora_to_gguf,
     "gguf-to-lora": commands_lora.gguf_to_lora,

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_config", "fetched_file",
-    "is_remote_path", "open_checkpoint", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
+    "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
 ]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
@@ -412,6 +412,11 @@ def open_sources(path: Path, sources: Mapping[str, ByteSource]) -> Checkpoint:
         return _with_config(path, lambda name: _read_json(path.parent / name), single.tensors, single.metadata, (path.name,))
     found = open_directory(path, sources)
     return _with_config(path, lambda name: _read_json(path / name), found.tensors, found.metadata, tuple(found.files))
+
+
+def open_found(path: Path, raw: Mapping[str, RawTensor], metadata: Mapping[str, str], files: tuple[str, ...]) -> Checkpoint:
+    """The tensors ``raw`` of the safetensors ``files`` of a directory as its checkpoint, whatever its index says."""
+    return _with_config(path, lambda name: _read_json(path / name), raw, metadata, files)
 
 
 def pickle_refusal(where: object) -> Unsafe:

@@ -23,6 +23,7 @@ from qformats.hub.source import CHUNK_NBYTES, HubSource, Spool
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 AWQ = FIXTURES / "awq" / "gemm-g32"
+GPTQ = FIXTURES / "gptq" / "4b-g32-sym"
 
 
 @pytest.fixture
@@ -329,3 +330,28 @@ def test_a_file_cut_short_for_good_is_an_error_like_that_of_a_local_one(hub: Hub
         qformats.open("hf://org/cut")
     assert here.value.code == there.value.code
     assert FileSource(tmp_path / "model.safetensors").size == len(data)
+
+
+# ---------------------------------------------------------------- lint and repair
+
+
+def test_lint_of_an_address_is_that_of_a_copy(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/gptq", folder_files(GPTQ))
+    words = ("--engine", "vllm", "--engine", "transformers", "--json")
+    here = CliRunner().invoke(qconvert, ["lint", str(GPTQ), *words])
+    there = CliRunner().invoke(qconvert, ["lint", "hf://org/gptq", *words])
+    assert (there.exit_code, here.exit_code) == (0, 0), there.output
+    found, wanted = json.loads(there.stdout), json.loads(here.stdout)
+    assert found["path"] == "hf://org/gptq" and found["engines"] == wanted["engines"]
+
+
+def test_repair_takes_small_files_out_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    files = folder_files(GPTQ)
+    hub.add("org/gptq", files)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "quantize_config.json", "model.safetensors"):
+        (bare / name).write_bytes(files[name])
+    found = CliRunner().invoke(qconvert, ["repair", str(bare), str(tmp_path / "out"), "--like", "hf://org/gptq"])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == files["tokenizer.json"]
