@@ -6,7 +6,6 @@ Exit codes: 0 ok · 1 internal · 2 usage · 3 verify mismatch · 4 output or di
 
 from __future__ import annotations
 
-import difflib
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,8 +15,9 @@ import click
 
 from converters import commands_convert, commands_gguf, commands_hub, commands_imatrix, commands_lora, commands_run, commands_show
 from converters.output import Output
+from converters.usage import said
 from qformats import registry
-from qformats.errors import QFormatError, UsageError
+from qformats.errors import QFormatError, UsageError, did_you_mean
 
 __all__ = ["Commands", "main", "qconvert"]
 
@@ -64,8 +64,7 @@ class Commands(click.Group):
         """Find the command, or say which one was probably meant."""
         if not args[0].startswith("-") and self.get_command(ctx, args[0]) is None:
             known = [*COMMANDS, *registry_pairs()]
-            close = difflib.get_close_matches(args[0].lower(), known, n=1, cutoff=0.5)
-            hint = f"did you mean {close[0]!r}?" if close else "see qconvert --help"
+            hint = did_you_mean(args[0], known).rstrip() or "see qconvert --help"
             raise UsageError("unknown-command", f"there is no command {args[0]!r}", hint=hint)
         return super().resolve_command(ctx, args)
 
@@ -97,12 +96,10 @@ def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
 
 
 def _usage(error: click.ClickException, output: Output) -> int:
-    context = getattr(error, "ctx", None)
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         error.show()
         return error.exit_code
-    hint = f"see {context.command_path} --help" if context is not None else None
-    found = UsageError("usage", error.format_message(), hint=hint)
+    found = said(error)
     output.error(found)
     return found.exit_code
 
