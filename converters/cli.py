@@ -1,7 +1,8 @@
 """``qconvert``: the group of commands, the ``X-to-Y`` names out of the registry, and how an error becomes an exit code.
 
 Exit codes: 0 ok · 1 internal · 2 usage · 3 verify mismatch · 4 output or disk · 5 bad or unsafe input · 6 unsupported ·
-7 would lose · 8 remote · 130 interrupted. Starting up imports neither torch nor numpy; commands import what they need.
+7 would lose · 8 remote · 130 interrupted · 141 the reader of a pipe went away.
+Starting up imports neither torch nor numpy; commands import what they need.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 import click
 
 from converters import commands_convert, commands_gguf, commands_hub, commands_imatrix, commands_lora, commands_run, commands_show
-from converters.output import Output
+from converters.foreign import escaped
+from converters.output import Output, spoken
 from converters.usage import said
 from qformats import registry
 from qformats.errors import QFormatError, UsageError, did_you_mean
@@ -73,16 +76,19 @@ class Commands(click.Group):
         words = list(sys.argv[1:] if args is None else args)
         flags = words[: words.index("--")] if "--" in words else words
         extra["standalone_mode"] = False
+        output = Output(as_json="--json" in flags, quiet="--quiet" in flags or "-q" in flags)
         try:
-            found = super().main(words, *rest, **extra)
+            with escaped(output):
+                found = super().main(words, *rest, **extra)
         except Exception as error:
-            _stop(error, Output(as_json="--json" in flags), "--traceback" in flags)
+            _stop(error, output, "--traceback" in flags)
         sys.exit(found if isinstance(found, int) else 0)
 
 
 def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
     if isinstance(error, click.Abort):
-        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output"))
+        hint = "; ".join(getattr(error.__cause__, "__notes__", ())) or None
+        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output", hint=hint))
         sys.exit(INTERRUPTED)
     if isinstance(error, click.ClickException):
         sys.exit(_usage(error, output))
@@ -135,8 +141,16 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """``sys.excepthook`` for ``--traceback``: what a message holds of a file is escaped there too."""
+    import traceback
+
+    click.echo(spoken("".join(traceback.format_exception(kind, error, trace))), err=True, nl=False)
+
+
 def main() -> None:
     """The console script."""
+    sys.excepthook = _show_traceback
     signal.signal(signal.SIGTERM, _interrupt)
     qconvert(prog_name="qconvert")
 

@@ -96,6 +96,9 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield entry
 
 
+_AGAIN = "run the same command with --resume: what is finished stays"
+
+
 class Journal:
     """The journal of ``plan`` into ``files`` (partial paths by file name of the output), read if ``resume``, else begun.
 
@@ -176,5 +179,7 @@ class Journal:
         if error is None or not keeps(error):
             self.path.unlink(missing_ok=True)
         elif isinstance(error, QFormatError):
-            error.hint = "run the same command with --resume: what is finished stays"
+            error.hint = _AGAIN
             error.locate()
+        else:
+            error.add_note(_AGAIN)

@@ -87,8 +87,8 @@ def _kind(word: str, target: Target) -> str:
     row, kind = registry.row(target.format), word.lower()
     block = row.container == "gguf" and mixes.is_block_type(kind)
     if kind not in FLOAT_WORDS and not block and (row.container == "gguf" or kind not in row.types):
-        close = did_you_mean(kind, row.types)
-        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=f"{close}types: {', '.join(row.types)}")
+        hint = f"{did_you_mean(kind, row.types)}types: {', '.join(row.types)}"
+        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=hint)
     return kind
 
 
