@@ -260,7 +260,8 @@ def parse_target(text: str) -> Target:
     kind = kind.lower()
     known = (*found.types, *(name for name in found.mixes if name not in found.types))
     if kind and kind not in known:
-        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"{did_you_mean(kind, known)}types: {', '.join(known) or 'none'}")
+        close = did_you_mean(kind, known)
+        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"{close}types: {', '.join(known) or 'none'}")
     options: dict[str, str] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")

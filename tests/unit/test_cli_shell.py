@@ -52,7 +52,7 @@ def test_every_help_ends_with_examples_that_parse(name: str) -> None:
         command = qconvert.get_command(context, words[0])
         assert command is not None
         made = command.make_context(words[0], list(words[1:]), parent=context)  # a usage error where the line is none
-        if "to" in made.params and made.params["to"]:
+        if made.params.get("to"):
             registry.parse_target(made.params["to"])
 
 
