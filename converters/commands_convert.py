@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converters.commands_hub import push_output
-from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
+from converters.completion import Words
+from converters.flags import TARGET, Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
 from qformats import registry
@@ -33,9 +34,12 @@ _TO = "FORMAT[:TYPE][,key=value…]"
 # ---------------------------------------------------------------- commands
 
 
-@click.command(short_help="Say what a conversion would do, and why.", epilog="Example: qconvert plan llama-awq/ --to gguf")
+@click.command(
+    short_help="Say what a conversion would do, and why.",
+    epilog="Examples: qconvert plan llama-awq/ --to gguf · qconvert plan llama-awq/ --to gguf:q4_1 --exact",
+)
 @click.argument("src", type=_PATH)
-@click.option("--to", required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--to", type=TARGET, required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--header", is_flag=True, help="Read headers only; kinds are then claims.")
 @loss_flags
 @source_flags
@@ -65,11 +69,13 @@ def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: An
 
 @click.command(
     short_help="Convert to any format and type.",
-    epilog="Example: qconvert convert llama-awq/ llama.gguf --to gguf:q4_1 --report llama.html",
+    epilog="Examples: qconvert convert llama-awq/ llama.gguf --to gguf"
+    " · qconvert convert llama-awq/ llama.gguf --to gguf:q4_1 --report llama.html"
+    " · qconvert convert llama-gptq/ llama-ct/ --to compressed-tensors:int4,group=32",
 )
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--to", type=TARGET, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Carry out what `qconvert plan --json` printed, or stop.")
 @loss_flags
 @source_flags
@@ -97,11 +103,13 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
 
 @click.command(
     short_help="Make new codes of a named type.",
-    epilog="Example: qconvert quantize llama-awq/ llama.gguf --to gguf:q4_k_m --lora adapter/",
+    epilog="Examples: qconvert quantize llama/ llama.gguf --to gguf:q4_k_m"
+    " · qconvert quantize llama/ llama-gptq/ --to gptq:int4,group=32,sym"
+    " · qconvert quantize llama-awq/ llama.gguf --to gguf:q4_k_m --lora adapter/",
 )
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
+@click.option("--to", type=TARGET, required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
 @loss_flags
 @source_flags
 @writing_flags
@@ -114,10 +122,14 @@ def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
     _run(src, dst, {**flags, "to": to, "allow_requantize": True})
 
 
-@click.command(short_help="Turn codes back into floats.", epilog="Example: qconvert dequantize llama-awq/ llama-bf16/ --to hf:f16")
+@click.command(
+    short_help="Turn codes back into floats.",
+    epilog="Example: qconvert dequantize llama-awq/ llama-bf16/ --to hf:f16",
+)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", default="hf:bf16", show_default=True, metavar="FORMAT:TYPE", help="Float target: hf:bf16, hf:f32, gguf:f16 …")
+@click.option("--to", type=TARGET, default="hf:bf16", show_default=True, metavar="FORMAT:TYPE",
+              help="Float target: hf:bf16, hf:f32, gguf:f16 …")
 @loss_flags
 @source_flags
 @writing_flags
@@ -129,7 +141,10 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
     _run(src, dst, {**flags, "to": to})
 
 
-@click.command(short_help="Check an output against its source.", epilog="Example: qconvert verify llama-awq/ llama.gguf")
+@click.command(
+    short_help="Check an output against its source.",
+    epilog="Examples: qconvert verify llama-awq/ llama.gguf · qconvert verify llama-awq/ llama.gguf --replay",
+)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
@@ -160,7 +175,8 @@ def pair(source: str, target: str) -> click.Command:
     @click.command(f"{source}-to-{target}", short_help=f"Convert {row.title.split(' (')[0]} to {into.title.split(' (')[0]}.")
     @click.argument("src", type=_PATH)
     @click.argument("dst", type=_PATH)
-    @click.option("--type", "kind", metavar="TYPE", help=f"{_words(into)} (default: the smallest that keeps every code).")
+    @click.option("--type", "kind", type=Words("TYPE", lambda _: (*into.types, *into.mixes)), metavar="TYPE",
+                  help=f"{_words(into)} (default: the smallest that keeps every code).")
     @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, hidden=not into.options, help=f"{', '.join(into.options)}.")
     @loss_flags
     @source_flags

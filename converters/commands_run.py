@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from converters.commands_imatrix import read_text
-from converters.flags import output_flags, output_of
+from converters.flags import TARGET, output_flags, output_of
 from converters.output import Output, count
 from qformats.errors import UsageError
 
@@ -37,7 +38,7 @@ def _model_flags(command: Callable[..., Any], which: str = "MODEL") -> Callable[
             help="int8 rounds the inputs of every product to bytes too: faster on a CPU, and not exact.",
         ),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
-        click.option("--quantize", metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
+        click.option("--quantize", type=TARGET, metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -84,7 +85,9 @@ def run(
 
     output = output_of(as_json, quiet)
     tokenizer = load_tokenizer(model)
+    began = time.perf_counter()
     loaded = _load(model, output, **how)
+    loaded_at = time.perf_counter()
     ids = _prompt_ids(tokenizer, prompt, chat).to(loaded.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -93,7 +96,14 @@ def run(
     new = found[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
-        output.result({"version": 1, "prompt_tokens": ids.shape[1], "new_tokens": len(new), "text": text}, lambda: iter(()))
+        data = {"version": 1, "prompt_tokens": ids.shape[1], "new_tokens": len(new), "text": text}
+        output.result({**data, **_speed(len(new), loaded_at - began, time.perf_counter() - loaded_at)}, list)
+
+
+def _speed(tokens: int, load_seconds: float, seconds: float) -> dict[str, float | None]:
+    """``seconds``: of the prompt and the new tokens together."""
+    speed = round(tokens / seconds, 3) if seconds > 0 else None
+    return {"load_seconds": round(load_seconds, 3), "seconds": round(seconds, 3), "tokens_per_second": speed}
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:

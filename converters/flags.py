@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from converters.completion import Words, gguf_types, target_words
 from converters.output import Output
 from qformats import registry
 from qformats.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from converters.options import PlanOptions
 
 __all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
@@ -22,6 +25,8 @@ __all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "o
 REPORT_SUFFIXES = (".json", ".md", ".html")
 SEARCHES = ("reference", "best", "hqq")  # qformats.quantize.SEARCHES, without its imports
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+TARGET = Words("TARGET", target_words)
+GGUF_TYPE = Words("TYPE", gguf_types)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -71,6 +76,9 @@ class TensorType(click.ParamType[Any]):
             self.fail(f"{pattern!r} is not a regular expression: {error}", param, ctx)
         return pattern, kind
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return GGUF_TYPE.shell_complete(ctx, param, incomplete) if "=" in incomplete else []
+
 
 def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
@@ -102,8 +110,9 @@ def loss_flags(function: F) -> F:
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
         click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
-        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
-        click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding (GGUF)."),
+        click.option("--output-tensor-type", type=GGUF_TYPE, metavar="TYPE",
+                     help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
+        click.option("--token-embedding-type", type=GGUF_TYPE, metavar="TYPE", help="Type of the token embedding (GGUF)."),
         click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--max-error", type=float, metavar="X", help="Smallest types with an rms error of at most X (GGUF)."),
         click.option("--target-size", type=Size(), metavar="SIZE", help="Best types for a file of at most SIZE bytes: 4G, 700M (GGUF)."),

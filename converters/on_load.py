@@ -17,7 +17,7 @@ from converters.unwritten import checkpoint_of
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
-from qformats.errors import UsageError, WouldLose
+from qformats.errors import UsageError, WouldLose, did_you_mean
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import Target
 
@@ -87,7 +87,8 @@ def _kind(word: str, target: Target) -> str:
     row, kind = registry.row(target.format), word.lower()
     block = row.container == "gguf" and mixes.is_block_type(kind)
     if kind not in FLOAT_WORDS and not block and (row.container == "gguf" or kind not in row.types):
-        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=f"types: {', '.join(row.types)}")
+        hint = f"{did_you_mean(kind, row.types)}types: {', '.join(row.types)}"
+        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=hint)
     return kind
 
 

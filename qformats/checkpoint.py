@@ -20,9 +20,9 @@ from qformats.containers.gguf import GGUFFile, open_gguf, open_gguf_sources
 from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
-from qformats.containers.source import ByteSource, FileSource
+from qformats.containers.source import ByteSource, FileSource, near
 from qformats.containers.torch_directory import SUFFIXES, TorchSet, is_torch_name, open_torch_directory, open_torch_file
-from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported, UsageError
+from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported, UsageError, did_you_mean
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -97,8 +97,8 @@ class Checkpoint:
         known = registry.row(self.match.format).source_options
         for key in options:
             if key not in known:
-                text, hint = f"{self.match.format} sources have no option {key!r}", f"options: {', '.join(known) or 'none'}"
-                raise UsageError("source-option", text, hint=hint)
+                text, close = f"{self.match.format} sources have no option {key!r}", did_you_mean(key, known)
+                raise UsageError("source-option", text, hint=f"{close}options: {', '.join(known) or 'none'}")
         return replace(self, match=replace(self.match, options=dict(options)))
 
     @property
@@ -333,7 +333,7 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
         if where.is_dir():
             return _open_directory(where, allow_pickle)
         if not where.exists():
-            raise BadFile("not-found", "no such file or directory", path=path, hint="check the path")
+            raise BadFile("not-found", "no such file or directory", path=path, hint=near(where))
         with FileSource(where) as source:
             magic = source.pread(0, min(4, source.size))
         if magic in (b"GGUF", b"ggml", b"ggmf", b"ggjt", b"fmgg", b"tjgg") or where.suffix == ".gguf":

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Protocol, TypeGuard, runtime_checkable
 
-from qformats.errors import BadFile
+from qformats.errors import BadFile, did_you_mean
 
-__all__ = ["ByteSource", "FileSource", "MemorySource", "RemoteSource", "check_remote", "is_remote"]
+__all__ = ["ByteSource", "FileSource", "MemorySource", "RemoteSource", "check_remote", "is_remote", "near"]
+
+_NEIGHBOURS = 10_000  # entries of a directory that are looked at for a name that was meant
 
 
 @runtime_checkable
@@ -75,6 +77,15 @@ def _truncated(name: str, offset: int, wanted: int, found: int) -> BadFile:
     )
 
 
+def near(path: Path) -> str:
+    """What to do about a path that does not exist: the name beside it that was probably meant."""
+    try:
+        names = [found.name for found, _ in zip(path.parent.iterdir(), range(_NEIGHBOURS))]
+    except OSError:
+        return "check the path"
+    return did_you_mean(path.name, names, cutoff=0.8).rstrip() or "check the path"
+
+
 class FileSource:
     """A file read with ``pread``, so that a file truncated meanwhile is an error and never a SIGBUS. Thread-safe."""
 
@@ -85,7 +96,7 @@ class FileSource:
             # without O_NONBLOCK opening a named pipe would wait for a writer
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
-            raise BadFile("not-found", "no such file", path=path, hint="check the path") from None
+            raise BadFile("not-found", "no such file", path=path, hint=near(Path(path))) from None
         except IsADirectoryError:
             raise BadFile("not-a-file", "is a directory, not a file", path=path) from None
         except (OSError, ValueError) as error:

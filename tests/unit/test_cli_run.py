@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "convert"))
 
 from checkpoints import converted, ready
 
+from converters import schemas
 from converters.cli import qconvert
 from converters.output import Output
 
@@ -32,6 +34,7 @@ def data(*words: object) -> dict[str, Any]:
     result = cli(*words, "--json")
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
+    jsonschema.validate(found, schemas.schema(str(words[0])))
     return found
 
 
