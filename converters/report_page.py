@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from math import ceil, floor, log10
+from math import ceil, floor, inf, log10
 from typing import TYPE_CHECKING
 
 from converters.output import count, size
@@ -28,8 +28,8 @@ __all__ = ["number", "render"]
 _BLOCK = re.compile(r"(?:^|\.)(\d{1,9})(?:\.|$)")
 _DIGITS = re.compile(r"(\d{1,9})")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_HEIGHT, _FLOOR = 100.0, 86.0  # of the plot in per cent; below the floor lie tensors without an error
-_MAX_TICKS, _MAX_LEVELS = 12, 9
+_HEIGHT, _FLOOR = 100.0, 83.0  # of the plot in per cent; below the floor lie tensors without an error
+_MAX_TICKS, _MAX_LEVELS, _MAX_TYPES = 12, 9, 12
 _NEVER = ("missing", "different", "extra")  # first among equals: nothing measured says how bad these are
 
 
@@ -45,7 +45,7 @@ def render(report: Report) -> str:
     return environment.get_template("report.html.j2").render(
         report=report, title=TITLES[report.subject], names=_names(report), verdict=_verdict(report), tiles=_tiles(report),
         kinds=_kinds(report), bars=_bars(report), plot=_plot(report), rows=_worst_first(report.tensors), columns=_columns(report),
-        sizes=_sizes(report), meanings=KIND_MEANINGS, lists=_lists(report), reasons=report.reasons(),
+        sizes=_sizes(report), meanings=KIND_MEANINGS, notes=report.notes(), dropped=_by_reason(report.dropped), reasons=report.reasons(),
         style=Markup(style), script=Markup(script), script_hash=b64encode(sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
 
@@ -121,12 +121,13 @@ _HOW = {
 def _changes(report: Report, changed: int) -> str:
     if not report.tensors:
         return ""
+    whose = "the first's" if report.subject == "comparison" else "the source's"
     if not changed:
-        return f"All {count(len(report.tensors), 'tensor')} stand for the source's real numbers."
+        return f"All {count(len(report.tensors), 'tensor')} stand for {whose} real numbers."
     worst = report.worst_error
     tail = "" if not worst else f" The largest relative RMS error is {number(worst)} ({-20 * log10(worst):.1f} dB)."
     one = f"{changed:,} of {count(len(report.tensors), 'tensor')}"
-    return f"{one} {'does' if changed == 1 else 'do'} not stand for the source's real numbers.{tail}"
+    return f"{one} {'does' if changed == 1 else 'do'} not stand for {whose} real numbers.{tail}"
 
 
 def _tiles(report: Report) -> list[tuple[str, str, str]]:
@@ -134,10 +135,11 @@ def _tiles(report: Report) -> list[tuple[str, str, str]]:
     found = []
     if report.agreement is not None:
         said = report.agreement
+        nll = [f"NLL {said['nll'][0]:.4f}", f"{said['nll'][1]:.4f}"]
         found += [
             ("KL divergence", number(said["kl"]), "nats a token"),
             ("equal best tokens", percent(said["top1"]), f"of {count(said['tokens'], 'token')}"),
-            ("perplexity", " → ".join(f"{p:.4g}" for p in said["perplexity"]), f"NLL {said['nll'][0]:.4f} → {said['nll'][1]:.4f}"),
+            ("perplexity", " → ".join(f"{p:.2f}" if p < 1000 else f"{p:,.0f}" for p in said["perplexity"]), " → ".join(nll)),
         ]
     if report.tensors:
         found.append(("tensors", f"{len(report.tensors):,}", f"{_short(report.weights)} weights"))
@@ -163,9 +165,12 @@ def _short(weights: int) -> str:
     return str(weights)
 
 
-def _lists(report: Report) -> list[tuple[str, list[str]]]:
-    found = [("Notes", report.notes()), ("Dropped", [f"{name}: {why}" for name, why in report.dropped.items()])]
-    return [(title, items) for title, items in found if items]
+def _by_reason(dropped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Names of source tensors with no place in the target, by why."""
+    found: dict[str, list[str]] = {}
+    for name, why in dropped.items():
+        found.setdefault(why, []).append(name)
+    return found
 
 
 # ---------------------------------------------------------------- bars
@@ -182,8 +187,8 @@ class Segment:
     text: str
 
 
-def _kinds(report: Report) -> list[tuple[str, int, float, int, str]]:
-    """(kind, tensors, share of all weights, bytes, types)."""
+def _kinds(report: Report) -> list[tuple[str, int, float, int, list[tuple[str, int]]]]:
+    """(kind, tensors, share of all weights, bytes, its commonest types with how many tensors have them)."""
     weights = Counter[str]()
     types: dict[str, Counter[str]] = {}
     for line in report.tensors:
@@ -191,7 +196,7 @@ def _kinds(report: Report) -> list[tuple[str, int, float, int, str]]:
         types.setdefault(line.kind, Counter())[line.type] += 1
     total = max(1, sum(weights.values()))
     return [
-        (kind, n, weights[kind] / total, nbytes, ", ".join(f"{m:,} × {name}" for name, m in types[kind].most_common() if name))
+        (kind, n, weights[kind] / total, nbytes, [(name, m) for name, m in types[kind].most_common(_MAX_TYPES) if name])
         for kind, n, nbytes, _ in report.kind_rows()
     ]
 
@@ -258,10 +263,11 @@ def _plot(report: Report) -> Plot | None:
         if y is not None:
             marks.setdefault(line.kind, []).append(f"M{(at + 0.5) / len(lines) * 100:.2f} {y:.1f}h0")
     order = [kind for kind in KIND_MEANINGS if kind in marks]
+    dot = next(pixels for most, pixels in ((60, 8), (500, 6), (3000, 4), (inf, 3)) if len(lines) <= most)
     worst = max(lines, key=lambda line: line.error or 0.0)
     return Plot(
         [(kind, "".join(marks[kind])) for kind in order], _levels(low, high), _blocks(lines), low, high, _FLOOR,
-        len(lines) - unmeasured, unmeasured, worst.name, 6 if len(lines) <= 500 else 4 if len(lines) <= 3000 else 3,
+        len(lines) - unmeasured, unmeasured, worst.name, dot,
     )  # fmt: skip
 
 
@@ -313,12 +319,14 @@ def _in_model_order(lines: Iterable[TensorLine]) -> list[TensorLine]:
 
 
 def _blocks(lines: Sequence[TensorLine]) -> list[tuple[str, str]]:
-    """Where blocks begin, about ``_MAX_TICKS`` of them."""
+    """Where blocks begin, about ``_MAX_TICKS`` of them; none of a single one."""
     starts: dict[int, int] = {}
     for at, line in enumerate(lines):
         block = _BLOCK.search(line.name)
         if block:
             starts.setdefault(int(block[1]), at)
+    if len(starts) < 2:
+        return []
     step = max(1, ceil(len(starts) / _MAX_TICKS))
     step = next(nice for nice in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, step) if nice >= step)
     return [(f"{at / len(lines) * 100:.2f}", str(block)) for block, at in starts.items() if block % step == 0]
