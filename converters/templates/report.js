@@ -5,18 +5,22 @@
   const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells], rows = [...body.rows];
   const byNumber = heads.map((head) => head.classList.contains("n"));
   const order = new Intl.Collator("en", {numeric: true});
-  const value = (row, at) => {
-    const cell = row.cells[at];
-    if (!byNumber[at]) return cell.textContent;
+  const place = (row) => Number(row.dataset.i);
+  const value = (cell) => {
     const found = cell.dataset.v ?? cell.textContent;
     return found === "" ? -Infinity : Number.isNaN(Number(found)) ? 0 : Number(found);
   };
+  const keys = (at) => {
+    if (at === 0) return rows.map(place);  // names in the order of the model
+    if (byNumber[at]) return rows.map((row) => value(row.cells[at]));
+    const texts = rows.map((row) => row.cells[at].textContent);
+    const ranks = new Map([...new Set(texts)].sort(order.compare).map((text, rank) => [text, rank]));
+    return texts.map((text) => ranks.get(text));
+  };
   const sort = (at, down) => {
-    const keyed = rows.map((row) => [value(row, at), Number(row.dataset.i), row]);
-    keyed.sort((a, b) => {
-      const found = byNumber[at] ? (a[0] > b[0]) - (a[0] < b[0]) : order.compare(a[0], b[0]);
-      return (down ? -found : found) || a[1] - b[1];
-    });
+    const found = keys(at), sign = down ? -1 : 1;
+    const keyed = rows.map((row, nth) => [found[nth], place(row), row]);
+    keyed.sort((a, b) => (a[0] === b[0] ? a[1] - b[1] : a[0] < b[0] ? -sign : sign));
     heads.forEach((head) => head.removeAttribute("aria-sort"));
     heads[at].setAttribute("aria-sort", down ? "descending" : "ascending");
     body.append(...keyed.map((entry) => entry[2]));
