@@ -21,7 +21,7 @@ from torch import Tensor
 from qformats.errors import Unsupported
 from qformats.loops import find
 
-__all__ = ["Real", "inexact", "product", "round_once", "round_to_odd", "rounded"]
+__all__ = ["Real", "all_finite", "inexact", "product", "round_once", "round_to_odd", "rounded"]
 
 _SPLIT = 134217729.0  # 2^27 + 1
 
@@ -252,6 +252,17 @@ def rounded(value: Real, dtype: torch.dtype) -> tuple[Tensor, int]:
             return made, int(wrong)
     made = round_once(value, dtype)
     return made, inexact(value, made)
+
+
+_INFINITIES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    infinity = _INFINITIES.get(values.dtype)
+    if infinity is None or values.device.type != "cpu" or not values.numel():
+        return bool(torch.isfinite(values).all())
+    return int((values.contiguous().view(torch.int16).numpy() & 0x7FFF).max()) < infinity
 
 
 def inexact(exact: Real, rounded: Tensor) -> int:
