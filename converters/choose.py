@@ -20,11 +20,11 @@ from converters.sources import Slab, read_rows, slabs
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import FLOAT_TYPES, INTEGER_TYPES
-from qformats.errors import Unsupported, UsageError
+from qformats.errors import QFormatError, Unsupported, UsageError
 from qformats.formats.dense import FLOAT_DTYPES
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import PartInfo, Target
-from qformats.scheme import Storage
+from qformats.scheme import Scheme, Storage
 
 __all__ = ["IGNORED", "Chooser"]
 
@@ -109,6 +109,25 @@ class Chooser(Facts):
             return self
         return replace(self, model_dtype=FLOAT_DTYPES.get(self.decide(embedding).type))
 
+    def with_group(self, tensors: Sequence[TensorMap]) -> Chooser:
+        """The same with the largest group that divides every linear layer, for a format whose own group does not and that has others."""
+        target, module = self.options.target, registry.format_module(self.options.target.format)
+        groups: Sequence[int] = getattr(module, "GROUPS", ())
+        matrices = [t for t in tensors if t.kind in ("linear", "experts") and t.leaf == "weight" and len(t.shape) == 2]
+        kind = target.type or self._default_type()
+        if not groups or not matrices or kind in FLOAT_WORDS or target.options.keys() & {"group", "channel", "tensor", "block"}:
+            return self
+
+        def fits(wanted: Target) -> bool:
+            try:
+                return not any(self._misfit(t, module.storages(wanted, self._scheme_before(t))[0]) for t in matrices)
+            except QFormatError:  # it is raised again where the tensor is decided
+                return False
+
+        asked = self._target(kind)
+        sizes = [size for size in groups if fits(replace(asked, options={**asked.options, "group": str(size)}))]
+        return self if not sizes or fits(asked) else replace(self, new_groups={kind: sizes[0]})
+
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
         """The type the user named for this tensor, or None for the default rule."""
         if tensor.name in self.mix.types:
@@ -148,8 +167,7 @@ class Chooser(Facts):
         return replace(target, type=kind, dtype=self.model_dtype, inputs=scheme_of(self.checkpoint))
 
     def _from_floats(self, tensor: TensorMap) -> Job:
-        found = {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf} or {"F32"}
-        kept = self._verbatim(tensor, found)
+        kept = self._verbatim(tensor, self._float_dtypes(tensor))
         if kept is not None:
             return kept
         named = self._named(tensor, dense=True)
@@ -162,6 +180,14 @@ class Chooser(Facts):
         again = self._blocks_again(tensor) if named is None else None
         if again is not None:
             return again
+        return self._as_floats(tensor, named)
+
+    def _float_dtypes(self, tensor: TensorMap) -> set[str]:
+        return {self.checkpoint.modules[s.module].parts[s.leaf].dtype for s in tensor.sources if s.leaf} or {"F32"}
+
+    def _as_floats(self, tensor: TensorMap, named: str | None) -> Job:
+        """Floats that stay floats, in the dtype that is named or in the one they have."""
+        found = self._float_dtypes(tensor)
         dtype = float_dtype(self, tensor, found, named)
         if found == {dtype} and tensor.constant is None:
             plain = all(s.is_plain for s in tensor.sources) and len(tensor.sources) == 1 and not tensor.altered
@@ -326,7 +352,10 @@ class Chooser(Facts):
     def _quantize(self, tensor: TensorMap, kind: str, reason: str) -> Job:
         target = self._target(kind or None)
         module = registry.format_module(target.format)
-        scheme = self.scheme(tensor) if self.is_code_source(tensor) else float_scheme(tensor.shape)
+        scheme = self._scheme_before(tensor)
+        if target.type in self.new_groups:
+            target = replace(target, options={**target.options, "group": str(self.new_groups[target.type])})
+            reason += f"; groups of {target.options['group']}, which divide every width"
         storage = self._searchable(module.storages(target, scheme))
         before = self.storages_of.get(tensor.target)
         if before is not None and self.options.target.type is None and not self.options.target.options and before.type == storage.type:
@@ -335,16 +364,21 @@ class Chooser(Facts):
         if smaller != kind and smaller not in FLOAT_WORDS:
             return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
         if self._misfit(tensor, storage):
-            codes = self.is_code_source(tensor)
-            dtype = "F32" if codes else float_dtype(self, tensor, {"F16"}, None)
-            lossless = codes and float32_exact(self.scheme(tensor))
             why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
-            return self.float_job(tensor, dtype, "dequantized", why, lossless)
+            if self.is_code_source(tensor):
+                return self.float_job(tensor, "F32", "dequantized", why, float32_exact(self.scheme(tensor)))
+            if self.to_gguf:
+                return self.float_job(tensor, float_dtype(self, tensor, {"F16"}, None), "dequantized", why)
+            job = self._as_floats(tensor, None)
+            return replace(job, reason=f"{why}; {job.reason}")
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self.to_gguf else storage.type
         how, search = self._how(storage)
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
                    (how, *self.whole_in_memory(tensor)), orders=self.orders_of(tensor), search=search)  # fmt: skip
+
+    def _scheme_before(self, tensor: TensorMap) -> Scheme:
+        return self.scheme(tensor) if self.is_code_source(tensor) else float_scheme(tensor.shape)
 
     def _searchable(self, storages: Sequence[Storage]) -> Storage:
         """The first storage; for HQQ's solver the first with an origin that it can move, where there is one."""

@@ -39,7 +39,7 @@ class Facts:
     ``orders_before``: act-orders that would be absorbed if no adapter were merged. ``kept``: parameters
     that a record gives back, ``extras`` its tensors that are no weights by module and leaf. ``model_dtype``: of the output's
     floats (torch's word), where the target asks. ``new_type``: the type of new codes where none is named, if not the
-    format's own default.
+    format's own default. ``new_groups``: a type's group where its default one does not divide every width of the model.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +57,7 @@ class Facts:
     model_dtype: str | None = None
     schemes: dict[str, Scheme] = field(default_factory=dict)
     new_type: str = ""
+    new_groups: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def has_codes(self) -> bool:

@@ -139,7 +139,7 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
         orders_before=_orders_before(checkpoint, options),
         mix=mix_of(checkpoint, options, tensors, with_imatrix=options.imatrix is not None),
     )
-    chooser = chooser.with_model_dtype(tensors)
+    chooser = chooser.with_model_dtype(tensors).with_group(tensors)
     rest = _Rest(tensors, {**orders, **{f"rows:{name}": order for name, order in row_orders.items()}}, restore, dropped, warnings, unsorted)
     if options.max_error is not None:
         matrices = [tensor for tensor in tensors if budget.takes_part(chooser, tensor)]

@@ -36,6 +36,7 @@ What a format may have beside, where it needs it:
 - ``inputs(module) -> Inputs | None``: how the linear layer with this weight rounds its inputs while it runs, scales included;
   ``outputs(module) -> Inputs | None``: and its results, bias added.
 - ``NEEDS_COLUMNS = True``: its parts do not say in_features; modules come with ``columns``.
+- ``GROUPS``: smaller groups for new codes, largest first, where the default one does not divide every width of a model.
 - ``NEEDS_DTYPE = True``: its owner computes only in the dtype of the scales; ``storages`` gets a target with the model's ``dtype``.
 - ``config_beside(config, files) -> (config, warnings)``: the quantization config out of config.json's and the row's ``configs``.
 - ``side_files(config) -> dict[name, bytes]``: small files to write beside the weights. ``CONFIG_INSIDE = False``: its config is in these

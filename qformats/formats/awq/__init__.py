@@ -48,9 +48,11 @@ from qformats.formats.awq.weights import (
 )
 
 NAME = "awq"
+GROUPS = (64, 32)  # the smaller groups of AutoAWQ's kernels
 ONE_TYPE = True  # ``bits``, ``group_size`` and ``version`` are stated once
 
 __all__ = [
+    "GROUPS",
     "NAME",
     "ONE_TYPE",
     "ROW_MULTIPLE",

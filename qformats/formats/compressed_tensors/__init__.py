@@ -44,9 +44,11 @@ from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_war
 EXTRAS = frozenset({f"{what}_{kind}" for what in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point", "global_scale")})
 INPUT_SCALES = {"fp8": (("input_scale",), False), "int8": (("input_scale",), False), "nvfp4": (("input_global_scale",), True)}
 INPUT_SCALE_SHAPE = (1,)
+GROUPS = (64, 32)
 
 __all__ = [
     "EXTRAS",
+    "GROUPS",
     "INPUT_SCALES",
     "INPUT_SCALE_SHAPE",
     "NAME",

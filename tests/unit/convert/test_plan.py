@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from builder import Llama
-from checkpoints import DENSE, PACKED, array, converted, edit, load, names_in, options, planned, put, ready
+from checkpoints import DENSE, PACKED, Tensors, array, converted, edit, edit_json, load, names_in, options, planned, put, ready
 from reference import gguf_tensors
 
 from converters.plan import Plan, make_plan, refuse_losses
@@ -186,6 +187,27 @@ def test_a_named_type_of_a_dense_model_is_a_file_type(more: dict[str, Any], head
         types = {job.name: job.type for job in plan.jobs}
         assert types["blk.0.ffn_up.weight"] == "Q4_0" and types["output_norm.weight"] == "F32"
         assert (types["output.weight"], types["token_embd.weight"]) == (head, embedding)
+
+
+@pytest.mark.parametrize("to", ["awq", "compressed-tensors:int8"])
+def test_a_group_that_divides_every_width_is_chosen_where_none_is_named(to: str, tmp_path: Path) -> None:
+    """Rows of 192 weights: groups of 128 would leave them as floats."""
+    source = Path(shutil.copytree(ready("dense/llama", tmp_path), tmp_path / "source"))
+    edit_json(source / "config.json", lambda config: config.update(intermediate_size=192))
+    edit(source, lambda tensors: [_widen(tensors, name) for name in list(tensors) if ".mlp." in name])
+    plan = converted(source, tmp_path / "out", to, allow_requantize=True)
+    made = [job for job in plan.jobs if job.map.kind == "linear" and job.map.leaf == "weight"]
+    assert {(job.kind, job.storage.group) for job in made if job.storage} == {("requantized", 64), ("requantized", None)}
+    assert all(job.storage and "groups of 64" in job.reason for job in made) and verify(source, tmp_path / "out").ok
+    named = planned(source, f"{to},group=128", allow_requantize=True)
+    named.checkpoint.close()
+    wide = [job for job in named.jobs if job.map.leaf == "weight" and job.map.shape[-1] == 192]
+    assert wide and all(job.kind == "copied" and "does not divide" in job.reason for job in wide)
+
+
+def _widen(tensors: Tensors, name: str) -> None:
+    values = array(tensors, name)
+    put(tensors, name, np.resize(values, [192 if size == 128 else size for size in values.shape]))
 
 
 def test_a_file_type_on_codes_needs_consent(work: Path) -> None:
