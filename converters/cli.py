@@ -94,7 +94,8 @@ class Commands(click.Group):
 
 def _stop(error: Exception, output: Output, show_traceback: bool) -> NoReturn:
     if isinstance(error, click.Abort):
-        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output"))
+        hint = "; ".join(getattr(error.__cause__, "__notes__", ())) or None
+        output.error(_Interrupted("interrupted", "interrupted; nothing half-written is left under the name of the output", hint=hint))
         sys.exit(INTERRUPTED)
     if isinstance(error, click.ClickException):
         sys.exit(_usage(error, output))

@@ -156,10 +156,10 @@ class Wishes:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix or adapter."""
         target = registry.parse_target(self.to)
         from converters.adapters import open_adapters
+        from converters.importances import open_imatrix
         from converters.options import REFERENCE, PlanOptions
-        from qformats.quantize.imatrix import read_imatrix
 
-        matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
+        matrix = None if self.imatrix is None else open_imatrix(self.imatrix)
         return PlanOptions(
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,

@@ -14,12 +14,13 @@ from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
 from converters.mapping import map_tensors
 from converters.options import PlanOptions, recorded_words
+from converters.output import count
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
 from converters.provenance import is_intact, tool_version
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
-from qformats.containers.source import FileSource
+from qformats.containers.source import FileSource, check_remote
 from qformats.errors import BadFile, Mismatch, QFormatError, UsageError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class VerifyResult:
         if not self.ok:
             first = self.mismatches[0]
             where = ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)
-            raise Mismatch("verify", f"{len(self.mismatches)} differences, the first: {where}", path=path, hint="convert again")
+            text = f"{count(len(self.mismatches), 'difference')}, the first: {where}"
+            raise Mismatch("verify", text, path=path, hint="convert again")
 
 
 def verify(
@@ -119,9 +121,10 @@ def verify(
 def _same_digests(checkpoint: Checkpoint, found: Checkpoint, workers: int) -> bool:
     """Whether both sides are what the output's digests say."""
     said = digests.read_digests(found)
-    if said is None or said.output != digests.of_found(found, said, workers):
-        return False
-    return said.source == digests.of_source(checkpoint, workers)
+    if said is not None and said.output == digests.of_found(found, said, workers) and said.source == digests.of_source(checkpoint, workers):
+        return True
+    check_remote((*checkpoint.sources(), *found.sources()))  # before a difference is said to be theirs
+    return False
 
 
 def _without_imatrix(record: Mapping[str, Any]) -> VerifyResult:

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
-    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "open_checkpoint", "open_found",
-    "open_sources", "open_unwritten", "pickle_refusal", "small_names",
+    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_config", "fetched_file",
+    "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
 ]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
@@ -375,6 +375,23 @@ def fetched(path: str | Path) -> Path:
     """``path``, or for an address the local copy of what it names, fetched into the client's cache."""
     remote = _remote(path)
     return Path(path) if remote is None else Path(remote[0].fetched(remote[1]))
+
+
+def fetched_file(path: str | Path) -> Path:
+    """``path``, or for the address of a file the local copy of this file alone; ``UsageError('hub-address')`` for a repository."""
+    remote = _remote(path)
+    return Path(path) if remote is None else Path(remote[0].fetched_file(remote[1]))
+
+
+def fetched_config(path: str | Path) -> str | Path:
+    """``path``, or for the address of a repository with a config.json the local directory of its small files, without the weights."""
+    remote = _remote(path)
+    return path if remote is None else remote[0].fetched_config(remote[1]) or path
+
+
+def is_remote_path(path: str | Path) -> bool:
+    """Whether ``path`` is an address and no local path."""
+    return _remote(path) is not None
 
 
 def small_names() -> tuple[str, ...]:

@@ -95,6 +95,7 @@ def affine_form(
     levels = rewrite.levels_of(t.scales, t.shape)
     plain = not exact and (storage.sub_scale is None or levels is None)
     t, unit = _apart(t) if exact and levels is None else (t, 1.0)
+    known = known if unit == 1.0 else None  # what is kept there has all factors
     t = one_plane(t, storage, notes, rounded, rounding, known) if plain else _folded(t, notes, known=known)
     t = rewrite.to_row_blocks(t)
     keep = t.offset is not None and storage.offset is not None

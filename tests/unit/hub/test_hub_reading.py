@@ -14,6 +14,7 @@ import qformats
 from converters.api import convert, verify
 from converters.cli import qconvert
 from converters.inspect import inspect_path
+from qformats.containers.gguf import TensorInfo, Value, layout_gguf
 from qformats.containers.source import FileSource
 from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
 from qformats.hub import client
@@ -104,6 +105,24 @@ def test_inspect_of_a_gguf_reads_its_header_and_at_most_as_much_again(hub: Hub) 
     assert inspect_path("hf://org/gguf/small.gguf").to_json()["types"] == inspect_path(path).to_json()["types"]
     with pytest.raises(BadFile, match=r"name one of them: other.gguf, small.gguf"):
         inspect_path("hf://org/gguf")
+
+
+def test_inspect_of_a_gguf_reads_the_strings_of_its_vocabulary_and_passes_over_the_numbers(hub: Hub, tmp_path: Path) -> None:
+    metadata = {
+        "general.architecture": Value("str", "llama"),
+        "tokenizer.ggml.tokens": Value("[str]", [f"token{n}" for n in range(60_000)]),  # 1.1 MB
+        "tokenizer.ggml.scores": Value("[f32]", [-0.5 * n for n in range(60_000)]),  # 240 kB
+        "tokenizer.ggml.token_type": Value("[i32]", [n % 3 for n in range(60_000)]),
+        "tokenizer.ggml.add_bos_token": Value("bool", True),
+    }
+    layout = layout_gguf(metadata, [TensorInfo("token_embd.weight", "Q8_0", (60_000, 64))])
+    strings = len(metadata["tokenizer.ggml.tokens"].value) * 17
+    hub.add("org/gguf", {"a.gguf": layout.header + bytes(layout.size - len(layout.header))})
+    assert inspect_path("hf://org/gguf/a.gguf").types()[0]["weights"] == 60_000 * 64
+    assert sum(hub.sent.values()) <= strings + (450 << 10) < len(layout.header)
+    with qformats.open("hf://org/gguf/a.gguf") as checkpoint:
+        assert checkpoint.gguf is not None and checkpoint.gguf.metadata == metadata
+        assert checkpoint.metadata["tokenizer.ggml.scores"].value[3:5] == (-1.5, -2.0)
 
 
 def test_every_chunk_is_fetched_once_and_its_digest_kept(hub: Hub) -> None:
