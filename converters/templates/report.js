@@ -23,7 +23,9 @@
     keyed.sort((a, b) => (a[0] === b[0] ? a[1] - b[1] : a[0] < b[0] ? -sign : sign));
     heads.forEach((head) => head.removeAttribute("aria-sort"));
     heads[at].setAttribute("aria-sort", down ? "descending" : "ascending");
+    body.remove();  // rows move for nothing where nothing is laid out
     body.append(...keyed.map((entry) => entry[2]));
+    table.append(body);
   };
   heads.forEach((head, at) => {
     const button = document.createElement("button");
