@@ -11,7 +11,17 @@ import click
 
 from converters.commands_hub import push_output
 from converters.completion import Words
-from converters.flags import TARGET, Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
+from converters.flags import (
+    TARGET,
+    Wishes,
+    check_report,
+    loss_flags,
+    output_flags,
+    output_of,
+    report_flag,
+    source_flags,
+    writing_flags,
+)
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
 from qformats import registry
@@ -43,13 +53,15 @@ _TO = "FORMAT[:TYPE][,key=value…]"
 @click.option("--header", is_flag=True, help="Read headers only; kinds are then claims.")
 @loss_flags
 @source_flags
+@report_flag
 @output_flags
-def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def plan(src: Path, allow_pickle: bool, report: Path | None, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Say what converting SRC would do to every tensor, and why. Writes nothing."""
     from converters.plan import make_plan, refuse_losses
     from converters.report import Report
 
     output = output_of(as_json, quiet)
+    check_report(report, src)
     options = Wishes(**wishes).plan_options()
     with output.working("planning"):
         planned = make_plan(src, options, allow_pickle=allow_pickle)
@@ -60,7 +72,10 @@ def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: An
         except QFormatError as error:
             refusal = error
         data = {**planned.to_json(), "refused": None if refusal is None else error_json(refusal)}
-        output.result(data, Report.build(planned).to_text)
+        found = Report.build(planned)
+    if report is not None:
+        found.write(report)
+    output.result(data, found.to_text)
     if refusal is not None:
         output.note(f"convert would stop here: {refusal.hint} [{refusal.code}]")
         if planned.options.exact:
@@ -152,14 +167,25 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.option("--lora", metavar="DIR[=WEIGHT]", multiple=True, help="An adapter that was merged into DST; DST is then replayed with it.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
 @source_flags
+@report_flag
 @output_flags
-def verify(src: Path, dst: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
-    """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record."""
+def verify(src: Path, dst: Path, report: Path | None, as_json: bool, quiet: bool, **wishes: Any) -> None:
+    """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record.
+
+    With --report the weights of any two checkpoints are measured too: every tensor's kind of match and its error.
+    """
     from converters.verify import verify as compare
 
     output = output_of(as_json, quiet)
+    check_report(report, src, dst)
     with output.progress("verify") as progress:
         found = compare(src, dst, progress=progress, **wishes)
+    if report is not None:
+        from converters.comparing import verification_report
+
+        how = {name: wishes[name] for name in ("workers", "allow_pickle")}
+        with output.progress("compare") as progress:
+            verification_report(src, dst, found.to_json(), progress=progress, **how).write(report)
     data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
     output.result(data, lambda: _verify_lines(dst, found))
     if not found.ok:

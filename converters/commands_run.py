@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from converters.commands_imatrix import read_text
-from converters.flags import TARGET, output_flags, output_of
+from converters.flags import TARGET, check_report, output_flags, output_of, report_flag
 from converters.output import Output, count
 from qformats.errors import BadFile, UsageError
 
@@ -176,18 +176,22 @@ def perplexity(model: Path, text: Path, context: int, windows: int | None, as_js
 @click.argument("second", type=_PATH)
 @_text_flags
 @partial(_model_flags, which="SECOND")
+@report_flag
 @output_flags
 def compare(
-    first: Path, second: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, quantize: str | None, **how: Any
+    first: Path, second: Path, text: Path, context: int, windows: int | None, report: Path | None, as_json: bool, quiet: bool,
+    quantize: str | None, **how: Any,
 ) -> None:
     """Run two checkpoints, of any formats, over a text: mean KL divergence of SECOND from FIRST, equal best tokens, both NLLs.
 
     Both read the tokens of FIRST's tokenizer. With --quantize, FIRST and SECOND may be one checkpoint of floats: what would be lost.
+    With --report the weights of both files are measured too.
     """
     from qformats.runtime import measuring
     from qformats.runtime.tokenizer import load_tokenizer
 
     output = output_of(as_json, quiet)
+    check_report(report, first, second, text)
     runs = measuring.windows(load_tokenizer(first), read_text(text), context, windows)
     one, other = _load(first, output, **how), _load(second, output, quantize=quantize, **how)
     with output.steps("compare", "windows") as progress:
@@ -196,6 +200,12 @@ def compare(
         "version": 1, "kl": found.kl, "top1": found.top1, "nll": [found.first.nll, found.second.nll],
         "perplexity": [found.first.perplexity, found.second.perplexity], "tokens": found.first.tokens, "windows": len(runs),
     }  # fmt: skip
+    if report is not None:
+        from converters.comparing import agreement_report
+
+        said = {**{key: value for key, value in data.items() if key != "version"}, "text": text.name, "context": context}
+        with output.working("comparing weights"):
+            agreement_report(first, second, said, quantized=quantize, allow_pickle=how["allow_pickle"]).write(report)
 
     def lines() -> Iterator[str]:
         yield f"KL divergence {found.kl:.6f} nats a token  equal best tokens {found.top1:.2%}  over {count(found.first.tokens, 'token')}"

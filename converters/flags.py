@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
     from converters.options import PlanOptions
 
-__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
+__all__ = [
+    "REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "report_flag", "source_flags",
+    "writing_flags",
+]  # fmt: skip
 
-REPORT_SUFFIXES = (".json", ".md", ".html")
+REPORT_SUFFIXES = (".html", ".json", ".md")
 SEARCHES = ("reference", "best", "hqq")  # qformats.quantize.SEARCHES, without its imports
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 TARGET = Words("TARGET", target_words)
@@ -104,6 +107,12 @@ def source_flags(function: F) -> F:
     return click.option("--allow-pickle", is_flag=True, help=text)(function)
 
 
+def report_flag(function: F) -> F:
+    """``--report``: what was done to every tensor, or how far it lies from its source, in a file."""
+    text = "Write a report: a page (.html), data (.json) or text (.md)."
+    return click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=text)(function)
+
+
 def loss_flags(function: F) -> F:
     """What a plan may do: ``--exact --allow-requantize --tensor-type --search --pre --imatrix --lora --set-metadata``, llama-quantize's."""
     return _stack(
@@ -136,7 +145,7 @@ def writing_flags(function: F) -> F:
         click.option("--push", "push_repo", metavar="REPO[@BRANCH]", help="Put DST into a repository of the hub afterwards."),
         click.option("--private/--public", default=None, help="Of a repository that --push makes."),
         click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core)."),
-        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Report: .json, .md or .html."),
+        report_flag,
     )(function)  # fmt: skip
 
 
@@ -165,10 +174,10 @@ class Wishes:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix or adapter."""
         target = registry.parse_target(self.to)
         from converters.adapters import open_adapters
+        from converters.importances import open_imatrix
         from converters.options import REFERENCE, PlanOptions
-        from qformats.quantize.imatrix import read_imatrix
 
-        matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
+        matrix = None if self.imatrix is None else open_imatrix(self.imatrix)
         return PlanOptions(
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
@@ -192,3 +201,8 @@ def check_report(path: Path | None, *others: Path) -> None:
         raise OutputError("report-directory", "the report's directory does not exist", path=path)
     if any(path.resolve() == other.resolve() for other in others):
         raise UsageError("report-path", "the report would overwrite the source or the destination", path=path)
+    from qformats.checkpoint import SIDE_FILES
+
+    inside = any(path.resolve().parent == other.resolve() for other in others)
+    if inside and (path.name in (*SIDE_FILES, "README.md") or path.name.endswith(".index.json")):
+        raise UsageError("report-path", "the report would overwrite a file of the source or the destination", path=path)

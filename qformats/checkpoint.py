@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
-    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "open_checkpoint", "open_sources",
-    "open_unwritten", "pickle_refusal", "small_names",
+    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_config", "fetched_file",
+    "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
 ]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
@@ -377,6 +377,23 @@ def fetched(path: str | Path) -> Path:
     return Path(path) if remote is None else Path(remote[0].fetched(remote[1]))
 
 
+def fetched_file(path: str | Path) -> Path:
+    """``path``, or for the address of a file the local copy of this file alone; ``UsageError('hub-address')`` for a repository."""
+    remote = _remote(path)
+    return Path(path) if remote is None else Path(remote[0].fetched_file(remote[1]))
+
+
+def fetched_config(path: str | Path) -> str | Path:
+    """``path``, or for the address of a repository with a config.json the local directory of its small files, without the weights."""
+    remote = _remote(path)
+    return path if remote is None else remote[0].fetched_config(remote[1]) or path
+
+
+def is_remote_path(path: str | Path) -> bool:
+    """Whether ``path`` is an address and no local path."""
+    return _remote(path) is not None
+
+
 def small_names() -> tuple[str, ...]:
     """The small files that opening a directory may read."""
     return ("config.json", *_BESIDE)
@@ -395,6 +412,11 @@ def open_sources(path: Path, sources: Mapping[str, ByteSource]) -> Checkpoint:
         return _with_config(path, lambda name: _read_json(path.parent / name), single.tensors, single.metadata, (path.name,))
     found = open_directory(path, sources)
     return _with_config(path, lambda name: _read_json(path / name), found.tensors, found.metadata, tuple(found.files))
+
+
+def open_found(path: Path, raw: Mapping[str, RawTensor], metadata: Mapping[str, str], files: tuple[str, ...]) -> Checkpoint:
+    """The tensors ``raw`` of the safetensors ``files`` of a directory as its checkpoint, whatever its index says."""
+    return _with_config(path, lambda name: _read_json(path / name), raw, metadata, files)
 
 
 def pickle_refusal(where: object) -> Unsafe:

@@ -103,7 +103,7 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
         ("compressed-tensors", "compressed_tensors", "sparseml"),
         ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
-        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing"), aliases=("ct",)),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing", "act-order"), aliases=("ct",)),
     Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
         source_options=("layout",)),
     Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from qformats.errors import BadFile, did_you_mean
 
-__all__ = ["ByteSource", "FileSource", "MemorySource", "near"]
+__all__ = ["ByteSource", "FileSource", "MemorySource", "RemoteSource", "check_remote", "is_remote", "near"]
 
 _NEIGHBOURS = 10_000  # entries of a directory that are looked at for a name that was meant
 
@@ -35,6 +36,35 @@ class ByteSource(Protocol):
     def changed(self) -> bool: ...
 
     def close(self) -> None: ...
+
+
+class RemoteSource(ByteSource, Protocol):
+    """Bytes that are dear to read again, because they come over a network.
+
+    ``digests``: XXH3-128 of the chunks of 1 MiB that passed, by number; ``chunk_digest`` that of one, or None. ``check`` holds the whole
+    file against the digest that its owner lists, or raises ``RemoteError``; ``checked`` says that this was done.
+    """
+
+    checked: bool
+
+    @property
+    def digests(self) -> dict[int, bytes]: ...
+
+    def chunk_digest(self, at: int, nbytes: int) -> bytes | None: ...
+
+    def check(self) -> None: ...
+
+
+def is_remote(source: ByteSource) -> TypeGuard[RemoteSource]:
+    """Whether reading again what was read is dear."""
+    return hasattr(source, "chunk_digest")
+
+
+def check_remote(sources: Iterable[ByteSource]) -> None:
+    """Hold what came over a network against the digests that its owner lists; what is done before an output gets its name."""
+    for source in sources:
+        if is_remote(source):
+            source.check()
 
 
 def _truncated(name: str, offset: int, wanted: int, found: int) -> BadFile:
