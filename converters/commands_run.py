@@ -13,7 +13,7 @@ import click
 from converters.commands_imatrix import read_text
 from converters.flags import TARGET, check_report, output_flags, output_of, report_flag
 from converters.output import Output, count
-from qformats.errors import UsageError
+from qformats.errors import BadFile, UsageError
 
 __all__ = ["compare", "perplexity", "run"]
 
@@ -112,8 +112,13 @@ def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
         return tokenizer(prompt, return_tensors="pt").input_ids
     if not getattr(tokenizer, "chat_template", None):
         raise UsageError("chat-template", "the model has no chat template", hint="leave --chat out")
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": prompt}]
-    made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        made = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    except TemplateError as error:
+        raise BadFile("chat-template", f"the model's chat template fails: {error}", hint="leave --chat out") from None
     return made["input_ids"]
 
 

@@ -11,9 +11,10 @@ import pytest
 from click.testing import CliRunner
 
 from converters.cli import qconvert
+from converters.commands_run import _prompt_ids
 from converters.output import spoken
 from qformats.containers.gguf import TensorInfo, Value, layout_gguf
-from qformats.errors import QFormatError
+from qformats.errors import BadFile, QFormatError
 
 # colours, a title, a bell, a return, C1's CSI, a line, turned writing, isolates
 EVIL = "\x1b[31m\x1b]0;owned\x07\r\x9b2J\n\u202egpj\u2066x\u2069\u200f"
@@ -82,6 +83,20 @@ def test_a_name_never_makes_a_line_of_its_own(sources: list[Path]) -> None:
     assert found.exit_code == 0, found.output
     assert "\\x1b[31m\\x1b]0;owned\\x07\\r\\x9b2J\\n\\u202egpj\\u2066x\\u2069\\u200f" in found.stdout
     assert not any(line.startswith(("gpj", "\u202e")) for line in found.stdout.splitlines())
+
+
+def test_a_chat_template_that_fails_is_one_escaped_error() -> None:
+    from jinja2 import TemplateError
+
+    class Tokenizer:
+        chat_template = EVIL
+
+        def apply_chat_template(self, *_: object, **__: object) -> None:
+            raise TemplateError(EVIL)
+
+    with pytest.raises(BadFile) as caught:
+        _prompt_ids(Tokenizer(), "hello", True)
+    assert caught.value.code == "chat-template" and RAW.search(str(caught.value)) is None
 
 
 def test_every_part_of_an_error_is_escaped() -> None:
