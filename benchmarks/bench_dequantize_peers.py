@@ -156,15 +156,15 @@ def compressed_tensors(w: Tensor, kind: str) -> Case:
 
 
 def cases(w: Tensor) -> dict[str, Callable[[], Case]]:
-    halves = {"bf16": torch.bfloat16, "f16": torch.float16}
+    floats = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
     made: dict[str, Callable[[], Case]] = {
         "bitsandbytes nf4": lambda: bitsandbytes(w, "nf4", False),
         "bitsandbytes nf4 nested": lambda: bitsandbytes(w, "nf4", True),
     }
-    for name, dtype in halves.items():
+    for name, dtype in floats.items():
         made[f"hqq int4 g64 {name}"] = lambda d=dtype: hqq(w, d)  # type: ignore[misc]
     for kind in ("qint4", "qint8"):
-        for name, dtype in halves.items():
+        for name, dtype in floats.items():
             made[f"quanto {kind} {name}"] = lambda k=kind, d=dtype: quanto(w, k, d)  # type: ignore[misc]
     for kind in ("int8", "int4", "float8"):
         made[f"torchao {kind}"] = lambda k=kind: torchao(w, k)  # type: ignore[misc]

@@ -133,6 +133,14 @@ def same_patterns(one: str, other: str) -> int | None:
 
 
 @cache
+def not_finite(name: str) -> tuple[int, ...]:
+    """The bit patterns of a small float that stand for NaN or an infinity."""
+    import torch
+
+    return tuple((~torch.isfinite(float_values(name))).nonzero().reshape(-1).tolist())
+
+
+@cache
 def table_values(name: str) -> Tensor:
     """The entries of a constant book, float64: (entries,), or (entries, v_in) where an entry stands for ``v_in`` weights.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from qformats.errors import Unsupported
 from qformats.loops import find
 
-__all__ = ["Real", "inexact", "product", "round_once", "round_to_odd", "rounded"]
+__all__ = ["Real", "all_finite", "inexact", "product", "round_once", "round_to_odd", "rounded"]
 
 _SPLIT = 134217729.0  # 2^27 + 1
 
@@ -254,8 +254,23 @@ def rounded(value: Real, dtype: torch.dtype) -> tuple[Tensor, int]:
     return made, inexact(value, made)
 
 
+_INFINITIES = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80}
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no number is NaN or infinite."""
+    infinity = _INFINITIES.get(values.dtype)
+    if infinity is None or values.device.type != "cpu" or not values.numel():
+        return bool(torch.isfinite(values).all())
+    return int((values.contiguous().view(torch.int16).numpy() & 0x7FFF).max()) < infinity
+
+
 def inexact(exact: Real, rounded: Tensor) -> int:
     """How many numbers of ``rounded`` are not those of ``exact``; a NaN equals none."""
+    if exact.low is None and rounded is exact.high:
+        total = float(rounded.sum())
+        if total == total:  # no NaN
+            return 0
     differs = rounded.to(torch.float64) != exact.high
     if exact.low is not None:
         differs |= exact.low != 0

@@ -120,7 +120,7 @@ def _on_runs(values: Tensor, block: Block, shape: tuple[int, ...], width: int) -
     values = values.reshape(rows, -1)
     if values.shape[1] == 1:
         return values.expand(rows, across)
-    return values.repeat_interleave(block.sizes[-1] // width, 1)[:, :across]
+    return values if block.sizes[-1] == width else values.repeat_interleave(block.sizes[-1] // width, 1)[:, :across]
 
 
 def _single(real: Real | None) -> Tensor | None:
@@ -133,7 +133,7 @@ def _single(real: Real | None) -> Tensor | None:
 
 def _same(narrow: Tensor, wide: Tensor) -> bool:
     back = narrow.to(wide.dtype)
-    return bool(((back == wide) | (wide != wide)).all())
+    return torch.equal(back, wide) or bool(((back == wide) | (wide != wide)).all())
 
 
 def _rounded_plane(real: Real, step: torch.dtype) -> Tensor:

@@ -35,6 +35,7 @@ from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, dtype_option, float_array, float_tensor, yes_no
 from qformats.formats.planes import finite, own_form, part, row_range
 from qformats.formats.protocol import Match, Module, PartInfo, Piece, Target
+from qformats.grids import not_finite
 from qformats.scheme import Float, Grid, Integer, No, ParamSpec, Scheme, Storage, Tile, Yes
 
 if TYPE_CHECKING:
@@ -88,7 +89,6 @@ MODES = {
     "mxfp8": Mode(32, 8, Float("e4m3fn"), Float("e8m0")),
     "nvfp4": Mode(16, 4, Float("e2m1"), Float("e4m3fn")),
 }
-_NAN = {"e8m0": (0xFF,), "e4m3fn": (0x7F, 0xFF)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +208,10 @@ def read(module: Module, start: int = 0, stop: int | None = None, *, codes: bool
     plane = torch.from_numpy(unpack_rows(p.weight.row_range(start, stop), p.settings.bits, k)) if codes else blank_codes(shape)
     scale_grid = MODES[p.settings.mode].scale_grid
     if scale_grid is not None:
-        held = torch.from_numpy(p.scales.row_range(start, stop))
-        if any(bool((held == bad).any()) for bad in _NAN[scale_grid.name]):
+        patterns = p.scales.row_range(start, stop)
+        if any(bool((patterns == bad).any()) for bad in not_finite(scale_grid.name)):
             raise BadFile("not-finite", "holds scales that are NaN", tensor=p.scales.name, hint="the file is damaged")
-        small = QuantizedTensor((shape[0], k // p.settings.group), held, scale_grid)
+        small = QuantizedTensor((shape[0], k // p.settings.group), torch.from_numpy(patterns), scale_grid)
         return QuantizedTensor(shape, plane, p.settings.grid, (Param(small, tile),))
     assert p.biases is not None
     scale, bias = (Param(_floats(raw, start, stop), tile) for raw in (p.scales, p.biases))

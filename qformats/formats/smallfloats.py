@@ -17,6 +17,7 @@ from qformats.containers.raw import RawTensor
 from qformats.errors import BadFile, Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, blank_codes, float_array, float_tensor
 from qformats.formats.protocol import Module, PartInfo, Piece
+from qformats.grids import not_finite
 from qformats.scheme import Factor, Float, No, ParamSpec, Scheme, Storage, Tile, Yes, whole
 
 if TYPE_CHECKING:
@@ -105,7 +106,6 @@ class Scale:
     def _param(self, values: Array, tile: Tile) -> Param:
         import torch
 
-        from qformats import grids
         from qformats.tensor import Param, QuantizedTensor
 
         if self.grid is None:
@@ -113,8 +113,8 @@ class Scale:
             good = bool(torch.isfinite(plane).all()) and not (self.inverse and bool((plane == 0).any()))
             held: Any = plane
         else:
-            codes = torch.from_numpy(values.view(np_uint8()))
-            good = bool(torch.isfinite(grids.float_values(self.grid.name)[codes.to(torch.int64)]).all())
+            patterns = values.view(np_uint8())
+            good, codes = not any(bool((patterns == bad).any()) for bad in not_finite(self.grid.name)), torch.from_numpy(patterns)
             held = QuantizedTensor((int(codes.shape[0]), int(codes.shape[1])), codes, self.grid)
         if not good:
             raise BadFile("not-finite", "a scale is NaN or infinite", tensor=self.raw.name, hint="the file is damaged")

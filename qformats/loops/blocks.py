@@ -19,7 +19,7 @@ __all__ = [
     "table_range", "translate", "union",
 ]  # fmt: skip
 
-u8, i16, i32, i64, u64 = np.uint8, np.int16, np.int32, np.int64, np.uint64
+u8, i8, i16, i32, i64, u32, u64 = np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint32, np.uint64
 f32, f64 = np.float32, np.float64
 _PIECE = 8192  # codes in the nearest cache
 _BELOW_HALF = u64((1 << 42) - 1)  # the 52 - 10 bits of a float64's fraction that fp16 lacks
@@ -67,42 +67,87 @@ def multiply(codes: Any, factor: Any) -> None:
 
 
 @compiled
+def _spell(codes: Any, table: Any, out: Any) -> None:
+    for i in range(len(codes)):
+        out[i] = table[codes[i]]
+
+
+@compiled
+def _added(table: Any, add: Any) -> Any:
+    made = np.empty(len(table), u8)
+    for i in range(len(table)):
+        made[i] = u8(table[i] + add)
+    return made
+
+
+@compiled
+def _spell_multiplied(codes: Any, table: Any, factor: Any, add: Any, out: Any) -> None:
+    """``recode`` of a table of at most 16 numbers, uint8 (runs, width), through its products with every byte."""
+    products = np.zeros((256, 16), u8)
+    for f in range(256):
+        for i in range(len(table)):
+            products[f, i] = u8(u8(table[i] * u8(f)) + add)
+    for b in range(codes.shape[0]):
+        row = products[factor[b]]
+        for i in range(codes.shape[1]):
+            out[b, i] = row[codes[b, i]]
+
+
+@compiled
 def recode(codes: Any, table: Any, factor: Any, add: Any, width: int, out: Any) -> None:
     """``table[code] * factor + add``, modulo 256, for each run of ``width``: uint8 (n,) to ``out`` (n,), which may be ``codes``.
 
-    ``table`` (256,); ``factor`` and ``add`` (runs,), the first may be empty.
+    ``table`` (entries,), of all codes; ``factor`` (runs,) or empty; ``add`` (runs,), or (1,) for all runs. Under one number to add, a
+    small table is multiplied by each factor beforehand.
     """
-    runs, lines = len(add), out.reshape((len(add), width))
-    piece = max(1, _PIECE // width)
+    if len(add) == 1 and not len(factor):
+        _spell(codes, _added(table, add[0]), out)
+        return
+    if len(add) == 1 and len(table) <= 16:
+        _spell_multiplied(codes.reshape((len(factor), width)), table, factor, add[0], out.reshape((len(factor), width)))
+        return
+    runs = len(out) // width
+    lines, piece = out.reshape((runs, width)), max(1, _PIECE // width)
     for first in range(0, runs, piece):
         last = min(runs, first + piece)
-        source, target, line = codes[first * width : last * width], out[first * width : last * width], lines[first:last]
-        for i in range(len(source)):
-            target[i] = table[source[i]]
-        plus, times = add[first:last], factor[first:last]
-        if len(times):
-            for b in range(len(plus)):
-                a, f = plus[b], times[b]
-                for i in range(width):
-                    line[b, i] = u8(u8(line[b, i] * f) + a)
-        else:
-            for b in range(len(plus)):
-                a = plus[b]
-                for i in range(width):
-                    line[b, i] = u8(line[b, i] + a)
+        line = lines[first:last]
+        _spell(codes[first * width : last * width], table, out[first * width : last * width])
+        for b in range(last - first):
+            a, f = add[first + b if len(add) > 1 else 0], factor[first + b] if len(factor) else u8(1)
+            for i in range(width):
+                line[b, i] = u8(u8(line[b, i] * f) + a)
+
+
+@compiled
+def _small_range(codes: Any, table: Any, low: Any, high: Any) -> None:
+    """``table_range`` of at most 16 numbers: the codes of a run as a set of bits, whose ends are looked up by halves."""
+    least, most = np.full((2, 256), i8(127)), np.full((2, 256), i8(-128))
+    for half in range(2):
+        for byte in range(256):
+            for i in range(8 * half, min(len(table), 8 * half + 8)):
+                if byte >> (i - 8 * half) & 1:
+                    least[half, byte], most[half, byte] = min(least[half, byte], table[i]), max(most[half, byte], table[i])
+    for b in range(codes.shape[0]):
+        seen = u32(0)
+        for i in range(codes.shape[1]):
+            seen |= u32(u32(1) << u32(codes[b, i]))
+        lower, upper = seen & u32(255), (seen >> u32(8)) & u32(255)
+        low[b], high[b] = i16(min(least[0, lower], least[1, upper])), i16(max(most[0, lower], most[1, upper]))
 
 
 @compiled
 def table_range(codes: Any, table: Any, width: int, low: Any, high: Any) -> None:
-    """Smallest and largest ``table[code]`` (int8) of each run of ``width``, int16 (runs,)."""
+    """Smallest and largest ``table[code]`` of each run of ``width``, int16 (runs,); ``table`` int8 (entries,), of all codes."""
+    if len(table) <= 16:
+        _small_range(codes.reshape((len(low), width)), table, low, high)
+        return
     runs = len(low)
     piece = max(1, _PIECE // width)
     line = np.empty((piece, width), np.int8)
     for first in range(0, runs, piece):
         last = min(runs, first + piece)
         source, target = codes[first * width : last * width], line.reshape(-1)
-        for i in range(len(source)):
-            target[i] = table[source[i]]
+        _spell(source, table, target)
         for b in range(last - first):
             smallest, largest = line[b, 0], line[b, 0]
             for i in range(width):
@@ -128,13 +173,13 @@ def union(codes: Any) -> Any:
     """All bits that any of ``codes`` uint8 (n,) has."""
     seen = u8(0)
     for i in range(len(codes)):
-        seen |= codes[i]
+        seen = u8(seen | codes[i])
     return seen
 
 
 @compiled
 def translate(codes: Any, table: Any, out: Any) -> None:
-    """``out[i] = table[codes[i]]``: ``codes`` uint8 (n,), ``table`` int8 (256,), ``out`` int8 (n,)."""
+    """``out[i] = table[codes[i]]``: ``codes`` uint8 (n,), ``table`` int8 (entries,), of all codes; ``out`` int8 (n,)."""
     for i in range(len(codes)):
         out[i] = table[codes[i]]
 

@@ -1,6 +1,7 @@
 """Compiled loops over the numbers of two-level scales. Serial, ``nogil``, no fastmath; arrays are contiguous.
 
-The definitions they equal are ``qformats.rewrite.levels.stepped_definition`` and ``qformats.reencode.levels.folded_range_definition``.
+The definitions they equal are ``qformats.rewrite.levels.stepped_definition`` (``stepped_codes`` on the numbers that codes stand for)
+and ``qformats.reencode.levels.folded_range_definition``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 from qformats.loops.blocks import greatest_divisor
 from qformats.loops.compiled import compiled
 
-__all__ = ["folded_range", "stepped"]
+__all__ = ["folded_range", "stepped", "stepped_codes"]
 
 Array = np.ndarray[Any, Any]
 i16, i32, i64, u64, f64 = np.int16, np.int32, np.int64, np.uint64, np.float64
@@ -136,14 +137,60 @@ def stepped(values: Array, step: Array, number: Array) -> int:
 
 
 @compiled
+def _places(book: Array, place: Array, divided: Array, sign: Array) -> None:
+    """Of each number of ``book`` what ``stepped`` reads off it: the place of its last bit, its odd divisors, and flags in ``sign``.
+
+    1 is above zero, 2 below, 4 has more bits than four, is too small or not finite.
+    """
+    for c in range(len(book)):
+        x, size = book[c], f64(book[c]).view(u64) & _SIZE
+        three = ((size >> u64(49)) & u64(7)) << u64(3)
+        place[c] = (size >> u64(52)) + ((_PLACES >> three) & u64(7)) if size else u64(4095)
+        divided[c] = (_DIVIDED >> three) & u64(127) if size else u64(127)
+        long = size and (size & _THREE or place[c] < u64(100) or size >= _INFINITE)
+        sign[c] = (1 if x > f64(0) else 0) | (2 if x < f64(0) else 0) | (4 if long else 0)
+
+
+@compiled
+def stepped_codes(codes: Array, book: Array, step: Array, number: Array) -> int:
+    """``stepped`` of ``book[codes]``: uint8 (n, count) of float64 (256,); ``number`` int32."""
+    n, count = codes.shape
+    place, divided, sign = np.empty(256, u64), np.empty(256, u64), np.empty(256, np.uint8)
+    _places(book, place, divided, sign)
+    row, numbers, bad = np.empty((1, count), f64), np.empty((1, count), i64), 0
+    for r in range(n):
+        first, differ, flags, low, by, most = book[codes[r, 0]], 0, np.uint8(0), u64(4095), u64(127), f64(0)
+        for i in range(count):
+            c = codes[r, i]
+            x = book[c]
+            differ += x != first
+            flags |= sign[c]
+            low, by, most = min(low, place[c]), by & divided[c], max(most, abs(x))
+        if not differ or flags & np.uint8(4):
+            for i in range(count):
+                row[0, i] = book[codes[r, i]]
+            bad += stepped(row, step[r : r + 1], numbers)
+            for i in range(count):
+                number[r, i] = i32(numbers[0, i])
+            continue
+        unit = _odd(by) * u64((low - u64(3)) << u64(52)).view(f64)
+        unit = -unit if flags == np.uint8(2) else unit
+        for i in range(count):
+            number[r, i] = i32(book[codes[r, i]] / unit)
+        step[r] = unit
+        bad += most / abs(unit) > f64(_MOST)
+    return bad
+
+
+@compiled
 def folded_range(low: Array, high: Array, factor: Array, out_low: Array, out_high: Array) -> None:
     """Over each row the smallest ``low * factor`` and the largest ``high * factor``, exchanged where the factor is negative.
 
     All int16, (n, count) to (n,); products fit.
     """
     for r in range(low.shape[0]):
-        smallest, largest = i32(32767), i32(-32768)
+        smallest, largest = i16(32767), i16(-32768)
         for i in range(low.shape[1]):
-            a, b = i32(low[r, i]) * i32(factor[r, i]), i32(high[r, i]) * i32(factor[r, i])
+            a, b = i16(low[r, i] * factor[r, i]), i16(high[r, i] * factor[r, i])
             smallest, largest = min(smallest, min(a, b)), max(largest, max(a, b))
-        out_low[r], out_high[r] = i16(smallest), i16(largest)
+        out_low[r], out_high[r] = smallest, largest

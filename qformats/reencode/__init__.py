@@ -156,8 +156,8 @@ def _recoded(t: QuantizedTensor, decision: Fit, reuse: bool) -> Tensor | None:
         return (rewrite.spread_runs(plane, coarse, width, k) if plane.shape[-1] > 1 else plane).expand(counts)
 
     add = torch.zeros(1, dtype=torch.int16) if decision.shift is None else decision.shift
-    planes = [spread(add.to(torch.int16), wide)]
     factor = None if decision.factor is None else spread(decision.factor, decision.factor_width)
+    planes = [add.to(torch.int16) if add.numel() == 1 else spread(add.to(torch.int16), wide)]
     if decision.flip is not None:
         one = torch.ones((), dtype=torch.int16) if factor is None else factor
         factor = torch.where(spread(decision.flip, wide), -one, one)
@@ -280,8 +280,11 @@ def _merged_scale(a: Affine, scale: Tensor, group: int) -> Tensor:
         return scale
     if group % a.width and group < a.k:
         raise Refused(f"groups of {a.width} do not fill groups of {group}")
-    merged = rewrite.merge_groups(replace(a, scale=scale).plain(), group).scales[0].values
-    assert isinstance(merged, Tensor)
+    merged = a.merged if scale is a.scale else None
+    if merged is None:
+        made = rewrite.merge_groups(replace(a, scale=scale).plain(), group).scales[0].values
+        assert isinstance(made, Tensor)
+        merged = made
     a.notes.append(f"merge groups of {a.width} into {group}")
     return merged
 
@@ -312,6 +315,9 @@ def _to_constant(a: Affine, storage: Storage) -> Fit:
     scale, per = a.plane(a.scale, width), max(1, group // width)
     if per > 1:
         scale = _merged_scale(a, scale, group)
+    if a.reach is not None and a.flipped is None and lo <= -a.reach and a.reach <= hi:
+        a.notes.append(f"recentre to zero point {centre}")
+        return _done(a, storage, width, centre - a.zero, None, scale, f"every block fits {storage.type}", **params)
     low, high = a.ranges(width)
     zero = a.plane(a.zero, width)
     smallest, largest = merge_range((low - zero, high - zero), per)

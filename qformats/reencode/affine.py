@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qformats import rewrite
+from qformats import grids, rewrite
 from qformats.real import Real, product
 from qformats.real import rounded as rounded_to
 from qformats.rewrite import Levels, Refused
@@ -47,6 +47,10 @@ class Affine:
     levels: Levels | None = None
     factor: Tensor | None = None  # int16 on runs of ``width``: codes, zeros and ranges here are the stored times it
     unit: float = 1.0  # scales are the tensor's divided by it: a factor of all, which two-level forms leave out
+    ends: tuple[int, int] | None = None  # the smallest and largest of the codes its grid really has, where they are not the grid's
+    coded: tuple[Tensor, Tensor] | None = None  # codes uint8 on runs of ``width`` and their numbers (256,), where ``scale`` is blank
+    reach: int | None = None  # no code minus its zero point is larger, where it is a stored one times ``factor``
+    merged: Tensor | None = None  # ``scale`` is this, one number for each group of the storage
     moved: int | None = None  # codes and ranges here are the tensor's own codes (not ``rewrite.whole_codes``) plus it
 
     @property
@@ -89,14 +93,20 @@ def affine_form(
         moved = -t.grid.lowest
         ranges = _unknown
         t = _zero_in_offset(one_plane(t, storage, notes, rounded, rounding), storage.offset, notes, rounded, rounding)
+    ends = None
     if not rewrite.is_whole(t):
+        ends = rewrite.code_ends(t)
         t = rewrite.whole_codes(t)
         notes.append("values to integer codes")
     levels = rewrite.levels_of(t.scales, t.shape)
     plain = not exact and (storage.sub_scale is None or levels is None)
     t, unit = _apart(t) if exact and levels is None else (t, 1.0)
     known = known if unit == 1.0 else None  # what is kept there has all factors
-    t = one_plane(t, storage, notes, rounded, rounding, known) if plain else _folded(t, notes, known=known)
+    t, coded = _blank_scale(t) if exact and levels is None else (t, None)
+    if coded is not None:
+        notes.append("fold scale factors")
+    else:
+        t = one_plane(t, storage, notes, rounded, rounding, known) if plain else _folded(t, notes, known=known)
     t = rewrite.to_row_blocks(t)
     keep = t.offset is not None and storage.offset is not None
     if t.offset is not None and not keep:
@@ -111,7 +121,21 @@ def affine_form(
     width, scale, zero, offset = _common_planes(t)
     assert isinstance(t.grid, Integer)
     return Affine(t.shape, t.grid, scale, zero, width, ranges, notes, rounded, indexed=t.group_index is not None, levels=levels,
-                  unit=unit, moved=moved), offset  # fmt: skip
+                  unit=unit, ends=ends, coded=coded, moved=moved), offset  # fmt: skip
+
+
+def _blank_scale(t: QuantizedTensor) -> tuple[QuantizedTensor, tuple[Tensor, Tensor] | None]:
+    """The tensor with a blank scale in place of its only one, codes of a small float; and ``Affine.coded``, None for other tensors."""
+    inner, block = (t.scales[0].values, t.scales[0].block) if len(t.scales) == 1 else (None, None)
+    if not isinstance(inner, QuantizedTensor) or not isinstance(inner.grid, Float) or inner.params() or t.offset is not None:
+        return t, None
+    book = grids.float_values(inner.grid.name)
+    single = isinstance(block, Tile) and all(size == 1 for size in block.sizes[:-1]) and t.shape[-1] % block.sizes[-1] == 0
+    if not single or t.scales[0].inverse or t.group_index is not None or t.zero_point is not None or len(book) != 256:
+        return t, None
+    codes = inner.codes.contiguous().view(torch.uint8)
+    blank = torch.ones((), dtype=torch.float32).expand(codes.shape)
+    return t.replace(scales=(t.scales[0].with_values(blank),)), (codes, book)
 
 
 def _apart(t: QuantizedTensor) -> tuple[QuantizedTensor, float]:
@@ -245,9 +269,10 @@ def _common_planes(t: QuantizedTensor) -> tuple[int, Tensor, Tensor, Tensor | No
 
 def straighten(a: Affine) -> None:
     """Flip every run whose scale is negative: the codes as the record's producer had them."""
-    negative = torch.signbit(a.scale)
+    negative = torch.signbit(a.scale if a.merged is None else a.merged)
     if not bool(negative.any()):
         return
+    negative, a.merged = torch.signbit(a.scale), None
     inner, low_high = a.ranges, a.grid.lowest + a.grid.highest
     if a.zero.numel() == 1:
         a.zero = a.zero.expand(a.scale.shape)

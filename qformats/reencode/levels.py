@@ -134,7 +134,7 @@ def folded_form(a: Affine, storage: Storage, rounding: bool) -> Affine:
     if a.levels is not None and a.levels.wide % wide == 0:
         step, number = _largest_step(a.levels.on(wide, a.width, a.k))
     else:
-        levels = rewrite.stepped(a.scale, a.width, wide)
+        levels = rewrite.stepped(a.scale, a.width, wide) if a.coded is None else rewrite.stepped_codes(*a.coded, a.width, wide)
         step, number = levels.step * a.unit, levels.number  # of no common divisor
     low, high = (int(end) for end in number.aminmax())
     bad = int((number.abs() > _LARGEST).sum()) if max(-low, high) > _LARGEST else 0
@@ -149,9 +149,14 @@ def folded_form(a: Affine, storage: Storage, rounding: bool) -> Affine:
         f = rewrite.spread_runs(factor, width, min(w, width), a.k)
         return _folded_range(low, high, f.expand(low.shape), max(1, w // width))
 
-    most = max(1, -low, high) * max(abs(a.grid.lowest), a.grid.highest)
+    times = max(1, -low, high)
+    most = times * max(abs(a.grid.lowest), a.grid.highest)
+    single = a.zero.numel() == 1 and not int(a.zero)
+    reach = times * max(abs(end) for end in a.ends) if single and a.ends is not None else None
+    merged = scale if wide == group else None
     note = "multiply sub-scales into codes"
-    return replace(a, scale=rewrite.spread_runs(scale, wide, width, a.k), zero=a.zero.expand(factor.shape) * factor, ranges=ranges,
+    zero = a.zero if single else a.zero.expand(factor.shape) * factor
+    return replace(a, scale=rewrite.spread_runs(scale, wide, width, a.k), zero=zero, ranges=ranges, merged=merged, reach=reach,
                    grid=Integer(most.bit_length() + 1, True), notes=[*a.notes, note], factor=factor, levels=None)  # fmt: skip
 
 
@@ -187,8 +192,9 @@ def must_fold(t: QuantizedTensor, storage: Storage) -> bool:
         return False
     if any(isinstance(p.values, Tensor) and (p.values.shape[-1] != 1 or not bool((p.values != 0).all())) for p in t.scales):
         return False
-    runs = inner.codes.unflatten(-1, (-1, group // block.sizes[-1]))  # type: ignore[union-attr]
-    return bool((runs != runs[..., :1]).any())
+    runs = inner.codes.unflatten(-1, (-1, group // block.sizes[-1])).flatten(0, -2)  # type: ignore[union-attr]
+    parts = runs.split(max(1, len(runs) // 16))  # most weights say it in the first
+    return any(bool((part != part[:, :1]).any()) for part in parts)
 
 
 def underflows(scale: Param) -> bool:

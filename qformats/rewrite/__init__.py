@@ -23,7 +23,7 @@ from qformats.rewrite.codes import (
 )
 from qformats.rewrite.forms import Refused
 from qformats.rewrite.groups import merge_groups, split_groups, to_row_blocks
-from qformats.rewrite.levels import Levels, level_param, levels_of, nest_scale, spread_runs, stepped
+from qformats.rewrite.levels import Levels, level_param, levels_of, nest_scale, spread_runs, stepped, stepped_codes
 from qformats.rewrite.rows import (
     absorb_group_index,
     concatenate_rows,
@@ -34,7 +34,7 @@ from qformats.rewrite.rows import (
     single_row_entries,
 )
 from qformats.rewrite.scales import fold_scales, fold_wide, round_scale, unnest_scale
-from qformats.rewrite.whole import code_table, common_divisor, is_whole, looked_up, whole_codes, whole_range
+from qformats.rewrite.whole import code_ends, code_table, common_divisor, is_whole, looked_up, whole_codes, whole_range
 
 __all__ = [
     "Levels",
@@ -43,6 +43,7 @@ __all__ = [
     "block_loops",
     "block_range",
     "block_range_definition",
+    "code_ends",
     "code_table",
     "common_divisor",
     "concatenate_rows",
@@ -67,6 +68,7 @@ __all__ = [
     "split_groups",
     "spread_runs",
     "stepped",
+    "stepped_codes",
     "to_row_blocks",
     "to_signed",
     "to_unsigned",

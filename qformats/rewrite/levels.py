@@ -16,12 +16,12 @@ from qformats.rewrite.whole import common_step
 from qformats.scheme import Integer, SubScale, Tile
 from qformats.tensor import Param, QuantizedTensor, constant
 
-__all__ = ["Levels", "level_param", "levels_of", "nest_scale", "spread_runs", "stepped", "stepped_definition"]
+__all__ = ["Levels", "level_param", "levels_of", "nest_scale", "spread_runs", "stepped", "stepped_codes", "stepped_definition"]
 
 
 @dataclass(frozen=True, slots=True)
 class Levels:
-    """A parameter as ``step * number``: ``step`` float64 (…, ceil(K / wide)), ``number`` int64 (…, ceil(K / narrow))."""
+    """A parameter as ``step * number``: ``step`` float64 (…, ceil(K / wide)), ``number`` int64 or int32 (…, ceil(K / narrow))."""
 
     step: Tensor
     number: Tensor
@@ -44,6 +44,8 @@ def spread_runs(values: Tensor, coarse: int, fine: int, k: int) -> Tensor:
     """A plane on runs of ``coarse`` columns for runs of ``fine``, which divide them or the row."""
     if coarse == fine:
         return values
+    if coarse % fine == 0 and values.shape[-1] * coarse == k:
+        return values.unsqueeze(-1).expand(*values.shape, coarse // fine).flatten(-2)
     return values.index_select(-1, torch.arange(-(-k // fine)) * fine // coarse)
 
 
@@ -108,6 +110,20 @@ def stepped(scale: Tensor, narrow: int, wide: int) -> Levels:
     else:
         step, number = torch.empty(runs.shape[:-1], dtype=torch.float64), torch.empty(runs.shape, dtype=torch.int64)
         bad = int(loops.stepped(runs.flatten(0, -2).numpy(), step.view(-1).numpy(), number.flatten(0, -2).numpy()))
+    if bad:
+        raise Refused(f"the scales in {bad} of {step.numel()} runs of {wide} columns are no small multiples of one number")
+    return Levels(step, number.flatten(-2), wide, narrow)
+
+
+def stepped_codes(codes: Tensor, book: Tensor, narrow: int, wide: int) -> Levels:
+    """``stepped(book[codes])`` of codes uint8 (…, K / narrow) of the numbers ``book`` float64 (256,), with integers int32."""
+    loops = find("levels") if codes.device.type == "cpu" else None
+    if loops is None:
+        return stepped(book[codes.to(torch.int64)], narrow, wide)
+    runs = codes.unflatten(-1, (-1, wide // narrow)).contiguous()
+    step, number = torch.empty(runs.shape[:-1], dtype=torch.float64), torch.empty(runs.shape, dtype=torch.int32)
+    planes = (runs.flatten(0, -2).numpy(), book.numpy(), step.view(-1).numpy(), number.flatten(0, -2).numpy())
+    bad = int(loops.stepped_codes(*planes))
     if bad:
         raise Refused(f"the scales in {bad} of {step.numel()} runs of {wide} columns are no small multiples of one number")
     return Levels(step, number.flatten(-2), wide, narrow)

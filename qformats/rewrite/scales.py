@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from qformats import steps
-from qformats.real import Real, inexact, product, round_to_odd, rounded
+from qformats.real import Real, all_finite, inexact, product, round_to_odd, rounded
 from qformats.rewrite.forms import Refused, map_params, plain
 from qformats.scheme import Tile
 from qformats.tensor import Param, QuantizedTensor, constant
@@ -115,7 +115,7 @@ def round_scale(t: QuantizedTensor, dtype: torch.dtype, *, rounding: bool = True
     exact = Real.of(scale)
     stored, wrong = rounded(exact, dtype)
     name = str(dtype).removeprefix("torch.")
-    if not bool(torch.isfinite(stored).all()) and bool(torch.isfinite(scale).all()):
+    if not all_finite(stored) and all_finite(scale):
         raise Refused(f"a scale overflows {name}")
     if wrong and not rounding:
         raise Refused(f"{wrong} of {scale.numel()} scales are not {name} numbers")

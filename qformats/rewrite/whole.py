@@ -16,7 +16,8 @@ from qformats.scheme import Float, Grid, Integer, Learned, Table
 from qformats.tensor import QuantizedTensor, constant
 
 __all__ = [
-    "code_table", "common_divisor", "common_step", "common_step_definition", "is_whole", "looked_up", "whole_codes", "whole_range",
+    "code_ends", "code_table", "common_divisor", "common_step", "common_step_definition", "is_whole", "looked_up", "whole_codes",
+    "whole_range",
 ]  # fmt: skip
 
 _MOST_ZEROS = 64  # different fractional zero points that are looked at for a common step
@@ -57,7 +58,7 @@ def _step_of_grid(grid: Grid) -> float:
 
 
 def code_table(t: QuantizedTensor) -> Tensor | None:
-    """What ``whole_codes`` makes of each byte, int8 (256,); None where that takes more than the byte, or is refused."""
+    """What ``whole_codes`` makes of each code there is, int8 (entries,); None where that takes more than the byte, or is refused."""
     loops = find("blocks")
     if loops is None or t.codes.device.type != "cpu" or not t.codes.numel() or t.zero_point is not None or t.signs is not None:
         return None
@@ -66,7 +67,15 @@ def code_table(t: QuantizedTensor) -> Tensor | None:
     table = _table_of_grid(t.grid)
     if table is None or (len(table) < 256 and loops.union(t.codes.contiguous().view(torch.uint8).view(-1).numpy()) >= len(table)):
         return None
-    return torch.nn.functional.pad(table, (0, 256 - len(table)))
+    return table
+
+
+def code_ends(t: QuantizedTensor) -> tuple[int, int] | None:
+    """The smallest and largest of the integers that ``whole_codes`` makes of the codes of a grid; None where that takes more than it."""
+    if t.zero_point is not None or t.signs is not None or isinstance(t.grid, Integer | Learned):
+        return None
+    table = _table_of_grid(t.grid)
+    return None if table is None else (int(table.min()), int(table.max()))
 
 
 @cache
@@ -183,10 +192,8 @@ def looked_up(codes: Tensor, table: Tensor) -> Tensor | None:
     held = codes.contiguous().view(torch.uint8)
     if len(table) < 256 and int(held.max()) >= len(table):
         return None
-    full = torch.zeros(256, dtype=torch.int8)
-    full[: len(table)] = table
     out = torch.empty(held.shape, dtype=torch.int8)
-    loops.translate(held.view(-1).numpy(), full.numpy(), out.view(-1).numpy())
+    loops.translate(held.view(-1).numpy(), table.numpy(), out.view(-1).numpy())
     return out
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qformats import grids, reencode, rewrite
-from qformats.real import Real, inexact, round_once, rounded
+from qformats.real import Real, all_finite, inexact, round_once, rounded
 from qformats.reencode import offsets
 from qformats.reencode.levels import folded_range_definition
-from qformats.rewrite.levels import stepped_definition
+from qformats.rewrite.levels import stepped_codes, stepped_definition
 from qformats.rewrite.whole import common_step, common_step_definition
 from qformats.scheme import Float, Integer, Tile
 from qformats.tensor import Param, QuantizedTensor
@@ -205,6 +205,24 @@ def test_steps_of_scales_equal_the_definition(count: int) -> None:
     assert torch.equal(torch.from_numpy(number)[good], wanted[1][good])
 
 
+@pytest.mark.parametrize("name", ["e4m3fn", "e5m2", "e8m0", "ue4m3"])
+@pytest.mark.parametrize("count", [1, 8, 32])
+def test_steps_of_codes_are_those_of_their_numbers(name: str, count: int) -> None:
+    rng, book = np.random.default_rng(count), grids.float_values(name)
+    finite = torch.isfinite(book).nonzero().reshape(-1).numpy().astype(np.uint8)
+    near = finite[(rng.integers(0, len(finite), (200, 1)) + rng.integers(0, 9, (200, count))) % len(finite)]
+    equal, zeros = np.broadcast_to(finite[rng.integers(0, len(finite), (40, 1))], (40, count)), np.zeros((2, count), np.uint8)
+    for codes in (near, equal, zeros, rng.choice(finite[:96], (200, count))):
+        for row in torch.from_numpy(codes.copy()).split(1):
+            step, number, bad = stepped_definition(book[row.to(torch.int64)])
+            if bad:
+                with pytest.raises(rewrite.Refused):
+                    stepped_codes(row, book, 16, 16 * count)
+                continue
+            made = stepped_codes(row, book, 16, 16 * count)
+            assert torch.equal(made.step[0].view(torch.int64), step.view(torch.int64)) and torch.equal(made.number.to(torch.int64), number)
+
+
 @RUNS
 @given(shapes, seeds)
 def test_ranges_times_factors_equal_the_definition(shape: tuple[int, int, int], seed: int) -> None:
@@ -235,13 +253,27 @@ def test_rounding_a_plane_equals_rounding_once(dtype: torch.dtype) -> None:
     assert steps.round_line(np.array([np.nan, 1.0, 0.1]), 2, np.empty(3, np.uint16)) == (2, 1)
 
 
+def test_finite_numbers_are_known_by_their_bits() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(1 << 16).to(torch.int16).view(dtype)
+        assert all(all_finite(number) == bool(torch.isfinite(number)) for number in every.reshape(-1, 1)[::97])
+        assert all_finite(every[torch.isfinite(every)]) and not all_finite(every)
+
+
 @RUNS
-@given(st.sampled_from((16, 32)), seeds, st.sampled_from((torch.uint8, torch.int8)), st.booleans(), st.booleans())
-def test_codes_of_a_table_in_one_pass_equal_the_definition(width: int, seed: int, dtype: torch.dtype, flips: bool, folds: bool) -> None:
+@given(
+    st.sampled_from((16, 32)), seeds, st.sampled_from((torch.uint8, torch.int8)), st.booleans(), st.booleans(), st.booleans(),
+    st.sampled_from((("e2m1", 16), ("e2m3", 64))),
+)  # fmt: skip
+def test_codes_of_a_table_in_one_pass_equal_the_definition(
+    width: int, seed: int, dtype: torch.dtype, flips: bool, folds: bool, single: bool, grid: tuple[str, int]
+) -> None:
     rng = np.random.default_rng(seed)
-    t = QuantizedTensor((3, 256), torch.from_numpy(rng.integers(0, 16, (3, 256)).astype(np.uint8)).view(dtype), Float("e2m1"),
+    name, entries = grid
+    t = QuantizedTensor((3, 256), torch.from_numpy(rng.integers(0, entries, (3, 256)).astype(np.uint8)).view(dtype), Float(name),
                         (Param(torch.ones(3, 1), Tile((1, 256))),))  # fmt: skip
     shift = torch.from_numpy(rng.integers(0, 100, (3, 256 // width)).astype(np.int16))
+    shift = shift[:1, :1].expand(shift.shape) if single and flips else shift[:1, :1] if single else shift
     flip = torch.from_numpy(rng.random(shift.shape) < 0.5) if flips else None
     factor = torch.from_numpy(rng.integers(1, 5, (3, 16)).astype(np.int16)) if folds else None
     decision = reencode.Fit("exact", "", (), width, shift, flip, Integer(8), t.scales[0], None, None, factor, 16)
@@ -249,7 +281,8 @@ def test_codes_of_a_table_in_one_pass_equal_the_definition(width: int, seed: int
     whole = rewrite.whole_codes(t).codes.to(torch.int64)
     each = whole if factor is None else whole * factor.repeat_interleave(16, -1)
     turned = each if flip is None else torch.where(flip.repeat_interleave(width, -1), -each, each)
-    assert torch.equal(reencode.finish(t, decision).codes, (turned + shift.repeat_interleave(width, -1)).to(torch.uint8))
+    moved = turned + (shift if shift.numel() == 1 else shift.repeat_interleave(width, -1))
+    assert torch.equal(reencode.finish(t, decision).codes, moved.to(torch.uint8))
     wanted = rewrite.block_range(rewrite.whole_codes(t), width)
     assert all(torch.equal(a, b) for a, b in zip(rewrite.whole_range(t, width), wanted, strict=True))
 
