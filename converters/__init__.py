@@ -13,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from converters.api import convert, plan, verify
+    from converters.comparing import compare
     from converters.report import Report
 
-__all__ = ["Report", "convert", "plan", "verify"]
+__all__ = ["Report", "compare", "convert", "plan", "verify"]
 
-_HOMES = {"convert": "converters.api", "plan": "converters.api", "verify": "converters.api", "Report": "converters.report"}
+_HOMES = {
+    "compare": "converters.comparing", "convert": "converters.api", "plan": "converters.api", "verify": "converters.api",
+    "Report": "converters.report",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from converters.lora import CONFIG, FLOATS, PREFIX, WEIGHTS, pattern_value, read_json
+from qformats.checkpoint import fetched, is_remote_path
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
 from qformats.errors import BadFile, Unsafe, Unsupported, UsageError
@@ -121,24 +122,29 @@ def _parse(word: LoraWord) -> tuple[Path, float]:
 
 
 def _open(path: Path, weight: float) -> Adapter:
+    name, path = _name(path), fetched(path)
     if path.is_file() and path.suffix == ".gguf":
         hint = "convert it first: qconvert gguf-to-lora"
         raise Unsupported("lora-config", "is a file; adapters are merged from PEFT directories", path=path, hint=hint)
     try:
-        return _read(path, weight)
+        return _read(path, name, weight)
     except (BadFile, Unsupported) as error:
         error.hint = error.hint or _SUSPECT
         error.locate(path=path / WEIGHTS)
         raise
 
 
-def _read(path: Path, weight: float) -> Adapter:
+def _name(path: Path) -> str:
+    return path.name.partition("@")[0] if is_remote_path(path) else path.resolve().name
+
+
+def _read(path: Path, name: str, weight: float) -> Adapter:
     config = read_json(path / CONFIG)
     _check_config(config, path)
     if not (path / WEIGHTS).is_file() and (path / "adapter_model.bin").is_file():
         raise Unsafe("pickle", "is a pickle, which can run code when it is loaded", path=path, hint="save it as safetensors")
     pairs, saved = _sorted(open_safetensors(path / WEIGHTS).tensors, config)
-    return Adapter(path.resolve().name, weight, _sha256(path / WEIGHTS), _sha256(path / CONFIG), pairs, saved)
+    return Adapter(name, weight, _sha256(path / WEIGHTS), _sha256(path / CONFIG), pairs, saved)
 
 
 def _sha256(path: Path) -> str:

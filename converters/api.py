@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from converters.adapters import LoraWord, open_adapters
 from converters.execute import Progress, execute
+from converters.importances import open_imatrix
 from converters.options import PlanOptions
 from converters.plan import Plan, make_plan, refuse_losses
 from converters.verify import VerifyResult
 from converters.verify import verify as _verify
 from qformats import registry
 from qformats.formats.protocol import Target
-from qformats.quantize.imatrix import read_imatrix
 
 if TYPE_CHECKING:
     from converters.report import Report
@@ -57,7 +57,7 @@ def _options(to: str | Target, header_only: bool, wishes: Wishes) -> PlanOptions
         "tensor_types": tuple(wishes.get("tensor_types", ())),
         "metadata": tuple(wishes.get("metadata", ())),
         "source_options": tuple(wishes.get("source_options", ())),
-        "imatrix": None if imatrix is None else read_imatrix(imatrix),
+        "imatrix": None if imatrix is None else open_imatrix(imatrix),
         "lora": open_adapters(wishes.get("lora", ())),
     }
     return PlanOptions(registry.parse_target(to) if isinstance(to, str) else to, header_only=header_only, **made)

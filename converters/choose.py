@@ -353,7 +353,7 @@ class Chooser(Facts):
         target = self._target(kind or None)
         module = registry.format_module(target.format)
         scheme = self._scheme_before(tensor)
-        if target.type in self.new_groups:
+        if target.type is not None and target.type in self.new_groups:
             target = replace(target, options={**target.options, "group": str(self.new_groups[target.type])})
             reason += f"; groups of {target.options['group']}, which divide every width"
         storage = self._searchable(module.storages(target, scheme))

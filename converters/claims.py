@@ -37,6 +37,11 @@ class Ranges:
         self._tensor: QuantizedTensor | None = None
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def codes(self) -> Tensor:
+        """The codes as they are stored (n, K)."""
+        value: QuantizedTensor = read_rows(*self._args)  # type: ignore[assignment]
+        return value.codes
+
     def __call__(self, width: int) -> tuple[Tensor, Tensor]:
         if self._tensor is None:
             value = read_rows(*self._args)

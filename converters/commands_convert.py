@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from converters.commands_hub import push_output
-from converters.flags import Wishes, check_report, loss_flags, output_flags, output_of, source_flags, writing_flags
+from converters.completion import Words
+from converters.flags import (
+    TARGET,
+    Wishes,
+    check_report,
+    loss_flags,
+    output_flags,
+    output_of,
+    report_flag,
+    source_flags,
+    writing_flags,
+)
 from converters.options import LATER, recorded_words
 from converters.output import Output, count, error_json, size
 from qformats import registry
@@ -33,19 +44,24 @@ _TO = "FORMAT[:TYPE][,key=value…]"
 # ---------------------------------------------------------------- commands
 
 
-@click.command(short_help="Say what a conversion would do, and why.", epilog="Example: qconvert plan llama-awq/ --to gguf")
+@click.command(
+    short_help="Say what a conversion would do, and why.",
+    epilog="Examples: qconvert plan llama-awq/ --to gguf · qconvert plan llama-awq/ --to gguf:q4_1 --exact",
+)
 @click.argument("src", type=_PATH)
-@click.option("--to", required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--to", type=TARGET, required=True, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--header", is_flag=True, help="Read headers only; kinds are then claims.")
 @loss_flags
 @source_flags
+@report_flag
 @output_flags
-def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: Any) -> None:
+def plan(src: Path, allow_pickle: bool, report: Path | None, as_json: bool, quiet: bool, **wishes: Any) -> None:
     """Say what converting SRC would do to every tensor, and why. Writes nothing."""
     from converters.plan import make_plan, refuse_losses
     from converters.report import Report
 
     output = output_of(as_json, quiet)
+    check_report(report, src)
     options = Wishes(**wishes).plan_options()
     with output.working("planning"):
         planned = make_plan(src, options, allow_pickle=allow_pickle)
@@ -56,7 +72,10 @@ def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: An
         except QFormatError as error:
             refusal = error
         data = {**planned.to_json(), "refused": None if refusal is None else error_json(refusal)}
-        output.result(data, Report.build(planned).to_text)
+        found = Report.build(planned)
+    if report is not None:
+        found.write(report)
+    output.result(data, found.to_text)
     if refusal is not None:
         output.note(f"convert would stop here: {refusal.hint} [{refusal.code}]")
         if planned.options.exact:
@@ -65,11 +84,13 @@ def plan(src: Path, allow_pickle: bool, as_json: bool, quiet: bool, **wishes: An
 
 @click.command(
     short_help="Convert to any format and type.",
-    epilog="Example: qconvert convert llama-awq/ llama.gguf --to gguf:q4_1 --report llama.html",
+    epilog="Examples: qconvert convert llama-awq/ llama.gguf --to gguf"
+    " · qconvert convert llama-awq/ llama.gguf --to gguf:q4_1 --report llama.html"
+    " · qconvert convert llama-gptq/ llama-ct/ --to compressed-tensors:int4,group=32",
 )
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
+@click.option("--to", type=TARGET, metavar=_TO, help="Target, such as gguf, gguf:q4_1 or gptq:int4,group=128.")
 @click.option("--plan", "plan_file", type=_PATH, metavar="FILE", help="Carry out what `qconvert plan --json` printed, or stop.")
 @loss_flags
 @source_flags
@@ -97,11 +118,13 @@ def convert(src: Path, dst: Path, to: str | None, plan_file: Path | None, **flag
 
 @click.command(
     short_help="Make new codes of a named type.",
-    epilog="Example: qconvert quantize llama-awq/ llama.gguf --to gguf:q4_k_m --lora adapter/",
+    epilog="Examples: qconvert quantize llama/ llama.gguf --to gguf:q4_k_m"
+    " · qconvert quantize llama/ llama-gptq/ --to gptq:int4,group=32,sym"
+    " · qconvert quantize llama-awq/ llama.gguf --to gguf:q4_k_m --lora adapter/",
 )
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
+@click.option("--to", type=TARGET, required=True, metavar="FORMAT:TYPE[,key=value…]", help="Target with its type, such as gguf:q8_0.")
 @loss_flags
 @source_flags
 @writing_flags
@@ -114,10 +137,14 @@ def quantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
     _run(src, dst, {**flags, "to": to, "allow_requantize": True})
 
 
-@click.command(short_help="Turn codes back into floats.", epilog="Example: qconvert dequantize llama-awq/ llama-bf16/ --to hf:f16")
+@click.command(
+    short_help="Turn codes back into floats.",
+    epilog="Example: qconvert dequantize llama-awq/ llama-bf16/ --to hf:f16",
+)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
-@click.option("--to", default="hf:bf16", show_default=True, metavar="FORMAT:TYPE", help="Float target: hf:bf16, hf:f32, gguf:f16 …")
+@click.option("--to", type=TARGET, default="hf:bf16", show_default=True, metavar="FORMAT:TYPE",
+              help="Float target: hf:bf16, hf:f32, gguf:f16 …")
 @loss_flags
 @source_flags
 @writing_flags
@@ -129,7 +156,10 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
     _run(src, dst, {**flags, "to": to})
 
 
-@click.command(short_help="Check an output against its source.", epilog="Example: qconvert verify llama-awq/ llama.gguf")
+@click.command(
+    short_help="Check an output against its source.",
+    epilog="Examples: qconvert verify llama-awq/ llama.gguf · qconvert verify llama-awq/ llama.gguf --replay",
+)
 @click.argument("src", type=_PATH)
 @click.argument("dst", type=_PATH)
 @click.option("--replay", is_flag=True, help="Convert again in memory and compare every byte, even where the digests agree.")
@@ -137,14 +167,25 @@ def dequantize(src: Path, dst: Path, to: str, **flags: Any) -> None:
 @click.option("--lora", metavar="DIR[=WEIGHT]", multiple=True, help="An adapter that was merged into DST; DST is then replayed with it.")
 @click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core).")
 @source_flags
+@report_flag
 @output_flags
-def verify(src: Path, dst: Path, as_json: bool, quiet: bool, **wishes: Any) -> None:
-    """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record."""
+def verify(src: Path, dst: Path, report: Path | None, as_json: bool, quiet: bool, **wishes: Any) -> None:
+    """Check that DST is what SRC was converted to, every byte: by the digests of both, else by replaying its record.
+
+    With --report the weights of any two checkpoints are measured too: every tensor's kind of match and its error.
+    """
     from converters.verify import verify as compare
 
     output = output_of(as_json, quiet)
+    check_report(report, src, dst)
     with output.progress("verify") as progress:
         found = compare(src, dst, progress=progress, **wishes)
+    if report is not None:
+        from converters.comparing import verification_report
+
+        how = {name: wishes[name] for name in ("workers", "allow_pickle")}
+        with output.progress("compare") as progress:
+            verification_report(src, dst, found.to_json(), progress=progress, **how).write(report)
     data = {**found.to_json(), "exit_code": 0 if found.ok else 3}
     output.result(data, lambda: _verify_lines(dst, found))
     if not found.ok:
@@ -160,7 +201,8 @@ def pair(source: str, target: str) -> click.Command:
     @click.command(f"{source}-to-{target}", short_help=f"Convert {row.title.split(' (')[0]} to {into.title.split(' (')[0]}.")
     @click.argument("src", type=_PATH)
     @click.argument("dst", type=_PATH)
-    @click.option("--type", "kind", metavar="TYPE", help=f"{_words(into)} (default: the smallest that keeps every code).")
+    @click.option("--type", "kind", type=Words("TYPE", lambda _: (*into.types, *into.mixes)), metavar="TYPE",
+                  help=f"{_words(into)} (default: the smallest that keeps every code).")
     @click.option("--option", "options", metavar="KEY=VALUE", multiple=True, hidden=not into.options, help=f"{', '.join(into.options)}.")
     @loss_flags
     @source_flags

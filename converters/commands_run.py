@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import click
 
 from converters.commands_imatrix import read_text
-from converters.flags import output_flags, output_of
+from converters.flags import TARGET, check_report, output_flags, output_of, report_flag
 from converters.output import Output, count
 from qformats.errors import UsageError
 
@@ -37,7 +38,7 @@ def _model_flags(command: Callable[..., Any], which: str = "MODEL") -> Callable[
             help="int8 rounds the inputs of every product to bytes too: faster on a CPU, and not exact.",
         ),
         click.option("--allow-pickle", is_flag=True, help="Read files of torch.save, as data."),
-        click.option("--quantize", metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
+        click.option("--quantize", type=TARGET, metavar="FORMAT:TYPE[,key=value…]", help=_QUANTIZE.format(which)),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -84,7 +85,9 @@ def run(
 
     output = output_of(as_json, quiet)
     tokenizer = load_tokenizer(model)
+    began = time.perf_counter()
     loaded = _load(model, output, **how)
+    loaded_at = time.perf_counter()
     ids = _prompt_ids(tokenizer, prompt, chat).to(loaded.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
@@ -93,7 +96,14 @@ def run(
     new = found[0, ids.shape[1] :]
     text = tokenizer.decode(new, skip_special_tokens=True)
     if as_json:
-        output.result({"version": 1, "prompt_tokens": ids.shape[1], "new_tokens": len(new), "text": text}, lambda: iter(()))
+        data = {"version": 1, "prompt_tokens": ids.shape[1], "new_tokens": len(new), "text": text}
+        output.result({**data, **_speed(len(new), loaded_at - began, time.perf_counter() - loaded_at)}, list)
+
+
+def _speed(tokens: int, load_seconds: float, seconds: float) -> dict[str, float | None]:
+    """``seconds``: of the prompt and the new tokens together."""
+    speed = round(tokens / seconds, 3) if seconds > 0 else None
+    return {"load_seconds": round(load_seconds, 3), "seconds": round(seconds, 3), "tokens_per_second": speed}
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, chat: bool) -> Any:
@@ -161,18 +171,22 @@ def perplexity(model: Path, text: Path, context: int, windows: int | None, as_js
 @click.argument("second", type=_PATH)
 @_text_flags
 @partial(_model_flags, which="SECOND")
+@report_flag
 @output_flags
 def compare(
-    first: Path, second: Path, text: Path, context: int, windows: int | None, as_json: bool, quiet: bool, quantize: str | None, **how: Any
+    first: Path, second: Path, text: Path, context: int, windows: int | None, report: Path | None, as_json: bool, quiet: bool,
+    quantize: str | None, **how: Any,
 ) -> None:
     """Run two checkpoints, of any formats, over a text: mean KL divergence of SECOND from FIRST, equal best tokens, both NLLs.
 
     Both read the tokens of FIRST's tokenizer. With --quantize, FIRST and SECOND may be one checkpoint of floats: what would be lost.
+    With --report the weights of both files are measured too.
     """
     from qformats.runtime import measuring
     from qformats.runtime.tokenizer import load_tokenizer
 
     output = output_of(as_json, quiet)
+    check_report(report, first, second, text)
     runs = measuring.windows(load_tokenizer(first), read_text(text), context, windows)
     one, other = _load(first, output, **how), _load(second, output, quantize=quantize, **how)
     with output.steps("compare", "windows") as progress:
@@ -181,6 +195,12 @@ def compare(
         "version": 1, "kl": found.kl, "top1": found.top1, "nll": [found.first.nll, found.second.nll],
         "perplexity": [found.first.perplexity, found.second.perplexity], "tokens": found.first.tokens, "windows": len(runs),
     }  # fmt: skip
+    if report is not None:
+        from converters.comparing import agreement_report
+
+        said = {**{key: value for key, value in data.items() if key != "version"}, "text": text.name, "context": context}
+        with output.working("comparing weights"):
+            agreement_report(first, second, said, quantized=quantize, allow_pickle=how["allow_pickle"]).write(report)
 
     def lines() -> Iterator[str]:
         yield f"KL divergence {found.kl:.6f} nats a token  equal best tokens {found.top1:.2%}  over {count(found.first.tokens, 'token')}"

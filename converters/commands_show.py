@@ -15,7 +15,10 @@ from qformats import registry
 __all__ = ["formats", "inspect"]
 
 
-@click.command(short_help="Show formats, types and sizes of a checkpoint.", epilog="Example: qconvert inspect llama.gguf --tensors")
+@click.command(
+    short_help="Show formats, types and sizes of a checkpoint.",
+    epilog="Examples: qconvert inspect llama.gguf --tensors · qconvert inspect hf://org/model",
+)
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @source_flags

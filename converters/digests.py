@@ -10,7 +10,7 @@ side files that are read; ``output`` covers every byte of every file, its own 32
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ import xxhash
 
 from converters.outputs import Output
 from qformats.checkpoint import Checkpoint
+from qformats.containers.raw import RawTensor
 from qformats.containers.source import ByteSource, FileSource, MemorySource
 
-__all__ = ["DIGESTS_KEY", "Digests", "of_found", "of_source", "of_written", "placeholder", "read_digests", "with_digests"]
+__all__ = ["DIGESTS_KEY", "Digests", "of_found", "of_source", "of_tensors", "of_written", "placeholder", "read_digests", "with_digests"]
 
 DIGESTS_KEY = "qformats.digests"
 _CHUNK_NBYTES = 1 << 20
@@ -101,6 +102,18 @@ def of_found(found: Checkpoint, digests: Digests, workers: int) -> str | None:
     finally:
         for source in opened.values():
             source.close()
+
+
+def of_tensors(tensors: Iterable[RawTensor]) -> str:
+    """The digest of names, dtypes, shapes and bytes of tensors, wherever they lie and in whatever order they come."""
+    whole, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK_NBYTES))
+    for raw in sorted(tensors, key=lambda raw: raw.name):
+        whole.update(f"{raw.name}\0{raw.dtype}\0{raw.shape}\0".encode("utf-8", "surrogatepass"))
+        for at in range(0, raw.nbytes, _CHUNK_NBYTES):
+            piece = buffer[: min(_CHUNK_NBYTES, raw.nbytes - at)]
+            raw.source.pread_into(raw.offset + at, piece)
+            whole.update(piece)
+    return whole.hexdigest()
 
 
 def _digest(files: Mapping[str, ByteSource], headers: Mapping[str, bytes], workers: int) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from converters import digests
 from converters.jobs import Job
-from converters.journal import Journal, Sums, is_remote, is_worth_it, keeps, may_resume
+from converters.journal import Journal, Sums, is_worth_it, keeps, may_resume
 from converters.kept_planes import earlier_rows
 from converters.outputs import OutputPart
 from converters.plan import Plan
@@ -27,7 +27,7 @@ from converters.rounding import new_codes
 from converters.sources import Slab, in_source_order, read_rows, tasks
 from qformats import registry
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
-from qformats.containers.source import FileSource
+from qformats.containers.source import FileSource, check_remote, is_remote
 from qformats.errors import BadFile, QFormatError, UsageError, WouldLose
 from qformats.formats.protocol import Piece
 from qformats.reencode import Hint, finish, fit
@@ -149,6 +149,7 @@ class _Writer:
         """Hash both sides while the rest goes to the disk, and write the headers, which hold the digests."""
         sent = [self._flusher.submit(file.flush) for file in self._files.values()]
         source = digests.of_source(plan.checkpoint, workers)
+        check_remote(plan.checkpoint.sources())
         for read in plan.checkpoint.sources():
             if read.changed():
                 raise BadFile("changed", "was written to while it was converted", path=read.name, hint="convert again")

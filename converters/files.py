@@ -27,10 +27,10 @@ from qformats.scheme import Storage
 if TYPE_CHECKING:
     from converters.provenance import Restore
 
-__all__ = ["build_output", "quantization_config", "side_files"]
+__all__ = ["FILE_TYPES", "build_output", "quantization_config", "side_files"]
 
 # llama_ftype of a file by the type most of its weights have (llama.cpp, include/llama.h); 1024 + type is "guessed"
-_FILE_TYPES = {
+FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14, "Q5_K": 16,
     "Q6_K": 18, "IQ2_XXS": 19, "IQ2_XS": 20, "IQ3_XXS": 23, "IQ1_S": 24, "IQ4_NL": 25, "IQ3_S": 26, "IQ2_S": 29, "IQ4_XS": 30, "IQ1_M": 31,
     "BF16": 32, "TQ1_0": 36, "TQ2_0": 37, "MXFP4": 38, "NVFP4": 39, "Q1_0": 40, "Q2_0": 41,
@@ -113,7 +113,7 @@ def _file_type(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]
             weights[job.type] += job.weights
     if not weights:
         weights.update({job.type: job.weights for job in jobs if len(job.map.shape) > 1} or {"F32": 1})
-    return _FILE_TYPES.get(weights.most_common(1)[0][0], 1024)
+    return FILE_TYPES.get(weights.most_common(1)[0][0], 1024)
 
 
 def _gguf_metadata(checkpoint: Checkpoint, options: PlanOptions, jobs: Sequence[Job]) -> Metadata:

@@ -46,7 +46,8 @@ def best_fit(
                     own = partial(registry.format_module(format_name).can_store, storage)
                     rows = probe[0].shape[0]
                     with _counting(tensor, 0, rows):
-                        seen = fit(probe[0], storage, probe[1], facts.hint(tensor, rows), rounding=rounding, own=own)
+                        hint = facts.hint(tensor, rows)
+                        seen = fit(probe[0], storage, probe[1], hint, rounding=rounding, own=own, codes=probe[1].codes)
                     seen = replace(seen, reason=_of_rows(seen.reason, tensor, 0, rows))
                     found = _scan(facts, tensor, storage, seen, rounding)
                 return _codes_job(facts, tensor, storage, format_name, found, rounding), refusals
@@ -95,7 +96,8 @@ def _scan(facts: Facts, tensor: TensorMap, storage: Storage, worst: Fit, roundin
         ranges = Ranges(probe, slab, facts.checkpoint, start, stop)
         own = partial(registry.format_module(facts.options.target.format).can_store, storage)
         with _counting(tensor, start, stop):
-            found = fit(blank, storage, ranges, hint_rows(hint, start, stop), rounding=rounding, own=own)  # type: ignore[arg-type]
+            seen = hint_rows(hint, start, stop)
+            found = fit(blank, storage, ranges, seen, rounding=rounding, own=own, codes=ranges.codes)  # type: ignore[arg-type]
         worse, all_of_it = KINDS.index(found.kind) - KINDS.index(worst.kind), stop - start == prod(tensor.shape[:-1])
         if worse > 0 or (worse == 0 and all_of_it):  # counts of all rows, where it was a count of the probe's
             worst = replace(found, reason=_of_rows(found.reason, tensor, start, stop))

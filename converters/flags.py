@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from converters.completion import Words, gguf_types, target_words
 from converters.output import Output
 from qformats import registry
 from qformats.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from converters.options import PlanOptions
 
-__all__ = ["REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "source_flags", "writing_flags"]
+__all__ = [
+    "REPORT_SUFFIXES", "Size", "Wishes", "check_report", "loss_flags", "output_flags", "output_of", "report_flag", "source_flags",
+    "writing_flags",
+]  # fmt: skip
 
-REPORT_SUFFIXES = (".json", ".md", ".html")
+REPORT_SUFFIXES = (".html", ".json", ".md")
 SEARCHES = ("reference", "best", "hqq")  # qformats.quantize.SEARCHES, without its imports
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+TARGET = Words("TARGET", target_words)
+GGUF_TYPE = Words("TYPE", gguf_types)
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -71,6 +79,9 @@ class TensorType(click.ParamType[Any]):
             self.fail(f"{pattern!r} is not a regular expression: {error}", param, ctx)
         return pattern, kind
 
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem[str]]:
+        return GGUF_TYPE.shell_complete(ctx, param, incomplete) if "=" in incomplete else []
+
 
 def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
@@ -96,14 +107,21 @@ def source_flags(function: F) -> F:
     return click.option("--allow-pickle", is_flag=True, help=text)(function)
 
 
+def report_flag(function: F) -> F:
+    """``--report``: what was done to every tensor, or how far it lies from its source, in a file."""
+    text = "Write a report: a page (.html), data (.json) or text (.md)."
+    return click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=text)(function)
+
+
 def loss_flags(function: F) -> F:
     """What a plan may do: ``--exact --allow-requantize --tensor-type --search --pre --imatrix --lora --set-metadata``, llama-quantize's."""
     return _stack(
         click.option("--exact", is_flag=True, help="Stop (exit 7) unless every tensor keeps its real numbers."),
         click.option("--allow-requantize", is_flag=True, help="Consent to new codes where codes cannot be kept."),
         click.option("--tensor-type", "tensor_types", type=TensorType(), multiple=True, help="Type of matching target tensors."),
-        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
-        click.option("--token-embedding-type", metavar="TYPE", help="Type of the token embedding (GGUF)."),
+        click.option("--output-tensor-type", type=GGUF_TYPE, metavar="TYPE",
+                     help="Type of output.weight, or of the embedding that stands for it (GGUF)."),
+        click.option("--token-embedding-type", type=GGUF_TYPE, metavar="TYPE", help="Type of the token embedding (GGUF)."),
         click.option("--pure", is_flag=True, help="The named type for every matrix, none of llama.cpp's exceptions (GGUF)."),
         click.option("--max-error", type=float, metavar="X", help="Smallest types with an rms error of at most X (GGUF)."),
         click.option("--target-size", type=Size(), metavar="SIZE", help="Best types for a file of at most SIZE bytes: 4G, 700M (GGUF)."),
@@ -127,7 +145,7 @@ def writing_flags(function: F) -> F:
         click.option("--push", "push_repo", metavar="REPO[@BRANCH]", help="Put DST into a repository of the hub afterwards."),
         click.option("--private/--public", default=None, help="Of a repository that --push makes."),
         click.option("--workers", type=click.IntRange(1, 1024), metavar="N", help="Threads (default: one a core)."),
-        click.option("--report", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Report: .json, .md or .html."),
+        report_flag,
     )(function)  # fmt: skip
 
 
@@ -156,10 +174,10 @@ class Wishes:
         """Raises ``UsageError`` for an unknown format, type or option, ``BadFile`` for a broken importance matrix or adapter."""
         target = registry.parse_target(self.to)
         from converters.adapters import open_adapters
+        from converters.importances import open_imatrix
         from converters.options import REFERENCE, PlanOptions
-        from qformats.quantize.imatrix import read_imatrix
 
-        matrix = None if self.imatrix is None else read_imatrix(self.imatrix)
+        matrix = None if self.imatrix is None else open_imatrix(self.imatrix)
         return PlanOptions(
             target, self.exact, self.allow_requantize, tuple(self.tensor_types), self.pre_tokenizer, self.header,
             imatrix=matrix, metadata=tuple(self.metadata), output_tensor_type=self.output_tensor_type,
@@ -183,3 +201,8 @@ def check_report(path: Path | None, *others: Path) -> None:
         raise OutputError("report-directory", "the report's directory does not exist", path=path)
     if any(path.resolve() == other.resolve() for other in others):
         raise UsageError("report-path", "the report would overwrite the source or the destination", path=path)
+    from qformats.checkpoint import SIDE_FILES
+
+    inside = any(path.resolve().parent == other.resolve() for other in others)
+    if inside and (path.name in (*SIDE_FILES, "README.md") or path.name.endswith(".index.json")):
+        raise UsageError("report-path", "the report would overwrite a file of the source or the destination", path=path)

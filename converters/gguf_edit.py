@@ -16,12 +16,12 @@ from typing import TypeVar
 
 from converters.digests import DIGESTS_KEY
 from converters.metadata_words import Assignment, assigned
-from qformats.checkpoint import PROVENANCE_KEY
+from qformats.checkpoint import PROVENANCE_KEY, is_remote_path, open_checkpoint
 from qformats.containers.atomic import OutputFile, check_not_same
 from qformats.containers.gguf import GGUFFile, Metadata, TensorInfo, Value, layout_gguf, open_gguf, open_gguf_shards
 from qformats.containers.layout import Layout
 from qformats.containers.raw import RawTensor
-from qformats.containers.source import ByteSource
+from qformats.containers.source import ByteSource, check_remote
 from qformats.errors import BadFile, OutputError, Unsupported, UsageError
 
 __all__ = ["Written", "edit_gguf", "merge_gguf", "split_gguf"]
@@ -117,6 +117,8 @@ def merge_gguf(
 
     Raises ``UsageError('not-split')`` for a file that is no shard, ``BadFile`` for a set that is not whole, and as ``split_gguf``.
     """
+    if len(sources) > 1 and any(is_remote_path(source) for source in sources):
+        raise UsageError("hub-address", f"{len(sources)} shards are given", path=sources[0], hint="name one shard: the others are found")
     if len(sources) == 1:
         opened = _open_little_endian(sources[0])
     else:
@@ -195,7 +197,12 @@ class _Copy:
 
 
 def _open_little_endian(path: str | Path) -> GGUFFile:
-    return _checked(open_gguf(path))
+    if not is_remote_path(path):
+        return _checked(open_gguf(path))
+    opened = open_checkpoint(path).gguf
+    if opened is None:
+        raise BadFile("gguf-magic", "is no GGUF", path=path, hint="name a .gguf of the repository")
+    return _checked(opened)
 
 
 def _checked(opened: GGUFFile) -> GGUFFile:
@@ -255,7 +262,8 @@ def _fill(out: OutputFile, job: _Copy, layout: Layout, written: int, total: int,
     return written + layout.size
 
 
-def _check_unchanged(sources: Iterable[ByteSource]) -> None:
+def _check_unchanged(sources: Sequence[ByteSource]) -> None:
+    check_remote(sources)
     for source in sources:
         if source.changed():
             raise BadFile("changed", "was written to while it was copied", path=source.name, hint="try again")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
 from qformats import registry
+from qformats.checkpoint import fetched_file
 from qformats.containers.gguf import Metadata, Value
 from qformats.errors import QFormatError, Unsupported, UsageError
 from qformats.quantize.imatrix import ImportanceMatrix, read_imatrix
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from converters.options import PlanOptions
     from qformats.checkpoint import Checkpoint
 
-__all__ = ["WEIGHTED", "expert_runs", "metadata_keys", "recorded_imatrix", "same_imatrix", "with_importances"]
+__all__ = ["WEIGHTED", "expert_runs", "metadata_keys", "open_imatrix", "recorded_imatrix", "same_imatrix", "with_importances"]
 
 WEIGHTED = "errors weighed by importances"
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
@@ -177,6 +178,11 @@ def metadata_keys(matrix: ImportanceMatrix | None) -> Metadata:
     return keys
 
 
+def open_imatrix(path: str | Path) -> ImportanceMatrix:
+    """Read an importance matrix, a file here or on the hub; raises as ``read_imatrix``, and ``RemoteError``."""
+    return read_imatrix(fetched_file(path))
+
+
 def recorded_imatrix(options: Mapping[str, Any]) -> tuple[str, str] | None:
     """File name and SHA-256 of the importance matrix that recorded options name; ``KeyError`` or ``TypeError`` if they are damaged."""
     found = options.get("imatrix")
@@ -195,7 +201,7 @@ def same_imatrix(wanted: tuple[str, str] | None, given: str | Path | None, where
     if given is None:
         message = f"was made with the importance matrix {wanted[0]!r}, which is needed to do it again"
         raise UsageError("imatrix-missing", message, path=where, hint="give it with --imatrix")
-    matrix = read_imatrix(given)
+    matrix = open_imatrix(given)
     if matrix.digest != wanted[1]:
         message = f"was made with {wanted[0]!r} of SHA-256 {wanted[1][:16]}…, {matrix.name} has {matrix.digest[:16]}…"
         raise UsageError("imatrix-other", message, path=where, hint="give the same file with --imatrix")

@@ -88,6 +88,7 @@ def storage_to_json(storage: Storage) -> dict[str, Any]:
         "whole": storage.whole or None,
         "cyclic": storage.cyclic or None,
         "together": storage.together or None,
+        "full_groups": storage.full_groups or None,
     }
     return {
         "type": storage.type,
@@ -157,7 +158,7 @@ def storage_from_json(data: Mapping[str, Any]) -> Storage:
         data.get("highest"), None if scale_grid is None else _scale_grid(scale_grid), data.get("doubled", False),
         None if data.get("rows") == "all" else data.get("rows", 1), data.get("flat", False), data.get("inverse", False),
         data.get("zero_dtype"), None if data.get("factor") is None else Factor(*data["factor"]), data.get("whole", False),
-        data.get("cyclic", False), data.get("together", False),
+        data.get("cyclic", False), data.get("together", False), data.get("full_groups", False),
     )  # fmt: skip
     if not _is_storage(storage):
         raise ValueError("not a storage")
@@ -189,7 +190,8 @@ def _is_storage(s: Storage) -> bool:
     planes = s.offset is None or s.offset in _FLOATS
     sub = () if s.sub_scale is None else (s.sub_scale,)
     planes = planes and (s.zero_dtype is None or s.zero_dtype in _FLOATS) and (s.factor is None or s.factor.dtype in _FLOATS)
-    switches = (s.negative_scale, s.group_index, s.doubled, s.flat, s.inverse, s.whole, s.cyclic, s.together, *(x.offset for x in sub))
+    fields = (s.negative_scale, s.group_index, s.doubled, s.flat, s.inverse, s.whole, s.cyclic, s.together, s.full_groups)
+    switches = (*fields, *(x.offset for x in sub))
     flags = all(type(flag) is bool for flag in switches)
     sizes = [s.k_multiple, s.n_multiple, *(x for x in (s.group, s.rows) if x is not None), *(x.width for x in sub)]
     grids = [s.grid, *(x.grid for x in sub), *(() if s.scale_grid is None else (s.scale_grid,))]

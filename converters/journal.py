@@ -2,7 +2,8 @@
 
 ``.NAME.journal`` holds one JSON object a line: first what is converted into what, then each finished tensor with the digest of its bytes
 in the partial output and the sums its error is made of, and the digests of source chunks that need not be read again. A tensor whose
-bytes no longer have their digest is made again. The result has the bytes of an uninterrupted run.
+bytes no longer have their digest is made again, and a remote file that was held against its owner's digest need not be again. The
+result has the bytes of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 from converters.jobs import Job
 from converters.outputs import OutputPart
-from qformats.containers.source import ByteSource, FileSource
+from qformats.containers.source import ByteSource, FileSource, is_remote
 from qformats.errors import OutputError, QFormatError, RemoteError, UsageError
 
 if TYPE_CHECKING:
     from converters.plan import Plan
 
-__all__ = ["Journal", "Sums", "is_remote", "is_worth_it", "journal_path", "keeps", "may_resume"]
+__all__ = ["Journal", "Sums", "is_worth_it", "journal_path", "keeps", "may_resume"]
 
 VERSION = 1
 _STEP_NBYTES = 8 << 20
+_WRONG_BYTES = ("hub-wrong-hash", "hub-changed")
 Sums = Mapping[int, tuple[float, float]]  # by first row: squares of errors, squares of values
 
 
@@ -40,13 +42,10 @@ def is_worth_it(plan: Plan) -> bool:
     return any(job.action == "quantize" for job in plan.jobs) or any(is_remote(source) for source in plan.checkpoint.sources())
 
 
-def is_remote(source: ByteSource) -> bool:
-    """Whether reading again what was read is dear."""
-    return hasattr(source, "chunk_digest")
-
-
 def keeps(error: BaseException) -> bool:
-    """Whether the same command may succeed after this error, so that what is finished is kept."""
+    """Whether the same command may succeed after this error with what is finished; not if that was made of wrong bytes."""
+    if isinstance(error, QFormatError) and error.code in _WRONG_BYTES:
+        return False
     return isinstance(error, KeyboardInterrupt | RemoteError) or (isinstance(error, OutputError) and error.code == "no-space")
 
 
@@ -107,6 +106,7 @@ class Journal:
         self._files = {name: FileSource(path) for name, path in files.items()}
         self._sources = plan.checkpoint.sources()
         self._known: list[set[int]] = [set() for _ in self._sources]
+        self._checked: set[int] = set()
         self.done: dict[str, Sums] = {}
         entries = list(_lines(self.path))[1:] if resume else []
         try:
@@ -121,7 +121,11 @@ class Journal:
     def _take(self, entry: dict[str, Any], jobs: Mapping[str, Job]) -> None:
         """One line of an earlier run, if what it says is still so."""
         with suppress(KeyError, TypeError, ValueError, IndexError):
-            if "chunks" in entry:
+            if "checked" in entry:
+                source = self._sources[int(entry["checked"])]
+                if is_remote(source):
+                    source.checked = True
+            elif "chunks" in entry:
                 for at, chunks in entry["chunks"].items():
                     digests: dict[int, bytes] = getattr(self._sources[int(at)], "digests", {})
                     digests.update({int(number): bytes.fromhex(text) for number, text in chunks.items()})
@@ -142,6 +146,10 @@ class Journal:
                 chunks[str(at)] = fresh
         if chunks:
             self._write({"chunks": chunks})
+        for at, source in enumerate(self._sources):
+            if at not in self._checked and is_remote(source) and source.checked:
+                self._checked.add(at)
+                self._write({"checked": at})
         triples = [[start, error, size] for start, (error, size) in sorted(sums.items())]
         self._write({"tensor": job.name, "xxh3": self._digest(job), "sums": triples})
 
@@ -176,5 +184,11 @@ class Journal:
         if error is None or not keeps(error):
             self.path.unlink(missing_ok=True)
         elif isinstance(error, QFormatError):
-            error.hint = "run the same command with --resume: what is finished stays"
+            error.hint = self._advice()
             error.locate()
+        else:
+            error.add_note(self._advice())
+
+    def _advice(self) -> str:
+        name = self.path.name.removesuffix(".journal")
+        return f"run the same command with --resume: what is finished stays in {name}.partial, which may be deleted with {self.path.name}"

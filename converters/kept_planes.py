@@ -24,7 +24,7 @@ from qformats.checkpoint import Checkpoint
 from qformats.containers.safetensors import tensor_nbytes
 from qformats.errors import BadFile, QFormatError
 from qformats.formats.protocol import PartInfo, Target
-from qformats.scheme import Integer, Learned, Storage
+from qformats.scheme import Float, Integer, Learned, Storage
 
 if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
@@ -180,15 +180,23 @@ def _own(format_name: str, storage: Storage) -> Any:
 
 
 def _comes_back(checkpoint: Checkpoint, name: str, job: Job, storage: Storage, hint: Any) -> bool:
-    """Whether the first rows, converted and converted back, are the same again."""
+    """Whether the first rows, converted and converted back, are the same again; all rows where each of them may find its own way."""
+    module, form, grid = checkpoint.modules[name], registry.format_module(checkpoint.format), checkpoint.scheme(name).grid
+    assert job.storage is not None
+    if isinstance(grid, Float) and isinstance(job.storage.grid, Float) and grid != job.storage.grid:
+        every = _all_rows(checkpoint, name, form.read(module, codes=False))
+        return all(_same_again(checkpoint, job, storage, hint, rows) for rows in every)
+    rows = form.read(module, 0, min(_PROBE_ROWS, checkpoint.scheme(name).shape[0]))
+    return _same_again(checkpoint, job, storage, hint, rows)
+
+
+def _same_again(checkpoint: Checkpoint, job: Job, storage: Storage, hint: Any, rows: Any) -> bool:
     import torch
 
     from qformats.reencode import finish, fit
     from qformats.rewrite import Refused
 
     assert job.storage is not None
-    module = checkpoint.modules[name]
-    rows = registry.format_module(checkpoint.format).read(module, 0, min(_PROBE_ROWS, checkpoint.scheme(name).shape[0]))
     here = hint_rows(job.hints.get(job.map.target), 0, rows.shape[0])
     try:
         there = finish(rows, fit(rows, job.storage, hint=here, rounding=job.rounding, own=_own(job.format, job.storage)))
@@ -212,7 +220,8 @@ def _guesses(checkpoint: Checkpoint, name: str, job: Job, blank: Any) -> dict[st
     def found(start: int, stop: int) -> Any:
         rows = read_rows(own, slab, checkpoint, start, stop, codes=False)
         ranges, seen = Ranges(own, slab, checkpoint, start, stop), hint_rows(hint, start, stop)
-        made = fit(rows, held, ranges, seen, rounding=job.rounding, own=_own(job.format, held))  # type: ignore[arg-type]
+        own_form = _own(job.format, held)
+        made = fit(rows, held, ranges, seen, rounding=job.rounding, own=own_form, codes=ranges.codes)  # type: ignore[arg-type]
         return rows, (rows if made.as_it_stands else made)
 
     return _joined([guess(*found(start, stop)) for start, stop in slabs(own, checkpoint, SCAN_WEIGHTS)])

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from qformats import architectures
 from qformats.architectures.places import Place, Places
 from qformats.architectures.rows import inverse_order, row_order
-from qformats.checkpoint import open_checkpoint
+from qformats.checkpoint import fetched, fetched_config, fetched_file, open_checkpoint
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
 from qformats.containers.gguf import GGUFFile, Metadata, TensorInfo, Value, layout_gguf, open_gguf
 from qformats.containers.raw import RawTensor
@@ -95,12 +95,13 @@ class _Pair:
         return self.place.rule.kind == "embedding"
 
 
-def _base(path: Path) -> Binding:
+def _base(base: str | Path) -> Binding:
     """The architecture of the base model, from its ``config.json`` (weights are not needed) or a GGUF."""
+    path = Path(fetched_config(base))
     beside = path / "config.json"
     if path.is_dir() and beside.is_file():
         return architectures.find(config := read_json(beside)).bind(config)
-    with open_checkpoint(path) as checkpoint:
+    with open_checkpoint(base if path == Path(base) else path) as checkpoint:
         return checkpoint.binding
 
 
@@ -135,8 +136,8 @@ def lora_to_gguf(
     Raises ``Unsupported('lora-config')`` for kinds of adapter that a GGUF cannot hold, ``Unsupported('lora-tensor')`` for tensors
     that are no low-rank pair, ``BadFile('lora-pair')`` and ``BadFile('tensor-shape')`` where they do not fit the base model.
     """
-    adapter, destination = Path(adapter), Path(destination)
-    config, places = _peft_config(adapter), Places(_base(Path(base)))
+    adapter, destination = fetched(adapter), Path(destination)
+    config, places = _peft_config(adapter), Places(_base(base))
     weights = _adapter_weights(adapter, allow_pickle)
     check_not_same(weights.name, destination)
     alpha, pairs, notes = _scaled(config, _pairs(weights.tensors, places))
@@ -350,8 +351,8 @@ def gguf_to_lora(source: str | Path, base: str | Path, destination: str | Path, 
     One made by ``lora_to_gguf`` comes back with its own configuration and names. Raises ``BadFile('lora-metadata')`` for a GGUF
     that is no adapter or one of another architecture, and what ``lora_to_gguf`` raises for pairs that do not fit.
     """
-    source, destination = Path(source), Path(destination)
-    file, places = open_gguf(source), Places(_base(Path(base)))
+    source, destination = fetched_file(source), Path(destination)
+    file, places = open_gguf(source), Places(_base(base))
     check_not_same(source, destination)
     alpha, record = _read_metadata(file, places.binding)
     pairs = _gguf_pairs(file, places)

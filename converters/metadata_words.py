@@ -10,7 +10,7 @@ from typing import Any
 
 from qformats.containers.gguf import Metadata, Value
 from qformats.containers.gguf_values import MAX_KEY_NBYTES, SCALARS, encode_value
-from qformats.errors import Unsupported, UsageError
+from qformats.errors import Unsupported, UsageError, did_you_mean
 
 __all__ = ["Assignment", "assigned", "parse_assignment"]
 
@@ -51,8 +51,8 @@ def parse_assignment(text: str) -> Assignment:
         return Assignment(key, None, value)
     inner = word[1:-1] if word.startswith("[") and word.endswith("]") else word
     if inner not in TYPES:
-        known = ", ".join(TYPES)
-        raise UsageError("metadata-type", f"{word!r} is no value type", hint=f"types: {known}; of an array [u32], [str] …")
+        hint = f"{did_you_mean(inner, TYPES)}types: {', '.join(TYPES)}; of an array [u32], [str] …"
+        raise UsageError("metadata-type", f"{word!r} is no value type", hint=hint)
     return Assignment(key, f"[{TYPES[inner]}]" if inner != word else TYPES[inner], value)
 
 

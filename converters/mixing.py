@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
-from qformats.errors import UsageError
+from qformats.errors import UsageError, did_you_mean
 from qformats.formats.ggml import mixes
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def check_options(options: PlanOptions) -> None:
         raise UsageError("target-type-missing", "--pure without a type", hint="name one, as in gguf:q4_k")
     for name in given:
         if name is not None and not mixes.is_block_type(name):
-            raise UsageError("target-type", f"gguf has no type {name!r} of single tensors", hint="such as q8_0, q6_k or f16")
+            raise _no_type(name, options)
 
 
 def meant(checkpoint: Checkpoint, options: PlanOptions) -> mixes.FileType | None:
@@ -75,7 +75,7 @@ def mix_of(checkpoint: Checkpoint, options: PlanOptions, tensors: Iterable[Tenso
     named = tuple((pattern, kind.lower()) for pattern, kind in options.tensor_types)
     for _, kind in named:
         if not mixes.is_block_type(kind):
-            raise UsageError("target-type", f"gguf has no type {kind!r} of single tensors", hint="such as q8_0, q6_k or f16")
+            raise _no_type(kind, options)
     wish = mixes.Wish(found, named, *_head_and_embedding(options), options.pure, with_imatrix)
     types = mixes.choose(wish, model_of(checkpoint), shapes)
     overridden = frozenset(name for name in types if _is_overridden(name, options, named, "output.weight" not in shapes))
@@ -95,6 +95,11 @@ def _is_overridden(name: str, options: PlanOptions, named: tuple[tuple[str, str]
     head = options.output_tensor_type is not None and (name == "output.weight" or (tied and embedding))
     said = head or (options.token_embedding_type is not None and embedding)
     return said or any(re.search(pattern, name, re.IGNORECASE) for pattern, _ in named)
+
+
+def _no_type(kind: str, options: PlanOptions) -> UsageError:
+    close = did_you_mean(kind, registry.row(options.target.format).types)
+    return UsageError("target-type", f"gguf has no type {kind!r} of single tensors", hint=f"{close}types are q8_0, q6_k, f16 …")
 
 
 def _single(options: PlanOptions, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:

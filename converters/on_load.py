@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from converters.importances import open_imatrix
 from converters.mapping import map_tensors
 from converters.options import FLOAT_WORDS, PlanOptions
 from converters.plan import make_plan, refuse_losses
@@ -16,10 +17,9 @@ from converters.unwritten import checkpoint_of
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
 from qformats.checkpoint import Checkpoint
-from qformats.errors import UsageError, WouldLose
+from qformats.errors import UsageError, WouldLose, did_you_mean
 from qformats.formats.ggml import mixes
 from qformats.formats.protocol import Target
-from qformats.quantize.imatrix import read_imatrix
 
 __all__ = ["quantized"]
 
@@ -49,7 +49,7 @@ def quantized(
         *_kept_floats(checkpoint, weights, called, modules_to_not_convert or ()),
         *((found, kinds[pattern]) for pattern, regex in patterns.items() for found in _named(pattern, regex, weights, called)),
     ]
-    matrix = None if imatrix is None else read_imatrix(imatrix)
+    matrix = None if imatrix is None else open_imatrix(imatrix)
     plan = make_plan(checkpoint, PlanOptions(target, allow_requantize=True, tensor_types=tuple(types), imatrix=matrix))
     refuse_losses(plan)
     stem = checkpoint.path.name if checkpoint.path.is_dir() else checkpoint.path.stem
@@ -87,7 +87,8 @@ def _kind(word: str, target: Target) -> str:
     row, kind = registry.row(target.format), word.lower()
     block = row.container == "gguf" and mixes.is_block_type(kind)
     if kind not in FLOAT_WORDS and not block and (row.container == "gguf" or kind not in row.types):
-        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=f"types: {', '.join(row.types)}")
+        hint = f"{did_you_mean(kind, row.types)}types: {', '.join(row.types)}"
+        raise UsageError("target-type", f"{target.format} has no type {word!r} of single tensors", hint=hint)
     return kind
 
 

@@ -1,14 +1,17 @@
 """What the command line prints: one ``Output`` decides between human text, JSON and silence. Commands never print directly.
 
 Results go to standard output, everything else (notes, warnings, progress, errors) to standard error. With ``--json`` exactly one
-JSON document goes to standard output, errors included. Every text that may come out of a file is escaped on the way.
+JSON document goes to standard output, errors included. Every text that may come out of a file is escaped on the way. Signs of progress
+are for people who watch: none in pipes, on dumb terminals, under ``CI``; without colours where ``NO_COLOR`` is set (rich sees to that).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +20,13 @@ import click
 
 from qformats.errors import QFormatError, printable
 
-__all__ = ["Output", "ProgressCallback", "count", "size", "table"]
+__all__ = ["BROKEN_PIPE", "Output", "ProgressCallback", "count", "size", "spoken", "table"]
 
+BROKEN_PIPE = 141  # what a shell says of a program that SIGPIPE ended
 ProgressCallback = Callable[[int, int], None]
 _LINE_LIMIT = 4000
+# what moves a cursor, colours, rings or turns the direction of writing; joiners, variation selectors and wide spaces are text
+_UNSPOKEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def size(nbytes: float) -> str:
@@ -45,6 +51,22 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
+def spoken(text: str) -> str:
+    """A model's words for a terminal: lines and tabs stay, other control characters and changes of direction are escaped.
+
+    >>> spoken("a\\x1b[31m\\tb\\u202e")
+    'a\\\\x1b[31m\\tb\\\\u202e'
+    """
+    return _UNSPOKEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows printable ``text``: East Asian characters take two columns, combining ones none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> list[str]:
     """Lines of a plain text table; columns in ``right`` are aligned to the right.
 
@@ -52,11 +74,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence
     ['kind    n', 'exact  12']
     """
     cells = [[printable(str(cell)) for cell in row] for row in (head, *rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    widths = [max(_columns(row[i]) for row in cells) for i in range(len(head))]
     lines = []
     for row in cells:
-        line = "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        lines.append(line.rstrip())
+        gaps = [" " * (w - _columns(c)) for c, w in zip(row, widths)]
+        lines.append("  ".join(gap + c if i in right else c + gap for i, (c, gap) in enumerate(zip(row, gaps))).rstrip())
     return lines
 
 
@@ -76,11 +98,9 @@ class Output:
                 _write(printable(line, _LINE_LIMIT))
 
     def stream(self, text: str) -> None:
-        """A piece of a model's words as they come: lines and tabs stay, other control characters are escaped; nothing with ``--json``."""
+        """A piece of a model's words as they come, ``spoken``; nothing with ``--json``."""
         if not self.as_json:
-            pieces = ("\t".join(printable(part, len(part) * 8 + 8) for part in line.split("\t")) for line in text.split("\n"))
-            _write("\n".join(pieces), end="")
-            sys.stdout.flush()
+            _write(spoken(text), end="")
 
     def note(self, text: str) -> None:
         """Something the user may want to know now; on standard error, never with ``--json`` or ``--quiet``."""
@@ -90,12 +110,13 @@ class Output:
     def error(self, error: QFormatError) -> None:
         """The one message of a failed command (also with ``--quiet``)."""
         if self.as_json:
-            _write(json.dumps({"error": error_json(error), "exit_code": error.exit_code}, indent=1, ensure_ascii=True))
+            _write(json.dumps({"error": error_json(error), "exit_code": error.exit_code}, indent=1, ensure_ascii=True), failed=True)
         else:
             _write(f"qconvert: {printable(str(error), _LINE_LIMIT)}", err=True)
 
     def _is_watched(self) -> bool:
-        return not (self.as_json or self.quiet) and sys.stderr.isatty()
+        plain = os.environ.get("TERM") == "dumb" or os.environ.get("CI", "") not in ("", "0", "false")
+        return not (self.as_json or self.quiet or plain) and sys.stderr.isatty()
 
     @contextmanager
     def working(self, title: str) -> Iterator[None]:
@@ -124,7 +145,6 @@ class Output:
             task = bar.add_task(escape(printable(title)), total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
 
-
     @contextmanager
     def steps(self, title: str, unit: str) -> Iterator[ProgressCallback | None]:
         """Like ``progress``, for work that is counted in ``unit`` and not in bytes."""
@@ -149,10 +169,12 @@ def error_json(error: QFormatError) -> dict[str, Any]:
     return found
 
 
-def _write(text: str, *, err: bool = False, end: str = "\n") -> None:
+def _write(text: str, *, err: bool = False, end: str = "\n", failed: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
         click.echo(text.encode(encoding, "backslashreplace").decode(encoding) + end, err=err, nl=False)
-    except BrokenPipeError:  # the reader went away: the command ends as it would have, unheard
+    except BrokenPipeError:  # the reader went away; what is still said goes nowhere, an error keeps its own exit code
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not (err or failed):
+            raise SystemExit(BROKEN_PIPE) from None

@@ -174,7 +174,8 @@ def _assembled(chooser: Chooser, rest: _Rest) -> Plan:
     record = provenance.build(checkpoint, jobs, options.to_json(), kept)
     output = files.build_output(checkpoint, options, jobs, record, rest.restore, small)
     ignored = [f"{job.name} {IGNORED}" for job in jobs if IGNORED in job.notes]
-    warnings = (*rest.warnings, *told, *ignored, *unsaid, *_not_back(lost), *_single_experts(options.target.format, jobs))
+    loaders = (*_single_experts(options.target.format, jobs), *_stacks(chooser, jobs), *_loading_warnings(options.target.format, jobs))
+    warnings = (*rest.warnings, *told, *ignored, *unsaid, *_not_back(lost), *loaders)
     return Plan(checkpoint, options, tuple(jobs), output, {**rest.dropped, **gone}, warnings, not options.header_only, rest.unsorted)
 
 
@@ -187,6 +188,23 @@ def _single_experts(format_name: str, jobs: Sequence[Job]) -> list[str]:
         return []
     text = f"{len(found)} experts, the first is {found[0]!r}, are written in codes one by one, as vLLM reads them"
     return [f"{text}; transformers 5 leaves such experts out and says so in its log only: load the model with qformats.load_model"]
+
+
+def _stacks(chooser: Chooser, jobs: Sequence[Job]) -> list[str]:
+    """Experts in one tensor that stay in floats beside codes, with the format's reason."""
+    name = chooser.options.target.format
+    found = [job.name for job in jobs if job.map.kind == "experts" and job.action in ("copy", "float") and chooser.is_stack(job.map)]
+    if name == "hf" or not found:
+        return []
+    why = getattr(registry.format_module(name), "STACKS", f"{name} has no codes for experts in one tensor")
+    return [f"{len(found)} stacks of experts, the first is {found[0]!r}, stay in floats: {why}"]
+
+
+def _loading_warnings(format_name: str, jobs: Sequence[Job]) -> list[str]:
+    """What a format has to say of the loaders of new weights."""
+    say = getattr(registry.format_module(format_name), "loading_warnings", None)
+    storages = {job.map.target: job.storage for job in jobs if job.storage is not None}
+    return [] if say is None or not storages else list(say(storages))
 
 
 def _with_lost(job: Job, lost: Mapping[str, str]) -> Job:

@@ -8,18 +8,21 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from html import escape
+from math import isfinite, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from converters.importances import WEIGHTED
 from converters.output import count, size, table
+from converters.stored import StoredWeights
+from qformats.containers.atomic import OutputFile
 from qformats.errors import OutputError, UsageError, printable
 
 if TYPE_CHECKING:
     from converters.execute import Outcome
     from converters.plan import Plan
 
-__all__ = ["KIND_MEANINGS", "Report", "TensorLine"]
+__all__ = ["KIND_MEANINGS", "SCHEMA", "TITLES", "Report", "TensorLine"]
 
 KIND_MEANINGS = {
     "copied": "the same bytes",
@@ -27,7 +30,12 @@ KIND_MEANINGS = {
     "codes-exact": "every code kept, a scale or offset rounded",
     "dequantized": "float numbers instead of codes",
     "requantized": "new codes",
+    "different": "other values",
+    "missing": "only in the first",
+    "extra": "only in the second",
 }
+SCHEMA = "urn:qformats:report:1"  # the $id of schemas/report.schema.json
+TITLES = {"plan": "Plan", "conversion": "Conversion", "verification": "Verification", "comparison": "Comparison"}
 _SAVING = re.compile(r"(?P<type>\S+) would save (?P<nbytes>\d+) bytes: (?P<how>.*)")
 _SHARE = re.compile(r"(\d+) of (\d+)")
 _REFUSAL = re.compile(r"(\w+): (.*)")
@@ -38,7 +46,8 @@ _SHOWN = 12  # groups of one list in terminal text; reports hold all
 class TensorLine:
     """One target tensor. ``error``: relative RMS error of new codes or rounded floats, None where nothing was measured.
 
-    ``merged``: the adapters in it.
+    ``merged``: the adapters in it. ``source_type``, ``source_nbytes``: of what it is made of, as far as it is. ``max_abs``: the largest
+    absolute error, None where nothing was measured.
     """
 
     name: str
@@ -52,6 +61,14 @@ class TensorLine:
     notes: tuple[str, ...] = ()
     error: float | None = None
     merged: tuple[str, ...] = ()
+    source_type: str = ""
+    source_nbytes: int | None = None
+    max_abs: float | None = None
+
+    @property
+    def snr_db(self) -> float | None:
+        """The signal-to-noise ratio in decibels; None where there is no error, or none was measured."""
+        return -20 * log10(self.error) if self.error else None
 
     @property
     def weights(self) -> int:
@@ -64,9 +81,11 @@ class TensorLine:
 
 @dataclass(frozen=True)
 class Report:
-    """What was planned (``seconds`` None) or done. ``dropped``: source tensors with no place in the target, with reasons.
+    """What was planned (``seconds`` None), done or compared. ``dropped``: source tensors with no place in the target, with reasons.
 
-    ``imatrix``: file name of the importance matrix. ``adapters``: what the record keeps of each that was merged in.
+    ``imatrix``: file name of the importance matrix. ``adapters``: what the record keeps of each that was merged in. ``subject``: one of
+    ``TITLES``; where two checkpoints are compared, source and destination are the first and the second. ``verification``: what
+    ``verify`` found. ``agreement``: how two models that were run agree.
     """
 
     source: str
@@ -84,6 +103,9 @@ class Report:
     seconds: float | None = None
     imatrix: str | None = None
     adapters: tuple[Mapping[str, Any], ...] = ()
+    subject: str = "conversion"
+    verification: Mapping[str, Any] | None = None
+    agreement: Mapping[str, Any] | None = None
 
     @classmethod
     def build(cls, plan: Plan, outcome: Outcome | None = None, destination: str | Path | None = None) -> Report:
@@ -91,13 +113,13 @@ class Report:
         from converters.provenance import plan_digest, tool_version
 
         errors = {} if outcome is None else outcome.errors
-        lines = []
+        stored, lines = StoredWeights(plan.checkpoint), []
         for job in plan.jobs:
             nbytes = sum(plan.output.parts[job.part_name(leaf)].nbytes for leaf in job.parts)
             shape = tuple(int(n) for n in job.map.shape)
             line = TensorLine(
-                job.name, job.kind, job.type, shape, nbytes, job.lossless, job.reason, job.rewrites, job.notes, errors.get(job.name),
-                job.merged,
+                job.name, job.kind, job.type, shape, nbytes, job.lossless, job.reason, job.rewrites, job.notes,
+                _finite(errors.get(job.name)), job.merged, *stored.source_of(job.map),
             )  # fmt: skip
             lines.append(line)
         return cls(
@@ -116,6 +138,7 @@ class Report:
             None if outcome is None else outcome.seconds,
             None if plan.options.imatrix is None else plan.options.imatrix.name,
             tuple(adapter.to_json() for adapter in plan.options.lora),
+            "plan" if outcome is None else "conversion",
         )
 
     @property
@@ -137,7 +160,7 @@ class Report:
     @property
     def weights(self) -> int:
         """Number of elements of all target tensors."""
-        return sum(line.weights for line in self.tensors)
+        return sum(line.weights for line in self.tensors if line.kind != "missing")
 
     @property
     def weighted(self) -> int:
@@ -152,7 +175,7 @@ class Report:
     @property
     def source_bits_per_weight(self) -> float:
         """Of the source, on the same number of weights."""
-        return 8 * self.source_nbytes / max(1, self.weights)
+        return 8 * self.source_nbytes / max(1, sum(line.weights for line in self.tensors if line.kind != "extra"))
 
     # ---------------------------------------------------------------- groups
 
@@ -205,11 +228,12 @@ class Report:
     # ---------------------------------------------------------------- forms
 
     def to_json(self) -> dict[str, Any]:
-        """JSON data: the fields, the totals and one object a tensor."""
-        fields = {k: v for k, v in asdict(self).items() if k != "tensors"}
-        tensors = [asdict(line) for line in self.tensors]
+        """JSON data: the fields, the totals and one object a tensor, as ``schemas/report.schema.json`` says."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("tensors", "subject")}
         return {
+            "schema": SCHEMA,
             "version": 1,
+            "report": self.subject,
             **fields,
             "kinds": self.kinds,
             "lossless": self.lossless,
@@ -218,14 +242,19 @@ class Report:
             "worst_error": self.worst_error,
             "weighted": self.weighted,
             "notes": self.notes(),
-            "tensors": tensors,
+            "tensors": [{**asdict(line), "snr_db": None if line.snr_db is None else round(line.snr_db, 3)} for line in self.tensors],
         }
+
+    def _to_json_text(self) -> str:
+        return json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n"
 
     def headline(self) -> str:
         """One sentence: from what to what, and the sizes."""
         done = "" if self.seconds is None else f" in {self.seconds:.1f} s"
         before = f"{self.source} ({self.source_format}, {size(self.source_nbytes)}, {self.source_bits_per_weight:.2f} bits/weight)"
         after = f"{size(self.nbytes)}, {self.bits_per_weight:.2f} bits/weight"
+        if self.subject in ("verification", "comparison"):
+            return f"{before} and {self.destination} ({self.target}, {after})"
         return (
             f"{before} → {self.destination} ({self.target}, {after}){done}" if self.destination else f"{before} → {self.target} ({after})"
         )
@@ -254,7 +283,7 @@ class Report:
     def to_markdown(self) -> str:
         """A Markdown document with every tensor."""
         lines = [
-            "# Conversion report",
+            f"# {TITLES[self.subject]} report",
             "",
             _md(self.headline()),
             "",
@@ -275,19 +304,14 @@ class Report:
             error = "" if line.error is None else f"{line.error:.3g}"
             shape = " × ".join(map(str, line.shape))
             lines.append(f"| {_md(line.name)} | {line.kind} | {line.type} | {shape} | {line.nbytes} | {error} | {_md(line.reason)} |")
-        lines += ["", f"Made by {_md(self.tool)}, plan {self.digest[:16]}."]
+        lines += ["", f"Made by {_md(self.tool)}{f', plan {self.digest[:16]}' if self.digest else ''}."]
         return "\n".join(lines) + "\n"
 
     def to_html(self) -> str:
-        """One self-contained HTML page (no scripts, no outside resources; light and dark)."""
-        from jinja2 import Environment, PackageLoader, StrictUndefined
+        """One self-contained HTML page: see ``report_page``."""
+        from converters.report_page import render
 
-        environment = Environment(
-            loader=PackageLoader("converters"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-        )
-        environment.filters.update(size=size, printable=printable)
-        template = environment.get_template("report.html.j2")
-        return template.render(report=self, meanings=KIND_MEANINGS, lists=self._lists())
+        return render(self)
 
     def _lists(self) -> list[tuple[str, list[str]]]:
         found = [
@@ -300,16 +324,25 @@ class Report:
         return [(title, items) for title, items in found if items]
 
     def write(self, path: str | Path) -> None:
-        """Write the report in the form that the suffix names; ``UsageError('report-suffix')``, ``OutputError('report-write')``."""
+        """Write the report, whole or not at all, in the form that the suffix names.
+
+        ``UsageError('report-suffix')``, ``OutputError('report-write')``.
+        """
         where = Path(path)
-        forms = {".json": lambda: json.dumps(self.to_json(), indent=1) + "\n", ".md": self.to_markdown, ".html": self.to_html}
+        forms = {".html": self.to_html, ".json": self._to_json_text, ".md": self.to_markdown}
         if where.suffix.lower() not in forms:
             raise UsageError("report-suffix", f"a report is {', '.join(forms)}, not {where.suffix or where.name!r}", path=where)
-        text = forms[where.suffix.lower()]()
+        data = forms[where.suffix.lower()]().encode("utf-8", "backslashreplace")
         try:
-            where.write_text(text, encoding="utf-8", errors="backslashreplace")
-        except OSError as error:
-            raise OutputError("report-write", f"cannot write the report: {error.strerror}", path=where) from None
+            with OutputFile(where, len(data), overwrite=True) as file:
+                file.pwrite(0, data)
+                file.commit()
+        except OutputError as error:
+            raise OutputError("report-write", f"cannot write the report: {error.message}", path=where) from None
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is not None and isfinite(number) else None
 
 
 def _section(title: str, items: list[str]) -> Iterator[str]:

@@ -6,26 +6,22 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from converters import digests
 from converters.adapters import LoraWord, recorded_adapters, same_adapters
+from converters.comparing import both_values, float64, pair_tensors
 from converters.execute import Progress, run_jobs, worker_count
 from converters.importances import recorded_imatrix, same_imatrix
-from converters.mapping import map_tensors
 from converters.options import PlanOptions, recorded_words
+from converters.output import count
 from converters.outputs import OutputPart
 from converters.plan import Plan, make_plan
 from converters.provenance import is_intact, tool_version
 from qformats import registry
 from qformats.checkpoint import Checkpoint, open_checkpoint
-from qformats.containers.source import FileSource
+from qformats.containers.source import FileSource, check_remote
 from qformats.errors import BadFile, Mismatch, QFormatError, UsageError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from qformats.architectures.mapping import TensorMap
 
 __all__ = ["VerifyResult", "verify"]
 
@@ -62,7 +58,8 @@ class VerifyResult:
         if not self.ok:
             first = self.mismatches[0]
             where = ", ".join(f"{k} {v}" for k, v in first.items() if v is not None)
-            raise Mismatch("verify", f"{len(self.mismatches)} differences, the first: {where}", path=path, hint="convert again")
+            text = f"{count(len(self.mismatches), 'difference')}, the first: {where}"
+            raise Mismatch("verify", text, path=path, hint="convert again")
 
 
 def verify(
@@ -119,9 +116,10 @@ def verify(
 def _same_digests(checkpoint: Checkpoint, found: Checkpoint, workers: int) -> bool:
     """Whether both sides are what the output's digests say."""
     said = digests.read_digests(found)
-    if said is None or said.output != digests.of_found(found, said, workers):
-        return False
-    return said.source == digests.of_source(checkpoint, workers)
+    if said is not None and said.output == digests.of_found(found, said, workers) and said.source == digests.of_source(checkpoint, workers):
+        return True
+    check_remote((*checkpoint.sources(), *found.sources()))  # before a difference is said to be theirs
+    return False
 
 
 def _without_imatrix(record: Mapping[str, Any]) -> VerifyResult:
@@ -273,25 +271,17 @@ def _unseen(record: Mapping[str, Any]) -> list[str]:
 
 def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
     """Without a record: every mapped tensor's real values, in float64."""
-    mapped = map_tensors(checkpoint, found.format)
     unseen = "no provenance record: metadata, side files, padding and unmapped tensors are not compared"
     result = VerifyResult(True, "values", unseen=[unseen])
-    from converters.jobs import Job
-    from converters.sources import Slab, read_rows, slabs
-
-    for tensor in mapped.tensors:
+    pairing = pair_tensors(checkpoint, found)
+    for tensor in pairing.missing:
+        if tensor.constant is None:
+            result.mismatches.append({"tensor": tensor.name, "file": None, "offset_bytes": None, "detail": "is missing"})
+    for tensor in pairing.tensors:
         if tensor.constant is not None:
             continue
-        if tensor.floats is not None and not (tensor.target in found.modules and found.is_quantized(tensor.target)):
-            tensor = tensor.floats
-        if not _holds(found, tensor.target, tensor.leaf):
-            result.mismatches.append({"tensor": tensor.name, "file": None, "offset_bytes": None, "detail": "is missing"})
-            continue
-        job = Job(tensor, "float", "", "", "", {}, False)
-        slab = Slab(checkpoint)
-        for start, stop in slabs(job, checkpoint):
-            ours = _float64(read_rows(job, slab, checkpoint, start, stop), tensor)
-            theirs = _float64(_read_rows_of(found, tensor.target, tensor.leaf, start, stop))
+        for one, other in both_values(checkpoint, found, tensor):
+            ours, theirs = float64(one, tensor).numpy(), float64(other).numpy()
             result.compared_nbytes += ours.nbytes
             if ours.shape != theirs.shape or not (ours == theirs).all():
                 worst = float(abs(ours - theirs).max()) if ours.shape == theirs.shape else float("nan")
@@ -300,27 +290,3 @@ def _compare_values(checkpoint: Checkpoint, found: Checkpoint) -> VerifyResult:
                 break
     result.ok = not result.mismatches
     return result
-
-
-def _holds(found: Checkpoint, module: str, leaf: str) -> bool:
-    if module not in found.modules:
-        return False
-    return leaf in found.modules[module].parts or (leaf == "weight" and found.is_quantized(module))
-
-
-def _read_rows_of(found: Checkpoint, module: str, leaf: str, start: int, stop: int) -> Any:
-    raw = found.modules[module].parts.get(leaf)
-    if raw is not None and len(raw.shape) <= 1:
-        value: Any = found.read(module, leaf=leaf)
-        return value.reshape(-1, 1)[start:stop]
-    return found.read(module, start, stop, leaf)
-
-
-def _float64(value: Any, tensor: TensorMap | None = None) -> np.ndarray[Any, Any]:
-    import torch
-
-    values = value.to(torch.float64) if isinstance(value, torch.Tensor) else value.dequantize(torch.float64)
-    if tensor is not None and tensor.altered:  # as it was written
-        values = tensor.alter(values.to(torch.float32)).to(torch.float64)
-    array: np.ndarray[Any, Any] = values.numpy()
-    return array

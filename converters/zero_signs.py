@@ -94,7 +94,7 @@ def zero_counts(t: QuantizedTensor) -> np.ndarray[Any, Any]:
 
 def loses_signs(grid: Grid, target: Storage) -> bool:
     """Whether codes of ``grid`` have minus zeros and those of ``target`` none."""
-    return two_zeros(grid) is not None and isinstance(target.grid, Integer)
+    return two_zeros(grid) is not None and isinstance(target.grid, Integer | Float) and two_zeros(target.grid) is None
 
 
 def collect_zeros(rows: Iterable[QuantizedTensor]) -> list[Any] | None:

@@ -20,9 +20,9 @@ from qformats.containers.gguf import GGUFFile, open_gguf, open_gguf_sources
 from qformats.containers.index import open_directory
 from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import open_safetensors
-from qformats.containers.source import ByteSource, FileSource
+from qformats.containers.source import ByteSource, FileSource, near
 from qformats.containers.torch_directory import SUFFIXES, TorchSet, is_torch_name, open_torch_directory, open_torch_file
-from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported, UsageError
+from qformats.errors import BadFile, QFormatError, Unsafe, Unsupported, UsageError, did_you_mean
 from qformats.formats.protocol import Match, Module
 from qformats.scheme import Scheme
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
-    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "open_checkpoint", "open_sources",
-    "open_unwritten", "pickle_refusal", "small_names",
+    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_config", "fetched_file",
+    "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
 ]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
@@ -97,8 +97,8 @@ class Checkpoint:
         known = registry.row(self.match.format).source_options
         for key in options:
             if key not in known:
-                text, hint = f"{self.match.format} sources have no option {key!r}", f"options: {', '.join(known) or 'none'}"
-                raise UsageError("source-option", text, hint=hint)
+                text, close = f"{self.match.format} sources have no option {key!r}", did_you_mean(key, known)
+                raise UsageError("source-option", text, hint=f"{close}options: {', '.join(known) or 'none'}")
         return replace(self, match=replace(self.match, options=dict(options)))
 
     @property
@@ -333,7 +333,7 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
         if where.is_dir():
             return _open_directory(where, allow_pickle)
         if not where.exists():
-            raise BadFile("not-found", "no such file or directory", path=path, hint="check the path")
+            raise BadFile("not-found", "no such file or directory", path=path, hint=near(where))
         with FileSource(where) as source:
             magic = source.pread(0, min(4, source.size))
         if magic in (b"GGUF", b"ggml", b"ggmf", b"ggjt", b"fmgg", b"tjgg") or where.suffix == ".gguf":
@@ -377,6 +377,23 @@ def fetched(path: str | Path) -> Path:
     return Path(path) if remote is None else Path(remote[0].fetched(remote[1]))
 
 
+def fetched_file(path: str | Path) -> Path:
+    """``path``, or for the address of a file the local copy of this file alone; ``UsageError('hub-address')`` for a repository."""
+    remote = _remote(path)
+    return Path(path) if remote is None else Path(remote[0].fetched_file(remote[1]))
+
+
+def fetched_config(path: str | Path) -> str | Path:
+    """``path``, or for the address of a repository with a config.json the local directory of its small files, without the weights."""
+    remote = _remote(path)
+    return path if remote is None else remote[0].fetched_config(remote[1]) or path
+
+
+def is_remote_path(path: str | Path) -> bool:
+    """Whether ``path`` is an address and no local path."""
+    return _remote(path) is not None
+
+
 def small_names() -> tuple[str, ...]:
     """The small files that opening a directory may read."""
     return ("config.json", *_BESIDE)
@@ -395,6 +412,11 @@ def open_sources(path: Path, sources: Mapping[str, ByteSource]) -> Checkpoint:
         return _with_config(path, lambda name: _read_json(path.parent / name), single.tensors, single.metadata, (path.name,))
     found = open_directory(path, sources)
     return _with_config(path, lambda name: _read_json(path / name), found.tensors, found.metadata, tuple(found.files))
+
+
+def open_found(path: Path, raw: Mapping[str, RawTensor], metadata: Mapping[str, str], files: tuple[str, ...]) -> Checkpoint:
+    """The tensors ``raw`` of the safetensors ``files`` of a directory as its checkpoint, whatever its index says."""
+    return _with_config(path, lambda name: _read_json(path / name), raw, metadata, files)
 
 
 def pickle_refusal(where: object) -> Unsafe:

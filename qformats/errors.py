@@ -7,6 +7,7 @@ and each carries the process exit code that ``qconvert`` returns for it.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 __all__ = [
     "BadFile",
@@ -18,6 +19,7 @@ __all__ = [
     "Unsupported",
     "UsageError",
     "WouldLose",
+    "did_you_mean",
     "printable",
     "redacted",
 ]
@@ -38,6 +40,18 @@ def printable(text: str, limit: int = 200) -> str:
     """Escape control characters of untrusted ``text`` and shorten it to ``limit`` characters."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: limit + 1])
     return escaped if len(escaped) <= limit else escaped[: limit - 1] + "…"
+
+
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.5) -> str:
+    """The beginning of a hint: the known word that is closest to ``word``, or nothing where none is close.
+
+    >>> did_you_mean("guff", ["gptq", "gguf"]), did_you_mean("zzz", ["gguf"])
+    ("did you mean 'gguf'? ", '')
+    """
+    import difflib
+
+    close = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=cutoff)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 class QFormatError(Exception):

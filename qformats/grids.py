@@ -118,6 +118,20 @@ def float_values(name: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def same_patterns(one: str, other: str) -> int | None:
+    """The power of two that makes the numbers of ``one`` those that ``other`` has under the same bits, special ones aside.
+
+    None where the two have other fields.
+
+    >>> same_patterns("e4m3fnuz", "e4m3fn"), same_patterns("e4m3fn", "e5m2")
+    (1, None)
+    """
+    if one not in _FLOATS or other not in _FLOATS:
+        return None
+    (*fields, bias, signed), (*others, other_bias, other_signed) = _FLOATS[one], _FLOATS[other]
+    return bias - other_bias if fields == others and signed == other_signed else None
+
+
 @cache
 def not_finite(name: str) -> tuple[int, ...]:
     """The bit patterns of a small float that stand for NaN or an infinity."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from qformats.containers.raw import RawTensor
 from qformats.containers.torch_zip import flatten
-from qformats.errors import Unsupported, UsageError
+from qformats.errors import Unsupported, UsageError, did_you_mean
 from qformats.formats.protocol import Match, Target
 
 __all__ = [
@@ -103,7 +103,7 @@ ROWS: tuple[Row, ...] = (
     Row("compressed-tensors", "qformats.formats.compressed_tensors", "compressed-tensors (llm-compressor, vLLM)", "safetensors",
         ("compressed-tensors", "compressed_tensors", "sparseml"),
         ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8"),
-        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing"), aliases=("ct",)),
+        ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing", "act-order"), aliases=("ct",)),
     Row("eetq", "qformats.formats.eetq", "EETQ (int8 for its GPU kernels)", "safetensors", ("eetq",), ("int8",), ("layout", "leaf"),
         source_options=("layout",)),
     Row("bitnet", "qformats.formats.bitnet", "BitNet b1.58 (transformers)", "safetensors", ("bitnet",), ("ternary",), ("class",)),
@@ -148,7 +148,8 @@ def row(name: str) -> Row:
     for candidate in ROWS:
         if wanted == candidate.name or wanted in candidate.aliases:
             return candidate
-    raise UsageError("unknown-format", f"unknown format {name!r}", hint=f"known formats: {', '.join(names())}")
+    close = did_you_mean(wanted, (word for candidate in ROWS for word in (candidate.name, *candidate.aliases)))
+    raise UsageError("unknown-format", f"unknown format {name!r}", hint=f"{close}known formats: {', '.join(names())}")
 
 
 def format_module(name: str) -> ModuleType:
@@ -259,15 +260,17 @@ def parse_target(text: str) -> Target:
     kind = kind.lower()
     known = (*found.types, *(name for name in found.mixes if name not in found.types))
     if kind and kind not in known:
-        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"types: {', '.join(known)}")
+        close = did_you_mean(kind, known)
+        raise UsageError("target-type", f"{found.name} has no type {kind!r}", hint=f"{close}types: {', '.join(known) or 'none'}")
     options: dict[str, str] = {}
     for pair in pairs:
         key, _, value = pair.partition("=")
         if key in known and not kind:
             kind = key
         elif key not in found.options:
-            allowed = ", ".join(found.options) or "none"
-            raise UsageError("target-option", f"{found.name} has no option {key!r}", hint=f"options: {allowed}")
+            words = found.options if kind else (*found.options, *known)  # a type may stand there too
+            close, allowed = did_you_mean(key, words), ", ".join(found.options) or "none"
+            raise UsageError("target-option", f"{found.name} has no option {key!r}", hint=f"{close}options: {allowed}")
         else:
             options[key] = value
     return Target(found.name, kind or None, options)

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 from qformats.containers.atomic import OutputDirectory, OutputFile, check_not_same
 from qformats.containers.gguf import TensorInfo, layout_gguf
 from qformats.containers.index import INDEX_SUFFIX
+from qformats.containers.source import ByteSource, check_remote
 from qformats.containers.torch_directory import INDEX_SUFFIX as PICKLED_INDEX_SUFFIX
 from qformats.errors import Unsupported
 
 if TYPE_CHECKING:
     from qformats.checkpoint import Checkpoint
-    from qformats.containers.source import ByteSource
 
 __all__ = ["save"]
 
@@ -41,6 +41,7 @@ def save(checkpoint: Checkpoint, path: str | Path, *, overwrite: bool = False) -
         (source,) = checkpoint.sources()
         with OutputFile(final, source.size, overwrite) as out:
             _copy(source, 0, source.size, out, 0)
+            check_remote([source])
             out.commit()
 
 
@@ -65,6 +66,7 @@ def _save_directory(checkpoint: Checkpoint, final: Path, overwrite: bool) -> Non
         for source in sources:
             out = directory.file(Path(source.name).name, source.size)
             _copy(source, 0, source.size, out, 0)
+        check_remote(sources)
         for name, data in small.items():
             folder, _, last = name.rpartition("/")
             directory.write_bytes(last, data, folder=folder)
@@ -82,4 +84,5 @@ def _join_shards(checkpoint: Checkpoint, final: Path, overwrite: bool) -> None:
         out.pwrite(0, layout.header)
         for raw in file.tensors.values():
             _copy(raw.source, raw.offset, raw.nbytes, out, layout.offsets[raw.name])
+        check_remote(checkpoint.sources())
         out.commit()

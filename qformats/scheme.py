@@ -207,7 +207,7 @@ class Storage:
     - ``offset``: dtype of a per-group additive offset, or None.
     - ``sub_scale``: for two-level types, scale = d * integer and, with its ``offset``, offset = -dmin * integer, where d and dmin in
       ``scale_dtypes[0]`` are for each ``group`` columns.
-    - ``group_index``: whether an act-order index can be stored beside it.
+    - ``group_index``: whether an act-order index can be stored beside it. ``full_groups``: one that gives ``group`` columns to each group.
     - ``options``: the type's own switches, kept for its writer (format version, packing, labels).
     - ``rows``: consecutive output rows under one scale, None = all of them (then ``group`` None is one number for the tensor).
     - ``flat``: the groups run along the row-major vector, over the ends of rows.
@@ -242,6 +242,7 @@ class Storage:
     whole: bool = False
     cyclic: bool = False
     together: bool = False
+    full_groups: bool = False
 
     @property
     def integers(self) -> Integer:

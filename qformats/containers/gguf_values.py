@@ -11,6 +11,9 @@
 
 Source: the GGUF specification (``docs/gguf.md`` of the ggml repository) and ``ggml/src/gguf.cpp`` (llama.cpp v0.5.0).
 Every length is checked against the bytes left in the file before anything of that size is read or built.
+
+Of a file that comes over a network, long arrays of numbers are passed over and read when they are touched. Strings have no such short
+way: where each ends is written only in front of it, so a vocabulary has to be read to find what follows it.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, overload
 
-from qformats.containers.source import ByteSource
+from qformats.containers.source import ByteSource, is_remote
 from qformats.errors import BadFile, Unsupported
 
 __all__ = [
@@ -31,6 +34,7 @@ __all__ = [
     "MAX_STRING_NBYTES",
     "Cursor",
     "Metadata",
+    "NumberArray",
     "StringArray",
     "Value",
     "encode_string",
@@ -43,6 +47,8 @@ MAX_STRING_NBYTES = 64 << 20  # one string (ggml allows 1 GiB); chat templates a
 MAX_KEY_NBYTES = 65535  # the specification's own limit
 MAX_ARRAY_COUNT = 1 << 24  # elements of one array (ggml allows 2^30)
 FIRST_READ_NBYTES = 256 << 10
+REMOTE_READ_NBYTES = 64 << 10  # the least that is asked for over a network, and the least that is worth passing over
+REMOTE_MOST_NBYTES = 768 << 10
 
 SCALARS = {
     "u8": (0, "B"), "i8": (1, "b"), "u16": (2, "H"), "i16": (3, "h"), "u32": (4, "I"), "i32": (5, "i"), "f32": (6, "f"),
@@ -157,8 +163,48 @@ class StringArray(Sequence[str]):
         return f"StringArray({len(self)} strings)"
 
 
+class NumberArray(Sequence[Any]):
+    """The numbers of one long array, read when one is touched; ``BadFile`` and ``RemoteError`` then, as the source raises them."""
+
+    __slots__ = ("_count", "_form", "_offset", "_source", "_values")
+
+    def __init__(self, source: ByteSource, offset: int, count: int, form: str) -> None:
+        """``form`` is the struct format of all ``count`` numbers, which begin at byte ``offset``."""
+        self._source, self._offset, self._count, self._form = source, offset, count, form
+        self._values: tuple[Any, ...] | None = None
+
+    def _read(self) -> tuple[Any, ...]:
+        if self._values is None:
+            self._values = struct.unpack(self._form, self._source.pread(self._offset, struct.calcsize(self._form)))
+        return self._values
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Any, ...]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        return self._read()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._read())
+
+    def __eq__(self, other: object) -> bool:
+        return self._read() == tuple(other) if isinstance(other, (NumberArray, tuple, list)) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self._read())
+
+    def __repr__(self) -> str:
+        return f"NumberArray({self._count} numbers)"
+
+
 class Cursor:
     """Reads a GGUF header front to back; refills from ``source`` in growing pieces and never past its end.
+
+    ``buffer`` holds the file from byte ``base`` on; ``at`` is the place in the file.
 
     ``order`` is ``"<"`` or ``">"``; ``wide`` says that lengths and counts have 64 bits (32 in version 1).
     """
@@ -168,7 +214,7 @@ class Cursor:
         self.at = 0
         self.order = "<"
         self.wide = True
-        self.buffer = b""
+        self.buffer, self.base = b"", 0
 
     def fail(self, code: str, message: str, *, tensor: str | None = None, hint: str | None = None) -> NoReturn:
         raise BadFile(code, message, path=self.source.name, offset_bytes=self.at, tensor=tensor, hint=hint)
@@ -178,10 +224,13 @@ class Cursor:
         """Bytes between here and the end of the file."""
         return self.source.size - self.at
 
-    def need(self, nbytes: int, what: str) -> None:
-        """Make the next ``nbytes`` available in ``buffer``, or raise ``BadFile`` (``truncated``, ``gguf-header-too-large``)."""
-        end = self.at + nbytes
-        if end <= len(self.buffer):
+    def need(self, nbytes: int, what: str, likely: int = 0) -> None:
+        """Make the next ``nbytes`` available in ``buffer``, or raise ``BadFile`` (``truncated``, ``gguf-header-too-large``).
+
+        ``likely``: about how many bytes will be asked for next.
+        """
+        end, have = self.at + nbytes, self.base + len(self.buffer)
+        if end <= have:
             return
         if end > self.source.size:
             self.fail(
@@ -191,14 +240,24 @@ class Cursor:
             )
         if end > MAX_HEADER_NBYTES:
             self.fail("gguf-header-too-large", f"the header exceeds {MAX_HEADER_NBYTES} bytes at {what}")
-        target = min(self.source.size, max(end, FIRST_READ_NBYTES, 2 * len(self.buffer)))
-        self.buffer += self.source.pread(len(self.buffer), target - len(self.buffer))
+        step = max(REMOTE_READ_NBYTES, likely) if is_remote(self.source) else max(FIRST_READ_NBYTES, len(self.buffer))
+        target = min(self.source.size, max(end, have + step))
+        self.buffer += self.source.pread(have, target - have)
+
+    def pass_over(self, nbytes: int) -> bool:
+        """Go on ``nbytes`` further without reading them, where that saves more than a request costs; whether it was done."""
+        end = self.at + nbytes
+        if not is_remote(self.source) or end - self.base - len(self.buffer) < REMOTE_READ_NBYTES or end > MAX_HEADER_NBYTES:
+            return False
+        self.at = self.base = end
+        self.buffer = b""
+        return True
 
     def unpack(self, code: str, what: str) -> Any:
         """Read one number of struct ``code``."""
         size = struct.calcsize("<" + code)
         self.need(size, what)
-        (value,) = struct.unpack_from(self.order + code, self.buffer, self.at)
+        (value,) = struct.unpack_from(self.order + code, self.buffer, self.at - self.base)
         self.at += size
         return value
 
@@ -216,7 +275,7 @@ class Cursor:
             self.fail("gguf-string-too-long", f"{what} has {nbytes} bytes, at most {limit} are accepted")
         self.need(nbytes, what)
         self.at += nbytes
-        return self.buffer[self.at - nbytes : self.at]
+        return self.buffer[self.at - nbytes - self.base : self.at - self.base]
 
     def string(self, what: str, limit: int = MAX_STRING_NBYTES) -> str:
         """Read one string; raises ``BadFile('gguf-utf8')`` if it is not UTF-8."""
@@ -268,8 +327,11 @@ def _read_array(cursor: Cursor, key: str) -> Value:
         cursor.fail("gguf-array-too-long", f"array {key!r} has {count} elements, at most {MAX_ARRAY_COUNT} are accepted")
     if name == "str":
         return Value("[str]", _read_strings(cursor, key, count))
+    start, form = cursor.at, f"{cursor.order}{count}{code}"
+    if name != "bool" and cursor.pass_over(nbytes):
+        return Value(f"[{name}]", NumberArray(cursor.source, start, count, form))
     cursor.need(nbytes, f"array {key!r}")
-    values: tuple[Any, ...] = struct.unpack_from(f"{cursor.order}{count}{code}", cursor.buffer, cursor.at)
+    values: tuple[Any, ...] = struct.unpack_from(form, cursor.buffer, cursor.at - cursor.base)
     cursor.at += nbytes
     if name == "bool":
         values = tuple(_as_bool(cursor, key, value) for value in values)
@@ -280,14 +342,16 @@ def _read_strings(cursor: Cursor, key: str, count: int) -> StringArray:
     """Walk over ``count`` length prefixes; only the lengths become Python objects."""
     prefix = struct.Struct(cursor.order + ("Q" if cursor.wide else "I"))
     unpack, width = prefix.unpack_from, prefix.size
-    first = at = cursor.at
+    base = cursor.base  # from here on places are those in the buffer
+    first = at = cursor.at - base
     starts: array[int] = array("Q")
     append, buffer = starts.append, cursor.buffer
     last = len(buffer) - width  # the last place where a whole prefix is in the buffer
     while len(starts) < count:
         if at > last:
-            cursor.at = at
-            cursor.need(width, f"string {len(starts)} of array {key!r}")
+            cursor.at = base + at
+            likely = (count - len(starts)) * (at - first) // max(1, len(starts))  # if those to come are as long as these
+            cursor.need(width, f"string {len(starts)} of array {key!r}", min(likely, REMOTE_MOST_NBYTES))
             buffer, last = cursor.buffer, len(cursor.buffer) - width
         for _ in range(count - len(starts)):
             if at > last:
@@ -296,11 +360,11 @@ def _read_strings(cursor: Cursor, key: str, count: int) -> StringArray:
             at += width
             append(at - first)
             at += nbytes
-    if at > cursor.source.size:
-        cursor.need(at - cursor.at, f"the last string of array {key!r}")
-    cursor.at = first
+    if base + at > cursor.source.size:
+        cursor.need(base + at - cursor.at, f"the last string of array {key!r}")
+    cursor.at = base + first
     cursor.need(at - first, f"array {key!r}")
-    cursor.at = at
+    cursor.at = base + at
     native = cursor.order == "<" and cursor.wide
     return StringArray(cursor.buffer[first:at], starts, width=width, encoded=native, name=key)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
-from qformats.errors import BadFile
+from qformats.errors import BadFile, did_you_mean
 
-__all__ = ["ByteSource", "FileSource", "MemorySource"]
+__all__ = ["ByteSource", "FileSource", "MemorySource", "RemoteSource", "check_remote", "is_remote", "near"]
+
+_NEIGHBOURS = 10_000  # entries of a directory that are looked at for a name that was meant
 
 
 @runtime_checkable
@@ -35,6 +38,35 @@ class ByteSource(Protocol):
     def close(self) -> None: ...
 
 
+class RemoteSource(ByteSource, Protocol):
+    """Bytes that are dear to read again, because they come over a network.
+
+    ``digests``: XXH3-128 of the chunks of 1 MiB that passed, by number; ``chunk_digest`` that of one, or None. ``check`` holds the whole
+    file against the digest that its owner lists, or raises ``RemoteError``; ``checked`` says that this was done.
+    """
+
+    checked: bool
+
+    @property
+    def digests(self) -> dict[int, bytes]: ...
+
+    def chunk_digest(self, at: int, nbytes: int) -> bytes | None: ...
+
+    def check(self) -> None: ...
+
+
+def is_remote(source: ByteSource) -> TypeGuard[RemoteSource]:
+    """Whether reading again what was read is dear."""
+    return hasattr(source, "chunk_digest")
+
+
+def check_remote(sources: Iterable[ByteSource]) -> None:
+    """Hold what came over a network against the digests that its owner lists; what is done before an output gets its name."""
+    for source in sources:
+        if is_remote(source):
+            source.check()
+
+
 def _truncated(name: str, offset: int, wanted: int, found: int) -> BadFile:
     return BadFile(
         "truncated",
@@ -43,6 +75,15 @@ def _truncated(name: str, offset: int, wanted: int, found: int) -> BadFile:
         offset_bytes=offset,
         hint="the file is incomplete or was cut while it was read; fetch it again",
     )
+
+
+def near(path: Path) -> str:
+    """What to do about a path that does not exist: the name beside it that was probably meant."""
+    try:
+        names = [found.name for found, _ in zip(path.parent.iterdir(), range(_NEIGHBOURS))]
+    except OSError:
+        return "check the path"
+    return did_you_mean(path.name, names, cutoff=0.8).rstrip() or "check the path"
 
 
 class FileSource:
@@ -55,7 +96,7 @@ class FileSource:
             # without O_NONBLOCK opening a named pipe would wait for a writer
             fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0))
         except FileNotFoundError:
-            raise BadFile("not-found", "no such file", path=path, hint="check the path") from None
+            raise BadFile("not-found", "no such file", path=path, hint=near(Path(path))) from None
         except IsADirectoryError:
             raise BadFile("not-a-file", "is a directory, not a file", path=path) from None
         except (OSError, ValueError) as error:

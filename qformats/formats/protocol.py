@@ -43,7 +43,9 @@ What a format may have beside, where it needs it:
   alone, config.json has no ``quantization_config``.
 - ``metadata_out(modules, tensors) -> dict[str, str]``: more ``__metadata__`` of the safetensors files; ``modules`` maps module name to
   (Storage, shape of the weight), ``tensors`` the names of all others to their dtypes.
+- ``loading_warnings(storages) -> list[str]``: what its owner's own loader does not load of weights written in these storages (by module).
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
+  ``STACKS``: why it has no codes for them, where there is more to say of it.
 - ``ONE_TYPE = True``: all weights of a checkpoint are of one type and group size. ``embeddings(target, scheme)
   -> bool``: whether the loaders of such a target read an embedding in such codes (False where it is absent).
 - ``BARE``: suffixes of a weight that is a parameter, not a module, and bears its module's whole name where it is floats (stacked experts).

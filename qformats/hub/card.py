@@ -2,6 +2,11 @@
 
 What stands outside the markers is never touched; a file pushed earlier keeps its line as long as the repository has it. The lines are
 kept as JSON in a comment inside the section, so that a later push can write the whole table again.
+
+How other programs name what they run: llama.cpp ``-hf ORG/NAME[:TAG]`` and ``--hf-file`` (v0.5.0, ``common/arg.cpp``, which file a tag
+chooses: ``find_best_model`` in ``common/download.cpp``); Ollama ``hf.co/ORG/NAME[:TAG]``, where the tag may be a file's whole name (the
+Hub's documentation, "Use Ollama with any GGUF Model on Hugging Face Hub"; no shards); vLLM ``vllm serve ORG/NAME --revision`` (its
+documentation, "Engine Arguments"). The first two take no revision.
 """
 
 from __future__ import annotations
@@ -194,13 +199,18 @@ def _snippets(about: About, entries: Sequence[Entry]) -> Iterator[str]:
     calls = (f"model = qformats.load_model({first})", f"tokenizer = qformats.load_tokenizer({first})")
     yield from _code("python", "import qformats", "", *calls)
     if gguf:
-        tag = _tag(gguf[0])
+        tag = _tag(gguf[0], gguf)
         yield "llama.cpp:"
         yield ""
-        yield from _code("sh", f"llama-cli -hf {about.repo}{tag}")
-        yield "Ollama:"
-        yield ""
-        yield from _code("sh", f"ollama run hf.co/{about.repo}{tag}")
+        if about.revision:
+            pattern = re.sub(r"-00001-of-(\d{5}\.gguf)$", r"-*-of-\1", name)
+            yield from _code("sh", f"qconvert pull {about.repo}{at} . --include '{pattern}'", f"llama-cli -m {name}")
+        else:
+            yield from _code("sh", f"llama-cli -hf {about.repo}{f':{tag}' if tag else f' --hf-file {name}'}")
+        if not about.revision and gguf[0].shards == 1:
+            yield "Ollama:"
+            yield ""
+            yield from _code("sh", f"ollama run hf.co/{about.repo}:{tag or name}")
     if any(entry.format in _VLLM for entry in others):
         yield "vLLM:"
         yield ""
@@ -208,9 +218,14 @@ def _snippets(about: About, entries: Sequence[Entry]) -> Iterator[str]:
         yield from _code("sh", f"vllm serve {about.repo}{revision}")
 
 
-def _tag(entry: Entry) -> str:
-    """How llama.cpp and Ollama choose one of several files."""
-    return f":{entry.type}" if re.fullmatch(r"[A-Z0-9_]+", entry.type) else ""
+def _tag(entry: Entry, others: Sequence[Entry]) -> str:
+    """The end of the file's name, if llama.cpp chooses this file by it; empty if only the whole name does."""
+    found = re.search(r"[-.]([A-Za-z0-9_]+)(-\d{5}-of-\d{5})?\.gguf$", entry.name)
+    if found is None:
+        return ""
+    names = sorted(other.name for other in others)
+    first = next(name for name in names if re.search(rf"{found[1]}[.-]", name, re.IGNORECASE))
+    return found[1] if first == entry.name else ""
 
 
 def _code(language: str, *lines: str) -> Iterable[str]:

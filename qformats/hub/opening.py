@@ -12,13 +12,13 @@ from pathlib import Path
 from qformats.checkpoint import SIDE_FILES, Checkpoint, open_checkpoint, open_sources, pickle_refusal, small_names
 from qformats.containers.index import INDEX_NAME, INDEX_SUFFIX, SINGLE_NAME, read_index
 from qformats.containers.source import ByteSource, FileSource
-from qformats.errors import BadFile, RemoteError
+from qformats.errors import BadFile, RemoteError, UsageError
 from qformats.hub import client
 from qformats.hub.names import Address, find_address
-from qformats.hub.pull import cached, cached_file, few
+from qformats.hub.pull import cached, cached_file, few, literal
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["fetched", "find_address", "needed", "open_remote"]
+__all__ = ["fetched", "fetched_config", "fetched_file", "find_address", "needed", "open_remote"]
 
 _SIDE = (*SIDE_FILES, "README.md", "LICENSE")
 _TEXTS = (".json", ".jinja", ".txt", ".model")
@@ -133,6 +133,8 @@ def fetched(address: Address) -> Path:
     """
     if client.is_offline():
         folder = cached(address, () if address.file is None else (address.file,))
+        if address.file is None:
+            _check_cached(address, folder)
         return folder if address.file is None else folder / address.file
     found = client.snapshot(address)
     names = needed(found, address)
@@ -142,6 +144,34 @@ def fetched(address: Address) -> Path:
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     single = address.file or gguf
     return folder if single is None else folder / single
+
+
+def _check_cached(address: Address, folder: Path) -> None:
+    """``RemoteError('hub-offline')`` unless the weights of a repository are in the cache, all shards of them."""
+    here = {path.name for path in folder.iterdir()}
+    shards = [name for index in here if index.endswith(INDEX_SUFFIX) for name in read_index(folder / index).values()]
+    missing = sorted(set(shards) - here)
+    if (shards and missing and SINGLE_NAME not in here) or not any(name.endswith((".safetensors", ".gguf", *_PICKLED)) for name in here):
+        text = f"{missing[0] if missing else 'the file of its weights'} is not in the cache and cannot be fetched"
+        raise RemoteError("hub-offline", text, path=address, hint="pull it once while online: qconvert pull")
+
+
+def fetched_file(address: Address) -> Path:
+    """A local copy of the one file that ``address`` names, in the client's cache."""
+    if address.file is None:
+        raise UsageError("hub-address", f"{address} names no file", hint="write hf://ORG/NAME/FILE")
+    return cached(address, (literal(address.file),)) / address.file
+
+
+def fetched_config(address: Address) -> Path | None:
+    """The directory of the cache with the small files of a repository that has a config.json, fetched; None for all else."""
+    if address.file is not None:
+        return None
+    if client.is_offline():
+        folder = cached(address)
+        return folder if (folder / "config.json").is_file() else None
+    found = client.snapshot(address)
+    return _fetch_small(found, small_names()) if "config.json" in found.files else None
 
 
 def needed(found: client.Snapshot, address: Address) -> list[str]:

@@ -22,7 +22,7 @@ from qformats.hub import client
 from qformats.hub.names import Address
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "pull", "pull_source"]
+__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "literal", "pull", "pull_source"]
 
 _STEP_NBYTES, _FILES_AT_ONCE = 8 << 20, 4
 Progress = Callable[[int, int], None]
@@ -166,13 +166,14 @@ def pull_source(address: Address, destination: Path, *, progress: Progress | Non
     found = client.snapshot(address)
     names = needed(found, address)
     pinned = found.address()
-    pull(pinned, destination, include=[_literal(name) for name in names], progress=progress)
+    pull(pinned, destination, include=[literal(name) for name in names], progress=progress)
     gguf = next((name for name in names if name.endswith(".gguf")), None)
     single = address.file or gguf
     return destination if single is None else destination / single
 
 
-def _literal(name: str) -> str:
+def literal(name: str) -> str:
+    """A pattern that only ``name`` matches."""
     return re.sub(r"([*?[])", r"[\1]", name)
 
 

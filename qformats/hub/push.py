@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qformats.checkpoint import Checkpoint, open_checkpoint
+from qformats.checkpoint import Checkpoint, is_remote_path, open_checkpoint
 from qformats.containers.gguf import SHARD_NAME
 from qformats.errors import BadFile, OutputError, QFormatError, RemoteError, UsageError
 from qformats.hub import client
@@ -60,6 +60,8 @@ def push_to_hub(
 ) -> Pushed:
     """Put the checkpoint at ``path`` (a .gguf, one of its shards, or a directory) into ``repo``, made if it is missing.
 
+    ``repo``: ``org/name``, or ``name`` in the namespace of whoever is logged in.
+
     ``private``: of a repository that is made (None: the owner's default). ``revision``: a branch, made if it is missing.
     ``create_pr``: propose the commit instead. ``base_model``: the repository it was made from, whose licence is copied.
     ``report``: ``to_json`` of the conversion's report, for what the card says of exactness. A GGUF is named ``Model-TYPE.gguf``; files
@@ -67,7 +69,9 @@ def push_to_hub(
 
     Raises ``RemoteError``, and ``UsageError('hub-file-size')`` for a file that the hub would not serve. A failed push changes no file.
     """
-    address = parse_repo(repo)
+    address = parse_repo(_with_namespace(repo))
+    if is_remote_path(path):
+        raise UsageError("push-source", "is a repository already", path=path, hint="pull it first: qconvert pull")
     target = Address(address.repo, revision or address.revision)
     with open_checkpoint(path) as checkpoint:
         files = _files(Path(path), target.repo, checkpoint)
@@ -76,15 +80,28 @@ def push_to_hub(
     _check_sizes(files)
     api = client.api()
     with client.translated(target):
-        if client.package().get_token() is None:
-            hint = "log in with `hf auth login` or set HF_TOKEN"
-            raise RemoteError("hub-token", "there is no token, and writing needs one", path=target, hint=hint)
+        _check_token(target)
         api.create_repo(target.repo, exist_ok=True, **({} if private is None else {"private": private}))
         if target.revision is not None and not create_pr:
             api.create_branch(target.repo, branch=target.revision, exist_ok=True)
     about = About(target.repo, entry.tool, base, _inherited(Path(path), base, checkpoint), target.revision)
     words = message or f"Upload {entry.type or entry.format} with qformats"
     return _Push(api, target, files, entry, about, words, create_pr).run()
+
+
+def _with_namespace(repo: str) -> str:
+    """``repo`` with its owner, asked of the hub where it names none."""
+    if "/" in repo.removeprefix("hf://"):
+        return repo
+    with client.translated(repo):
+        _check_token(repo)
+        return f"{client.api().whoami()['name']}/{repo.removeprefix('hf://')}"
+
+
+def _check_token(where: Address | str) -> None:
+    if client.package().get_token() is None:
+        hint = "log in with `hf auth login` or set HF_TOKEN"
+        raise RemoteError("hub-token", "there is no token, and writing needs one", path=where, hint=hint)
 
 
 # ---------------------------------------------------------------- what is pushed

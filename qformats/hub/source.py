@@ -1,12 +1,18 @@
 """A file of the hub as a ``ByteSource``: what is asked for is fetched by range requests, and little more.
 
-Headers are read in small pieces that double while the reading goes on (8 KiB to 1 MiB). What follows is read in whole chunks of 1 MiB,
-neighbours in one request, kept in a bounded spool on disk so that what a plan has read is there for the conversion; the XXH3-128 of
-every chunk that passed is remembered, so that the digest of a source needs no second reading. A file is pinned to a commit.
+Headers are read in small pieces that double while the reading goes on (8 KiB to 128 KiB, or as much as is asked for). What follows is
+read in whole chunks of 1 MiB, neighbours in one request, kept in a bounded spool on disk so that what a plan has read is there for the
+conversion; the XXH3-128 of every chunk that passed is remembered, so that the digest of a source needs no second reading. A file is
+pinned to a commit.
+
+The hub lists one SHA-256 of a whole file (git's SHA-1 of a small one), which can only be taken front to back: chunks are hashed as soon
+as all before them have been, out of the spool where they came too early. ``check`` hashes what is left, fetching what was never read or
+is no longer in the spool, and holds the result against the list.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 import threading
@@ -28,7 +34,8 @@ __all__ = ["CHUNK_NBYTES", "HubSource", "Spool"]
 
 CHUNK_NBYTES = 1 << 20
 SPOOL_NBYTES = 2 << 30
-_FIRST_NBYTES, _SMALL_NBYTES = 8 << 10, 4 << 20  # the first piece of a header; how much of a file is read in small pieces
+_FIRST_NBYTES, _MOST_NBYTES = 8 << 10, 128 << 10  # how far a header is read ahead
+_SMALL_NBYTES = 8 << 20  # how much of a file is read in small pieces: the vocabulary of a GGUF
 _RUN_CHUNKS = 16  # at most so many in one request
 _TRIES = 5  # without a single byte coming
 _MOVED = (401, 403, 404, 410)  # what a signed address answers when its time is over
@@ -104,6 +111,22 @@ class _State:
     whole: ByteSource | None = None
 
 
+@dataclass
+class _Hash:
+    """The digest that the hub lists, taken over the first ``count`` chunks so far; ``right``: what came of it at the end."""
+
+    state: Any
+    count: int = 0
+    right: bool | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, file: client.RemoteFile) -> _Hash:
+        if file.sha256 is not None:
+            return cls(hashlib.sha256())
+        return cls(hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False))
+
+
 class HubSource:
     """File ``file`` of ``address``'s commit. Thread-safe. ``nbytes_read`` and ``requests`` count what went over the wire.
 
@@ -116,7 +139,7 @@ class HubSource:
         self.name = str(Address(address.repo, (address.revision or "")[:10], file.name))
         self.size = file.size
         self.nbytes_read = self.requests = 0
-        self._lock, self._state = threading.Lock(), _State()
+        self._lock, self._state, self._hash = threading.Lock(), _State(), _Hash.of(file)
 
     # ------------------------------------------------------------ ByteSource
 
@@ -136,7 +159,7 @@ class HubSource:
         state = self._state
         if state.whole is None:
             with self._lock:
-                small = not state.bulk and state.small_nbytes + len(view) <= _SMALL_NBYTES
+                small = not state.bulk and len(view) < CHUNK_NBYTES and state.small_nbytes + len(view) <= _SMALL_NBYTES
                 state.bulk = not small
                 if small:
                     self._read_small(offset, view)
@@ -162,6 +185,30 @@ class HubSource:
         return self._state.digests.get(at // CHUNK_NBYTES) if whole else None
 
     @property
+    def checked(self) -> bool:
+        """Whether all of the file was held against the hub's digest and found right; may be set for one that an earlier run checked."""
+        return self._hash.right is True
+
+    @checked.setter
+    def checked(self, value: bool) -> None:
+        self._hash.right = value or None
+
+    def check(self) -> None:
+        """Hold every byte against the digest that the hub lists; what was not read yet, or is no longer here, is fetched for it.
+
+        Raises ``RemoteError('hub-wrong-hash')``, or ``'hub-changed'`` where what was read before was something else.
+        """
+        total = -(-self.size // CHUNK_NBYTES)
+        with self._hash.lock:
+            while self._hash.count < total and self._hash.right is None:
+                first = self._hash.count
+                at = first * CHUNK_NBYTES
+                run = memoryview(self.pread(at, min(_RUN_CHUNKS * CHUNK_NBYTES, self.size - at)))
+                for number in range(first, min(total, first + _RUN_CHUNKS)):
+                    self._update(number, run[(number - first) * CHUNK_NBYTES : (number - first + 1) * CHUNK_NBYTES])
+            self._conclude()
+
+    @property
     def digests(self) -> dict[int, bytes]:
         """The digests of chunks by number; those of an earlier run may be put in."""
         return self._state.digests
@@ -185,7 +232,7 @@ class HubSource:
             return
         at = offset + len(got)
         goes_on = any(s + len(d) == at for s, d in state.small)
-        state.ahead = min(CHUNK_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
+        state.ahead = min(_MOST_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
         stop = min(self.size, max(end, at + state.ahead))
         piece = b"".join(self._fetch(at, stop))
         if state.whole is None:
@@ -248,11 +295,58 @@ class HubSource:
                 del held[:CHUNK_NBYTES]
                 digest = xxhash.xxh3_128_digest(chunk)
                 if self._state.digests.setdefault(number, digest) != digest:
-                    hint = "run the same command again; the journal of this one cannot be used"
-                    raise RemoteError("hub-changed", "has other bytes than before", path=self.name, hint=hint)
+                    raise self._other_bytes()
                 self._spool.put(self._key(number), chunk)
+                self._passed(number, chunk)
                 yield number, chunk
                 number += 1
+
+    # ------------------------------------------------------------ the hub's digest
+
+    def _passed(self, number: int, chunk: bytes) -> None:
+        """Hash a chunk that came, if it is the next one, and those behind it that came earlier; whoever hashes already goes on alone."""
+        if self._hash.right is not None or not self._hash.lock.acquire(blocking=False):
+            return
+        try:
+            if number == self._hash.count:
+                self._update(number, memoryview(chunk))
+                room = memoryview(bytearray(CHUNK_NBYTES))
+                while (held := self._held(self._hash.count, room)) is not None:
+                    self._update(self._hash.count, held)
+            self._conclude()
+        finally:
+            self._hash.lock.release()
+
+    def _held(self, number: int, room: memoryview) -> memoryview | None:
+        view = room[: max(0, min(CHUNK_NBYTES, self.size - number * CHUNK_NBYTES))]
+        return view if len(view) and self._spool.get(self._key(number), 0, view) else None
+
+    def _update(self, number: int, chunk: memoryview) -> None:
+        """The next chunk; bytes of it that were read otherwise before must have been the same."""
+        import xxhash
+
+        at = number * CHUNK_NBYTES
+        for start, piece in list(self._state.small):
+            first, last = max(at, start), min(at + len(chunk), start + len(piece))
+            if first < last and piece[first - start : last - start] != chunk[first - at : last - at]:
+                raise self._other_bytes()
+        if number in self._state.digests and self._state.digests[number] != xxhash.xxh3_128_digest(chunk):
+            raise self._other_bytes()
+        self._hash.state.update(chunk)
+        self._hash.count += 1
+
+    def _conclude(self) -> None:
+        """Compare once all is hashed; a file found wrong stays wrong."""
+        listed = self._file.sha256 or self._file.blob
+        if self._hash.right is None and self._hash.count * CHUNK_NBYTES >= self.size:
+            self._hash.right = listed is None or self._hash.state.hexdigest() == listed
+        if self._hash.right is False:
+            hint = "run the same command again; if it happens again, the file on the hub is broken"
+            raise RemoteError("hub-wrong-hash", "the bytes that came do not have the digest that the hub lists", path=self.name, hint=hint)
+
+    def _other_bytes(self) -> RemoteError:
+        hint = "run the same command again; the journal of this one cannot be used"
+        return RemoteError("hub-changed", "has other bytes than before", path=self.name, hint=hint)
 
     # ------------------------------------------------------------ the wire
 

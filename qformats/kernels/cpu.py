@@ -70,13 +70,10 @@ def _plan(lowered: Lowered) -> Plan | None:
     return plan_of(lowered) if first.device.type == "cpu" and type(first) in (Tensor, torch.nn.Parameter) else None
 
 
-def _inputs(x: Tensor, lowered: Lowered, plan: Plan) -> Tensor:
-    """``x`` (M, K) in float32, its columns in the order of the planes, zeros up to a multiple of 16."""
+def _inputs(x: Tensor, lowered: Lowered) -> Tensor:
+    """``x`` (M, K) in float32, its columns in the order of the planes."""
     wide = x.to(torch.float32)
-    if lowered.layout.index == "order":
-        wide = wide.index_select(1, lowered.planes["order"])
-    padded = int(plan.head[find("rows").PADDED])
-    return (wide if padded == wide.shape[1] else torch.nn.functional.pad(wide, (0, padded - wide.shape[1]))).contiguous()
+    return (wide.index_select(1, lowered.planes["order"]) if lowered.layout.index == "order" else wide).contiguous()
 
 
 def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
@@ -88,25 +85,31 @@ def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> 
         rounds = False
     if plan is None:
         return None
-    flat = _inputs(x.detach().reshape(-1, x.shape[-1]), lowered, plan)
+    flat = _inputs(x.detach().reshape(-1, x.shape[-1]), lowered)
     made = (_rounded if rounds else _exact)(flat, plan, start, stop)
     return made.to(x.dtype).reshape(*x.shape[:-1], stop - start)
 
 
 def _exact(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
-    """The product with ``x`` (M, padded) float32, (M, stop - start)."""
-    inputs, count, columns = len(x), stop - start, int(plan.head[0])
-    out = torch.empty((inputs, count))
+    """The product with ``x`` (M, K) float32, (M, stop - start)."""
+    (inputs, columns), count = x.shape, stop - start
+    out, loops = torch.empty((inputs, count)), find("products")
+    how, padded = (plan.head, plan.slots, plan.constants), plan.padded
+    laid = np.zeros((inputs, padded), np.float32)
+    if plan.strips:
+        find("strips").in_words(x.numpy(), laid)
+    else:
+        laid[:, :columns] = x.numpy()
     if inputs <= _FEW:
-        loops, array, source = find("products"), out.numpy(), x.numpy()
-        how = plan.head, plan.slots, plan.constants
-        work = count * columns * (1 + inputs // 4)
-        _share(lambda low, high: loops.few(*how, source, start, array, low, high), count, work)
+        array = out.numpy()
+        _share(lambda low, high: loops.few(*how, laid, start, array, low, high), count, count * padded * (1 + inputs // 4))
         return out
-    room = torch.empty((min(count, _tile_rows(columns)), columns))
-    for rows in _tiles(start, stop, columns):
-        tile = _decoded(plan, _ANY_ROWS, rows.start, room[: rows.stop - rows.start])
-        torch.mm(x[:, :columns], tile.t(), out=out[:, rows.start - start : rows.stop - start])
+    source, room = torch.from_numpy(laid), torch.zeros((min(count, _tile_rows(padded)), padded))
+    for rows in _tiles(start, stop, padded):
+        tile = room[: rows.stop - rows.start]
+        array, first = tile.numpy(), rows.start
+        _share(lambda low, high, first=first, array=array: loops.weights(*how, first + low, array[low:high]), len(tile), tile.numel())  # type: ignore[misc]
+        torch.mm(source, tile.t(), out=out[:, first - start : rows.stop - start])
     return out
 
 
@@ -129,14 +132,14 @@ def rounded_inputs(x: Tensor) -> Tensor:
 
 def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
     """The product with ``rounded_inputs(x)``, (M, stop - start)."""
-    loops, inputs, count, columns = find("int8"), len(x), stop - start, int(plan.head[0])
-    blocks, groups = -(-columns // loops.BLOCK), -(-columns // plan.group)
-    q = np.zeros((inputs, (blocks + 1) * loops.BLOCK), np.int8)
-    scales, sums = np.empty((inputs, blocks), np.float32), np.zeros((inputs, -(-groups // 16) * 16), np.float32)
-    loops.quantize(x[:, :columns].contiguous().numpy(), plan.group, q, scales, sums)
+    loops, inputs, count, padded = find("int8"), len(x), stop - start, plan.padded
+    blocks, groups = padded // loops.BLOCK, -(-padded // plan.group)
+    q, scales = np.empty((inputs, padded), np.int8), np.empty((inputs, blocks), np.float32)
+    sums = np.zeros((inputs, -(-groups // 16) * 16), np.float32)
+    loops.quantize(x.numpy(), plan.group, q, scales, sums)
     out = torch.empty((inputs, count))
     array, how = out.numpy(), (plan.head, plan.slots, plan.constants, *(plan.integers or ()), q, scales, sums, start)
-    _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * columns * (1 + inputs // 4))
+    _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * padded * (1 + inputs // 4))
     return out
 
 

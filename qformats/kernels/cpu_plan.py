@@ -41,14 +41,17 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Plan:
     """What the loops take: ``head``, ``slots``, ``constants`` (see ``qformats.loops.rows``); ``kept``: what they point to besides planes.
 
-    ``group``: columns of a group. ``integers``: where the values of the codes are integers of a byte, so that products of bytes serve,
-    those of sixteen codes as unsigned bytes (none: the codes themselves), what one counts, and what they are increased by.
+    ``group``: columns of a group. ``padded``: columns of the inputs. ``strips``: whether they are in the order of strips for the exact
+    weights. ``integers``: where the values of the codes are integers of a byte, so that products of bytes serve, those of sixteen codes as
+    unsigned bytes (none: the codes themselves), what one counts, and what they are increased by.
     """
 
     head: Array
     slots: Array
     constants: Array
     group: int
+    padded: int
+    strips: bool
     integers: tuple[Array, Array] | None
     kept: list[Any]
 
@@ -358,6 +361,8 @@ def _groups(lowered: Lowered, slots: list[_Slot]) -> tuple[int, Tensor | None] |
     layout = lowered.layout
     varying = [slot.width for slot in slots if slot.count > 1]
     width = reduce(gcd, varying, 0) or -(-layout.columns // 16) * 16
+    if varying and width % 16 == 0 and width % 128:
+        width = gcd(width, 128)  # a strip has a whole number of groups, or a group of strips
     if layout.index == "group_index":
         index = lowered.planes["group_index"]
         if index.ndim != 1 or len(set(varying)) > 1 or 1 in varying:
@@ -381,7 +386,7 @@ def _assembled(loops: Any, lowered: Lowered, slots: list[_Slot], constants: list
     planes = [lowered.planes[f"codes{i}"] for i in range(len(widths(layout.bits)))]
     v_in = layout.grid.v_in if isinstance(layout.grid, Table) else 1
     kind, table = _kind(layout)
-    head[[loops.COLUMNS, loops.PADDED, loops.PLANES, loops.CODES]] = k, -(-k // 16) * 16, len(planes), k // v_in
+    head[[loops.COLUMNS, loops.PADDED, loops.PLANES, loops.CODES]] = k, -(-k // 128) * 128, len(planes), k // v_in
     for i, (plane, field_) in enumerate(zip(planes, widths(layout.bits), strict=True)):
         head[loops.PLANE + i], head[loops.STRIDE + i], head[loops.FIELD + i] = plane.data_ptr(), plane.shape[1], field_
     head[[loops.KIND, loops.V_IN, loops.WIDTH, loops.GROUPS, loops.ARITHMETIC]] = kind, v_in, width, groups, arithmetic
@@ -395,8 +400,22 @@ def _assembled(loops: Any, lowered: Lowered, slots: list[_Slot], constants: list
     rows = [row for slot in slots for row in _rows_of(slot, len(slots), slots, groups, width)]
     order = sorted(rows, key=lambda row: row[0])
     table_of = np.array([row for _, row in order], np.int64).reshape(-1, loops.SLOT)
-    integers = None if layout.signs or index is not None else _integers(layout, kind)
-    return Plan(head, table_of, np.array(constants, np.float64), width, integers, kept)
+    plain = not layout.signs and index is None and layout.bits <= 8 and kind < 4
+    strips = plain and arithmetic == 0 and (kind < 3 or k % 128 == 0)
+    head[[loops.ROWS, loops.STRIPS, loops.QUICK]] = len(planes[0]), strips, arithmetic == 0 and _quick(slots, groups, width, constants)
+    integers = _integers(layout, kind) if plain else None
+    return Plan(head, table_of, np.array(constants, np.float64), width, int(head[loops.PADDED]), strips, integers, kept)
+
+
+def _quick(slots: list[_Slot], groups: int, width: int, constants: list[float]) -> bool:
+    """Whether ``qformats.loops.factors`` makes the parameters in float32."""
+    forms = {*_FORMS} - {torch.float64, torch.int16, torch.int32}
+    roles = [slot.role for slot in slots]
+    return len(roles) == len({*roles}) and 1 not in roles and all(
+        slot.count == groups and slot.width == width and slot.single
+        and (slot.numbers is None or slot.table is not None or slot.numbers.dtype in forms)
+        for slot in slots
+    )  # fmt: skip
 
 
 def _kind(layout: Layout) -> tuple[int, Tensor | None]:

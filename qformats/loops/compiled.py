@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from numba import njit
 
-__all__ = ["compiled"]
+__all__ = ["compiled", "inlined"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,4 +36,10 @@ def compiled(function: F) -> F:
         made._cache._cache_file._source_stamp = _stamp()  # type: ignore[attr-defined]
     except (RuntimeError, AttributeError, OSError):  # no directory for the cache, or a numba whose caches are made another way
         made = njit(**options)(function)
+    return made
+
+
+def inlined(function: F) -> F:
+    """What ``compiled`` makes, for a function that is always a part of the loops that call it: its vectors then stay in registers."""
+    made: F = njit(nogil=True, error_model="numpy", forceinline=True)(function)
     return made

@@ -1,8 +1,8 @@
 """What the products with packed weights are made of: sixteen columns at a time, read and written by address.
 
 ``Floats`` is the type of ``qformats.loops.vectors``. Addresses are those of arrays that the caller keeps alive; nothing is checked. Every
-lane is rounded like a scalar. Only compiled code can use these functions; LLVM splits the vectors into whatever the CPU has. ``dot``
-alone looks at the CPU: it takes the instruction for products of bytes where there is one.
+lane is rounded like a scalar. Only compiled code can use these functions; LLVM splits the vectors into whatever the CPU has. Products
+of bytes alone look at the CPU: they take its instruction where there is one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ __all__ = [
     "HALVES",
     "as_floats",
     "divided",
-    "dot",
     "doubles",
     "flipped",
     "floats_at",
@@ -29,12 +28,13 @@ __all__ = [
     "halves",
     "line",
     "look_up",
-    "look_up_bytes",
     "merge",
     "pointer",
     "put",
+    "shorts_at",
     "signed_at",
     "signed_line",
+    "singles_at",
     "spread",
     "times",
     "total",
@@ -112,6 +112,23 @@ def unsigned_at(typing: Any, address: Any) -> Any:
 def signed_at(typing: Any, address: Any) -> Any:
     """Sixteen int8 as float32."""
     return _by_address(floats, (types.intp,), lambda b, at: b.sitofp(_load(b, at, _BYTES), _FLOATS))
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def shorts_at(typing: Any, address: Any) -> Any:
+    """Sixteen float16 as float32; only where ``HALVES`` is set."""
+    return _by_address(floats, (types.intp,), lambda b, at: b.fpext(_load(b, at, ir.VectorType(ir.HalfType(), LANES)), _FLOATS))
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def singles_at(typing: Any, address: Any) -> Any:
+    """Sixteen bfloat16 as float32."""
+
+    def made(builder: Any, at: Any) -> Any:
+        wide = builder.zext(_load(builder, at, ir.VectorType(ir.IntType(16), LANES)), _INTS)
+        return builder.bitcast(builder.shl(wide, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+
+    return _by_address(floats, (types.intp,), made)
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
@@ -213,19 +230,6 @@ def _named_floats(builder: Any, table: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-def look_up_bytes(typing: Any, codes: Any, table: Any, target: Any) -> Any:
-    """Of sixteen bytes below 16 the entries of a table of sixteen bytes, to sixteen bytes."""
-
-    def made(builder: Any, codes: Any, table: Any, target: Any) -> Any:
-        entries, index = _load(builder, table, _BYTES), builder.and_(_load(builder, codes, _BYTES), ir.Constant(_BYTES, [15] * LANES))
-        one = _X86 and _FEATURES.get("ssse3")
-        found = _called(builder, "llvm.x86.ssse3.pshuf.b.128", _BYTES, entries, index) if one else _picked(builder, entries, index, _BYTES)
-        builder.store(found, _at(builder, target, _BYTES), align=1)
-
-    return _by_address(types.void, (types.intp,) * 3, made)
-
-
-@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
 def look_up(typing: Any, codes: Any, table: Any) -> Any:
     """Of sixteen bytes below 16 the entries of a table of sixteen float32."""
 
@@ -323,14 +327,14 @@ def _instruction() -> str:
     return "llvm.x86.avx512.vpdpbusd.512" if _X86 and _FEATURES.get("avx512vnni") else ""
 
 
-def _products(builder: Any, codes: Any, x: Any) -> Any:
-    """Sums of four products of an unsigned and a signed byte, in 16 lanes."""
+def _products(builder: Any, codes: Any, x: Any, start: Any = None) -> Any:
+    """``start`` (None: nothing) plus sums of four products of an unsigned and a signed byte, in 16 lanes."""
     name = _instruction()
     if name:
-        zero = ir.Constant(_INTS, [0] * LANES)
+        start = ir.Constant(_INTS, [0] * LANES) if start is None else start
         if binding.llvm_version_info[0] >= 22:
-            return _called(builder, name, _INTS, zero, codes, x)
-        return _called(builder, name, _INTS, zero, builder.bitcast(codes, _INTS), builder.bitcast(x, _INTS))
+            return _called(builder, name, _INTS, start, codes, x)
+        return _called(builder, name, _INTS, start, builder.bitcast(codes, _INTS), builder.bitcast(x, _INTS))
     half = ir.VectorType(ir.IntType(16), 4 * LANES)
     pair = ir.VectorType(_I32, 2 * LANES)
     wide, other = builder.zext(codes, half), builder.sext(x, half)
@@ -344,15 +348,5 @@ def _products(builder: Any, codes: Any, x: Any) -> Any:
         builder.shuffle_vector(both, ir.Constant(pair, ir.Undefined), ir.Constant(_INTS, list(range(first, 2 * LANES, 2))))
         for first in (0, 1)
     )
-    return builder.add(even, odd)
-
-
-@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
-def dot(typing: Any, codes: Any, x: Any, scale: Any, sums: Any) -> Any:
-    """``sums`` + ``scale`` times the products of 64 uint8 and 64 int8; lane i has columns 4 i … 4 i + 3."""
-
-    def made(builder: Any, codes: Any, x: Any, scale: Any, sums: Any) -> Any:
-        found = _products(builder, _load(builder, codes, _LONG), _load(builder, x, _LONG))
-        return _fma(builder, builder.sitofp(found, _FLOATS), scale, sums)
-
-    return _by_address(floats, (types.intp, types.intp, floats, floats), made)
+    found = builder.add(even, odd)
+    return found if start is None else builder.add(start, found)

@@ -19,7 +19,8 @@ from torch import Tensor
 from qformats import rewrite
 from qformats.reencode.affine import F16_BOUND, Affine, Folded, Ranges, affine_form, merge_range, spread, straighten
 from qformats.reencode.decision import KINDS, Fit, Hint
-from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, must_fold, sub_levels, super_scale
+from qformats.reencode.floats import spelled
+from qformats.reencode.levels import choose_sub_zero, folded_form, keep_levels, may_fold, must_fold, sub_levels, super_scale, underflows
 from qformats.reencode.offsets import narrow_offset, offset_blocks
 from qformats.reencode.shaped import is_shaped, row_storage, shaped_scale
 from qformats.reencode.values import same_codes
@@ -38,12 +39,14 @@ def fit(
     *,
     rounding: bool = False,
     own: Callable[[Scheme], object] | None = None,
+    codes: Callable[[], Tensor] | None = None,
 ) -> Fit:
     """Decide how ``t`` is written as ``storage``; ``Refused`` with the reason if it cannot be (exactly, unless ``rounding``).
 
     ``ranges(width)`` gives the smallest and largest of the ``rewrite.whole_codes`` of each run of ``width`` columns; by default they
     are computed from ``t``, which may be a range of rows: ``n_multiple`` is for the caller to check. With ``rounding`` a scale or an
     offset may be rounded once to the storage's dtype. ``own(scheme)``: whether the storage's writer takes such a tensor as it stands.
+    ``codes()``: the codes where ``t`` has none, for the rules that look at single ones.
     """
     _check_shape(t.shape, storage)
     _check_index(t, storage)
@@ -52,7 +55,7 @@ def fit(
     if storage.cyclic:
         raise Refused(f"the groups of {storage.type} are strided over the weight, those of the source are not")
     if not isinstance(storage.grid, Integer):
-        return same_codes(t, storage, rounding)
+        return same_codes(t, storage, rounding, codes)
     if ranges is None:
         ranges = _lazy_ranges(t)
     if is_shaped(storage):
@@ -64,20 +67,30 @@ def fit(
         if kept is not None:
             return kept
     known: Folded = []
-    if must_fold(t, storage):
-        try:
-            return _fold(t, storage, ranges, hint, rounding, known)
-        except Refused:
-            pass  # the reason is that of both ways
+    folded = _folded_first(t, storage, ranges, hint, rounding, known)
+    if folded is not None and (folded.kind == "exact" or not underflows(folded.scale)):
+        return folded
     try:
         return _into(*affine_form(t, storage, ranges, rounding, known=known), storage, hint, rounding)
     except Refused as refusal:
+        if folded is not None:
+            return folded
         if not may_fold(t, storage):
             raise
         try:
             return _fold(t, storage, ranges, hint, rounding, known)
         except Refused as second:
             raise Refused(f"{refusal}; sub-scales in codes: {second}") from None
+
+
+def _folded_first(
+    t: QuantizedTensor, storage: Storage, ranges: Ranges, hint: Hint | None, rounding: bool, known: Folded
+) -> Fit | None:
+    """``_fold`` where sub-scales differ so that no one scale is exact; None for other tensors and where it is refused."""
+    try:
+        return _fold(t, storage, ranges, hint, rounding, known) if must_fold(t, storage) else None
+    except Refused:
+        return None  # the reason will be that of both ways
 
 
 def _fold(t: QuantizedTensor, storage: Storage, ranges: Ranges, hint: Hint | None, rounding: bool, known: Folded) -> Fit:
@@ -111,7 +124,8 @@ def finish(t: QuantizedTensor, decision: Fit, *, reuse: bool = False) -> Quantiz
     if decision.as_it_stands:
         return t
     if not isinstance(decision.grid, Integer):
-        return t.replace(scales=(decision.scale, *decision.extra))
+        codes = t.codes if decision.spelling is None else spelled(t.codes, decision.spelling)
+        return t.replace(codes=codes, grid=decision.grid, scales=(decision.scale, *decision.extra))
     recoded = _recoded(t, decision, reuse)
     if recoded is not None:
         return QuantizedTensor(t.shape, recoded, decision.grid, (decision.scale, *decision.extra), decision.zero_point, decision.offset,
@@ -194,6 +208,10 @@ def _check_shape(shape: tuple[int, ...], storage: Storage) -> None:
 def _check_index(t: QuantizedTensor, storage: Storage) -> None:
     if t.group_index is not None and not storage.group_index:
         raise Refused("act-order: the columns of a group are not consecutive")
+    if t.group_index is not None and storage.full_groups:
+        group, counts = storage.group or t.shape[-1], torch.bincount(t.group_index.reshape(-1).to(torch.int64))
+        if bool((counts != group).any()):
+            raise Refused(f"act-order: a group has {int(counts.min())} … {int(counts.max())} columns, {storage.type} has {group} in each")
 
 
 def _lazy_ranges(t: QuantizedTensor) -> Ranges:

@@ -101,6 +101,7 @@ def affine_form(
     levels = rewrite.levels_of(t.scales, t.shape)
     plain = not exact and (storage.sub_scale is None or levels is None)
     t, unit = _apart(t) if exact and levels is None else (t, 1.0)
+    known = known if unit == 1.0 else None  # what is kept there has all factors
     t, coded = _blank_scale(t) if exact and levels is None else (t, None)
     if coded is not None:
         notes.append("fold scale factors")

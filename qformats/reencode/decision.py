@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from qformats.reencode.floats import Spelling
 from qformats.scheme import Grid
 from qformats.tensor import Param
 
@@ -28,7 +29,7 @@ class Fit:
 
     ``code`` is that of ``rewrite.whole_codes`` where the storage's codes are integers. ``factor``, int16, is on runs of ``factor_width``.
     ``half``: the new code is 0 or twice this number of its run, and 1 is written for it. ``extra``: further scales.
-    ``as_it_stands``: nothing changes. ``own_codes``: ``code`` is the tensor's own.
+    ``as_it_stands``: nothing changes. ``own_codes``: ``code`` is the tensor's own. ``spelling``: codes of one small float become another's.
     """
 
     kind: str
@@ -47,3 +48,4 @@ class Fit:
     extra: tuple[Param, ...] = ()
     as_it_stands: bool = False
     own_codes: bool = False
+    spelling: Spelling | None = None

@@ -15,7 +15,10 @@ from qformats.rewrite import Levels, Refused
 from qformats.scheme import Float, Integer, Storage, SubScale, Tile
 from qformats.tensor import Param, QuantizedTensor
 
-__all__ = ["choose_sub_zero", "folded_form", "folded_range_definition", "keep_levels", "may_fold", "must_fold", "sub_levels", "super_scale"]
+__all__ = [
+    "choose_sub_zero", "folded_form", "folded_range_definition", "keep_levels", "may_fold", "must_fold", "sub_levels", "super_scale",
+    "underflows",
+]  # fmt: skip
 
 _LARGEST = 127  # factor of a code: their products and those with zero points stay in int16
 
@@ -176,7 +179,10 @@ def folded_range_definition(low: Tensor, high: Tensor, factor: Tensor, count: in
 
 
 def must_fold(t: QuantizedTensor, storage: Storage) -> bool:
-    """Whether its sub-scales, codes of a small float under constants, differ within a group of the storage: no one scale serves that."""
+    """Whether its sub-scales, codes of a small float under constants, differ within a group of the storage: no one scale is exact.
+
+    Folding is tried first then: it alone can be. Where it rounds and ``underflows``, one scale for the group goes before it.
+    """
     k, nested = t.shape[-1], [p for p in t.scales if isinstance(p.values, QuantizedTensor)]
     if not may_fold(t, storage) or len(nested) != 1:
         return False
@@ -189,6 +195,17 @@ def must_fold(t: QuantizedTensor, storage: Storage) -> bool:
     runs = inner.codes.unflatten(-1, (-1, group // block.sizes[-1])).flatten(0, -2)  # type: ignore[union-attr]
     parts = runs.split(max(1, len(runs) // 16))  # most weights say it in the first
     return any(bool((part != part[:, :1]).any()) for part in parts)
+
+
+def underflows(scale: Param) -> bool:
+    """Whether a scale lies below its dtype's normal numbers.
+
+    Only there can sub-scales that differ become one number, since they are a fifteenth apart or more and every dtype has eight digits or
+    more; and there that number is nearer: what the step of folded sub-scales is rounded by counts as often as a sub-scale has it.
+    """
+    values = scale.values
+    assert isinstance(values, Tensor)
+    return bool((values.abs() < torch.finfo(values.dtype).tiny).any())
 
 
 def _largest_step(levels: Levels) -> tuple[Tensor, Tensor]:

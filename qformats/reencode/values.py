@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
@@ -9,17 +10,27 @@ from torch import Tensor
 from qformats import rewrite
 from qformats.reencode.affine import affine_form, one_plane
 from qformats.reencode.decision import Fit
+from qformats.reencode.floats import spelling
 from qformats.reencode.levels import sub_levels, super_scale
 from qformats.reencode.shaped import coded_scale, is_shaped, row_storage, shaped_scale
 from qformats.rewrite import Refused
-from qformats.scheme import Integer, Learned, Storage, Table, Tile
+from qformats.scheme import Float, Integer, Learned, Storage, Table, Tile
 from qformats.tensor import Param, QuantizedTensor
 
 __all__ = ["same_codes"]
 
 
-def same_codes(t: QuantizedTensor, storage: Storage, rounding: bool) -> Fit:
-    """Keep the codes of a table or a small float under the scale that the storage asks for; ``Refused`` for other codes."""
+def same_codes(t: QuantizedTensor, storage: Storage, rounding: bool, codes: Callable[[], Tensor] | None = None) -> Fit:
+    """Keep the codes of a table or a small float under the scale that the storage asks for; ``Refused`` for other codes.
+
+    Numbers of one small float that are all numbers of the storage's are spelled as these: ``codes()`` gives the codes where ``t`` is blank.
+    """
+    plain = t.signs is None and t.zero_point is None and t.offset is None
+    if isinstance(t.grid, Float) and isinstance(storage.grid, Float) and t.grid != storage.grid and plain:
+        same, how = spelling(t, storage, codes)
+        found = same_codes(same, storage, rounding)
+        reason = how.reason if found.kind == "exact" else f"{found.reason}; {how.reason}"
+        return replace(found, reason=reason, rewrites=(*found.rewrites, "spell codes as another float"), spelling=how)
     if t.grid != storage.grid or isinstance(t.grid, Learned) or t.signs is not None or t.zero_point is not None or t.offset is not None:
         raise Refused(f"its codes do not stand for the values of {storage.type}")
     if isinstance(storage.grid, Table) and storage.grid.v_in > 1:

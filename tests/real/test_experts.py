@@ -114,3 +114,40 @@ def test_experts_by_compressed_tensors(target: str, tmp_path: Path, workshop: Wo
     assert apart < 0.03
     if target.endswith("int8,group=32"):  # the library leaves layers of MXFP4 in bfloat16, which transformers does not run in float32
         assert np.abs(transformers_logits(codes, ids) - theirs).max() < 0.01 * (theirs.max() - theirs.min())
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_bitsandbytes_itself_leaves_stacks_in_floats(kind: str, tmp_path: Path) -> None:
+    """Fused experts stay a plain parameter under its own quantizer: what the plan's warning says."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    pytest.importorskip("bitsandbytes")
+    floats = tiny_model("granitemoe", tmp_path / "floats")
+    config = BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.bfloat16, quantization_config=config)
+    stacks = [weight for weight in model.parameters() if weight.dim() == 3]
+    assert stacks and all(type(weight) is torch.nn.Parameter and weight.dtype == torch.bfloat16 for weight in stacks)
+    assert type(model.model.layers[0].self_attn.q_proj).__name__ in ("Linear4bit", "Linear8bitLt")
+
+
+@pytest.mark.parametrize(("name", "runs"), [("llama4", False), ("gpt_oss", False), ("granitemoe", True)])
+def test_torchao_itself_multiplies_float8_stacks_with_outputs_as_rows_alone(name: str, runs: bool, tmp_path: Path) -> None:
+    """Its int8 fails in every default pass; float8 stacks with inputs as rows too: what the plan's warning says."""
+    import torch
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    quantization = pytest.importorskip("torchao.quantization")
+    floats = tiny_model(name, tmp_path / "floats")
+    plain = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.bfloat16)
+    names = [key for key, weight in plain.named_parameters() if weight.dim() == 3 and not key.endswith("_bias")]
+    assert names
+    for config, fine in ((quantization.Float8WeightOnlyConfig(), runs), (quantization.Int8WeightOnlyConfig(), False)):
+        config = TorchAoConfig(quantization.FqnToConfig(dict.fromkeys(names, config)))
+        model = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.bfloat16, quantization_config=config)
+        assert all(type(model.get_parameter(key)) is not torch.nn.Parameter for key in names)
+        if fine:
+            assert torch.isfinite(model(torch.arange(8)[None]).logits).all()
+        else:
+            with pytest.raises((NotImplementedError, AssertionError, RuntimeError)):
+                model(torch.arange(8)[None])

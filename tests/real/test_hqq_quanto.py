@@ -53,7 +53,7 @@ def test_hqq_loads_what_we_write(source: str, to: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "to"),
     [("gptq/4b-g32-sym", "quanto:qint4"), ("gptq/4b-g32-sym", "quanto:qint8"), ("quanto/qint4-f16", "quanto:qint2"),
-     ("hqq/4b-g32-ax1-f16", "quanto:qfloat8_e4m3fn")],
+     ("hqq/4b-g32-ax1-f16", "quanto:qfloat8_e4m3fn"), ("compressed-tensors/fp8-channel", "quanto:qfloat8_e4m3fnuz,dtype=bf16")],
 )  # fmt: skip
 def test_quanto_loads_what_we_write(source: str, to: str, tmp_path: Path) -> None:
     owner = pytest.importorskip("optimum.quanto")

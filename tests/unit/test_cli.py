@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from converters import cli, commands_convert
 from converters.cli import qconvert
 from converters.output import Output, size, table
 from qformats import registry
+from qformats.errors import UsageError
 
 ROOT = Path(__file__).resolve().parents[2]
 AWQ = ROOT / "fixtures" / "awq" / "gemm-g32"
@@ -59,13 +62,13 @@ def test_help_names_the_main_commands_and_says_that_there_are_more() -> None:
     listed = re.findall(r"^  ([a-z][\w-]+)  ", text, re.MULTILINE)
     assert listed[:6] == ["inspect", "plan", "convert", "quantize", "dequantize", "verify"]
     assert listed == [*cli.COMMANDS, "awq-to-gguf", "gptq-to-gguf", "gguf-to-gptq", "gguf-to-awq", "gguf-to-hf"]
-    assert "Example: qconvert awq-to-gguf" in text and "Every X-to-Y" in " ".join(text.split())
+    assert "Examples:\n    qconvert inspect" in text and "Every X-to-Y" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", [*cli.COMMANDS, *cli.registry_pairs()])
 def test_every_command_has_help_with_an_example_and_the_output_flags(name: str) -> None:
     text = ran(name, "--help").stdout
-    assert "--json" in text and "--quiet" in text and f"Example: qconvert {name}" in text
+    assert "--json" in text and "--quiet" in text and f"Examples:\n    qconvert {name}" in text
 
 
 @pytest.mark.parametrize(("word", "name"), [(alias, row.name) for row in registry.ROWS for alias in row.aliases])
@@ -390,13 +393,19 @@ def test_traceback_shows_the_defect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("converters.inspect.inspect_path", raising(KeyboardInterrupt()))
     found = run("inspect", AWQ)
-    assert found.exit_code == 130 and "[interrupted]" in found.stderr
+    assert found.exit_code == 130 and found.stderr.endswith("under the name of the output [interrupted]\n")
+    error = KeyboardInterrupt()
+    error.add_note("--resume")
+    monkeypatch.setattr("converters.inspect.inspect_path", raising(error))
+    assert run("inspect", AWQ).stderr.endswith("of the output — --resume [interrupted]\n")
+    assert json.loads(run("inspect", AWQ, "--json").stdout)["error"]["hint"] == "--resume"
 
 
-def test_works_in_a_pipe_that_closes_early() -> None:
-    command = f"{sys.executable} -m converters.cli inspect {AWQ} --tensors | head -c 1 > /dev/null; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize(("words", "exit_code"), [(f"inspect {AWQ} --tensors", 141), ("inspect nowhere --json", 5)])
+def test_a_pipe_that_closes_early_is_no_traceback(words: str, exit_code: int) -> None:
+    command = f"{sys.executable} -m converters.cli {words} | true; exit ${{PIPESTATUS[0]}}"
     found = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
-    assert (found.returncode, found.stderr) == (0, "")
+    assert (found.returncode, found.stderr) == (exit_code, "")
 
 
 def test_prints_under_an_ascii_terminal() -> None:
@@ -414,11 +423,18 @@ class Terminal(io.StringIO):
         return True
 
 
+@pytest.fixture(autouse=True)
+def of_a_person(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a terminal that someone watches."""
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def test_progress_on_a_terminal_shows_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "120")
-    monkeypatch.setenv("TERM", "xterm")
     with Output().progress("model.gguf") as progress:
         assert progress is not None
         progress(25_000_000, 100_000_000)
@@ -440,6 +456,28 @@ def test_no_progress_with_json_or_quiet(output: Output, monkeypatch: pytest.Monk
         assert progress is None
 
 
+@pytest.mark.parametrize(("name", "value"), [("CI", "true"), ("TERM", "dumb")])
+def test_no_progress_where_nobody_watches(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv(name, value)
+    with Output().progress("x") as progress, Output().steps("x", "steps") as steps, Output().working("x"):
+        assert progress is None and steps is None
+    assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("width", [20, 60, 200])
+def test_progress_keeps_to_the_width_and_to_no_color(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("NO_COLOR", "1")
+    with Output().progress("a name that is much longer than a narrow terminal is wide.gguf") as progress:
+        assert progress is not None
+        progress(1, 2)
+    lines = re.split(r"[\r\n]", re.sub(r"\x1b\[[?\d;]*[A-Zhl]", "", terminal.getvalue()))
+    assert max(map(len, lines)) <= width and not re.search(r"\x1b\[[\d;]*[34]\d", terminal.getvalue())
+
+
 def test_no_progress_in_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     with Output().progress("x") as progress:
@@ -455,6 +493,19 @@ def test_sizes(nbytes: float, text: str) -> None:
 
 def test_tables_escape_their_cells() -> None:
     assert table(("a",), [("x\n",)]) == ["a", "x\\n"]
+    assert table(("a", "b"), [("模型", 1), ("e\u0301", 2)]) == ["a     b", "模型  1", "e\u0301     2"]
+
+
+def test_what_other_packages_say_is_escaped_and_quiet(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def command(*_: Any, **__: Any) -> None:
+        warnings.warn("look\x1b[2J\rhere", stacklevel=1)
+        logging.getLogger("someone").warning("%s", "and\x1b]0;title\x07")
+        raise UsageError("stop", "stop")
+
+    monkeypatch.setattr("converters.inspect.inspect_path", command)
+    said = run("inspect", AWQ).stderr + capfd.readouterr().err
+    assert "warning: look\\x1b[2J\\rhere\n" in said and "\x1b" not in said and "\x07" not in said
+    assert run("inspect", AWQ, "--quiet").stderr + capfd.readouterr().err == "qconvert: stop [stop]\n"
 
 
 def test_a_pair_is_a_command_of_its_own() -> None:

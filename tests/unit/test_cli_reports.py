@@ -63,7 +63,7 @@ def test_html_is_one_page_without_outside_resources_in_light_and_dark(report: Re
     report.write(tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text()
     page = Page(text)
-    assert page.links == [] and "script" not in page.tags and "url(" not in text and "@import" not in text
+    assert page.links == [] and page.tags.count("script") == 1 and "url(" not in text and "@import" not in text
     assert "prefers-color-scheme: dark" in text
     assert all(t.name in text for t in report.tensors)
 
@@ -71,7 +71,7 @@ def test_html_is_one_page_without_outside_resources_in_light_and_dark(report: Re
 @pytest.mark.parametrize("form", ["to_html", "to_markdown"])
 def test_hostile_names_are_escaped(form: str) -> None:
     text = getattr(made_of(line(name=EVIL, reason=EVIL)), form)()
-    assert "<script>" not in text and "\x1b" not in text and "alert(1)" in text
+    assert "<script>alert" not in text and "\x1b" not in text and "alert(1)" in text
 
 
 def test_reasons_that_differ_in_counts_are_summed() -> None:

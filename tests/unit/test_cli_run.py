@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "convert"))
 
 from checkpoints import converted, ready
 
+from converters import schemas
 from converters.cli import qconvert
 from converters.output import Output
 
@@ -32,6 +34,7 @@ def data(*words: object) -> dict[str, Any]:
     result = cli(*words, "--json")
     assert result.exit_code == 0, result.output
     found: dict[str, Any] = json.loads(result.stdout)
+    jsonschema.validate(found, schemas.schema(str(words[0])))
     return found
 
 
@@ -88,11 +91,23 @@ def test_perplexity_is_that_of_the_floats(models: tuple[Path, Path, Path], tmp_p
     assert limited["windows"] == 1
 
 
-def test_a_checkpoint_agrees_with_its_conversion(models: tuple[Path, Path, Path]) -> None:
+def reported(path: Path) -> dict[str, Any]:
+    """A report that is as the schema says."""
+    jsonschema = pytest.importorskip("jsonschema")
+    found: dict[str, Any] = json.loads(path.read_text())
+    schema = Path(__file__).resolve().parents[2] / "converters" / "schemas" / "report.schema.json"
+    jsonschema.validate(found, json.loads(schema.read_text()))
+    return found
+
+
+def test_a_checkpoint_agrees_with_its_conversion(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
     source, gguf, text = models
-    found = data("compare", source, gguf, "--text", text, "--context", 32, "--device", "cpu", "--dtype", "float32")
+    where = tmp_path / "r.json"
+    found = data("compare", source, gguf, "--text", text, "--context", 32, "--device", "cpu", "--dtype", "float32", "--report", where)
     assert found["kl"] == pytest.approx(0.0, abs=1e-6) and found["top1"] > 0.99
     assert found["nll"][0] == pytest.approx(found["nll"][1], abs=1e-4)
+    report = reported(where)
+    assert report["agreement"]["kl"] == found["kl"] and report["lossless"] and report["agreement"]["text"] == "text.txt"
 
 
 def test_a_wrong_device_and_a_short_text_are_errors(models: tuple[Path, Path, Path], tmp_path: Path) -> None:
@@ -113,7 +128,9 @@ def test_floats_are_quantized_while_they_are_loaded(models: tuple[Path, Path, Pa
     words = ("--text", models[2], "--context", 32, "--windows", 2, "--device", "cpu", "--dtype", "float32")
     on_load = data("perplexity", floats, "--quantize", "gguf:q4_0", *words)
     assert on_load["nll"] == pytest.approx(data("perplexity", tmp_path / "small.gguf", *words)["nll"], rel=1e-4)
-    lost = data("compare", floats, floats, "--quantize", "gguf:q4_0", *words)
+    lost = data("compare", floats, floats, "--quantize", "gguf:q4_0", *words, "--report", tmp_path / "r.json")
+    report = reported(tmp_path / "r.json")
+    assert (report["target"], report["tensors"], report["agreement"]["kl"]) == ("gguf:q4_0", [], lost["kl"])
     assert lost["kl"] > 0 and lost["nll"][1] == pytest.approx(on_load["nll"], rel=1e-6)
     refused = cli("run", floats, "-p", "word", "--quantize", "gguf:nothing")
     assert refused.exit_code == 2 and "target-type" in refused.output

@@ -25,6 +25,7 @@ __all__ = [
     "CONV1D",
     "NAME",
     "ONE_TYPE",
+    "STACKS",
     "SUFFIXES",
     "can_store",
     "config_out",
@@ -44,6 +45,7 @@ __all__ = [
 SUFFIXES = fourbit.SUFFIXES | int8.SUFFIXES
 ONE_TYPE = True  # transformers, ``utils/quantization_config.py``: one table, or eight bits
 CONV1D = True  # transposed before they are quantized: transformers, ``integrations/bitsandbytes.py``
+STACKS = "bitsandbytes has codes for linear layers alone, and transformers leaves such a parameter in floats itself"
 
 
 def _is_int8(module: Module) -> bool:

@@ -9,7 +9,8 @@ K = in_features, b = bits, G = groups of a row, z = zero point, ``W = scale * (c
 | | ``weight_scale`` | a float | (N, G), (N, 1) or (1,) |
 | | ``weight_shape`` | int64 | (2,): N, K |
 | asymmetric | ``weight_zero_point`` | int32 | (ceil(N*b/32), G), packed along N |
-| up to 0.18 with actorder | ``weight_g_idx`` | int32 | (K,): the group of each column |
+| one scale for all | ``weight_zero_point`` | int8 | (1,), plain: z - 2^(b-1) |
+| up to 0.18 with actorder | ``weight_g_idx`` | int32 | (K,): the group of each column, K/G columns in each |
 | int-quantized, naive-quantized | ``weight``, ``weight_scale`` | int8, a float | (N, K), as above |
 | asymmetric | ``weight_zero_point`` | int8 | that of the scale |
 | float-quantized, naive-quantized | ``weight`` | float8_e4m3fn | (N, K) |
@@ -39,7 +40,7 @@ from qformats.formats.compressed_tensors.config_write import config_out, harmoni
 from qformats.formats.compressed_tensors.inputs import inputs
 from qformats.formats.compressed_tensors.shapes import SUFFIXES, scheme
 from qformats.formats.compressed_tensors.storages import can_store, layout, storage_of, storages
-from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, module_warnings, read, write
+from qformats.formats.compressed_tensors.weights import ROW_MULTIPLE, loading_warnings, module_warnings, read, write
 
 EXTRAS = frozenset({f"{what}_{kind}" for what in ("input", "output", "q", "k", "v") for kind in ("scale", "zero_point", "global_scale")})
 INPUT_SCALES = {"fp8": (("input_scale",), False), "int8": (("input_scale",), False), "nvfp4": (("input_global_scale",), True)}
@@ -61,6 +62,7 @@ __all__ = [
     "harmonize",
     "inputs",
     "layout",
+    "loading_warnings",
     "module_warnings",
     "read",
     "scheme",

@@ -16,7 +16,7 @@ __all__ = ["config_out", "harmonize", "with_activations"]
 _VERSIONS = {
     True: "0.18.0",
     False: "0.17.0",
-}  # the first release that packs 3, 5, 6, 7 bits as one stream; the last that does not, and reads g_idx
+}  # the first release that packs 3, 5, 6, 7 bits as one stream, and the last that reads g_idx; the last that packs words
 
 
 def config_out(
@@ -37,7 +37,7 @@ def config_out(
     ordered = sorted(kinds.values(), key=lambda names: (-len(names), names))
     groups = {f"group_{i}": _group(modules[names[0]], ["Linear"] if i == 0 else names, names) for i, names in enumerate(ordered)}
     formats = sorted({str(s.options["format"]) for s in modules.values()})
-    stream = not any(s.options.get("packing") == "words" or s.options.get("g_idx") == "index" for s in modules.values())
+    stream = not any(s.options.get("packing") == "words" for s in modules.values())
     return {
         "quant_method": NAME,
         "format": formats[0] if len(formats) == 1 else "mixed-precision",
@@ -161,6 +161,7 @@ def _says(original: Mapping[str, Any], name: str, storage: Storage) -> bool:
     return (
         same
         and (said.group, block) == (made["group_size"], made.get("block_structure"))
+        and not (said.ordered and made["strategy"] == "group" and not storage.options.get("g_idx"))
         and (naive or found.format in (storage.options["format"], "fakequant", "dense"))
     )
 

@@ -20,7 +20,7 @@ from qformats.scheme import Factor, Float, Integer, No, Scheme, Storage, Tile, Y
 __all__ = ["OPTIONS", "TYPES", "can_store", "layout", "storage_of", "storages"]
 
 TYPES = ("int2", "int3", "int4", "int5", "int6", "int7", "int8", "fp8", "nvfp4", "mxfp4", "mxfp6", "mxfp8")
-OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing")
+OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym", "format", "scale", "packing", "act-order")
 _SCALES = ("float16", "bfloat16", "float32")
 _FORMATS = {"pack": "pack-quantized", "int": "int-quantized", "naive": "naive-quantized"}
 _SMALL = {
@@ -88,7 +88,8 @@ def storage_of(module: Module) -> Storage:
         return _float8(g.rows, group, dtype, options)
     form = "pack-quantized" if g.kind == "pack" else "int-quantized"
     made = _affine(g.bits, form, g.rows, group, g.zero in ("none", "zeros"), dtype, options)
-    return replace(made, group_index=bool(options.get("g_idx")))
+    indexed = bool(options.get("g_idx"))
+    return replace(made, group_index=indexed, full_groups=indexed)
 
 
 def _stored_options(module: Module, g: Geometry) -> dict[str, object]:
@@ -114,8 +115,9 @@ def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """Candidates, those that could keep the codes of ``scheme`` first.
 
     Options: ``group=N|-1``, ``channel``, ``tensor``, ``block[=ROWSxCOLUMNS]``, ``sym``, ``asym``, ``format=pack|int|naive``,
-    ``scale=f16|bf16|f32`` (default: the source's, for new codes bf16), ``packing=stream|words``. ``UsageError`` for others. The types
-    of small floats under small floats have blocks of their own.
+    ``scale=f16|bf16|f32`` (default: the source's, for new codes bf16), ``packing=stream|words``, ``act-order=no`` (the columns of a
+    group are consecutive, whatever the source's are). ``UsageError`` for others. The types of small floats under small floats have
+    blocks of their own.
     """
     unknown = sorted(set(target.options) - set(OPTIONS))
     if unknown:
@@ -207,23 +209,31 @@ def _of_type(kind: str, target: Target, scheme: Scheme, dtype: str) -> list[Stor
     if sym and asym:
         raise UsageError("option", "sym and asym exclude each other")
     forms = _forms(target, bits)
-    clash = forms == ("pack-quantized",) and rows != 1 and (asym or rows is not None)
+    clash = forms == ("pack-quantized",) and rows not in (1, None)
     if clash and not target.options.keys() & {"group", "channel", "tensor", "block"}:  # the source's tiles, which nobody asked for
         rows, group = 1, None if scheme.shape[-1] <= 128 else 128
     elif clash:
-        what = "one asymmetric scale" if rows is None else "tiles of several rows"
-        raise UsageError("option", f"packed integers cannot have {what}", hint="use format=int or groups")
+        raise UsageError("option", "packed integers cannot have tiles of several rows", hint="use format=int or groups")
     packing = target.options.get("packing", "stream")
     if packing not in ("stream", "words"):
         raise UsageError("option", f"packing={packing} is not known", hint="use packing=stream or packing=words")
     options: dict[str, object] = {"packing": packing, "shape_dtype": "I64"}
     wanted = [s for s in (True, False) if not (sym and not s) and not (asym and s)]
-    return [
+    made = [
         _affine(bits, form, rows, group, symmetric, dtype, options if form == "pack-quantized" else {})
         for form in forms
         for symmetric in wanted
-        if rows == 1 or form != "pack-quantized" or (symmetric and rows is None)
+        if rows in (1, None) or form != "pack-quantized"
     ]
+    ordered = scheme.group_index and rows == 1 and group is not None and yes_no(target, "act-order", True)
+    return [*made, *(_with_index(s) for s in made if ordered and s.options["format"] == "pack-quantized")]
+
+
+def _with_index(storage: Storage) -> Storage:
+    """The same with ``weight_g_idx``: the group of each column, ``group`` columns in each (``actorder`` ``group``, releases up to 0.18)."""
+    options = {**storage.options, "g_idx": "index", "g_idx_dtype": "I32"}
+    width = storage.bits_per_weight + 32 / 4096
+    return replace(storage, group_index=True, full_groups=True, bits_per_weight=width, options=options)
 
 
 def _forms(target: Target, bits: int) -> tuple[str, ...]:

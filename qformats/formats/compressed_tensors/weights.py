@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, Any]
 
-__all__ = ["ROW_MULTIPLE", "module_warnings", "read", "write"]
+__all__ = ["ROW_MULTIPLE", "loading_warnings", "module_warnings", "read", "write"]
 
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, so that zero points packed along the rows end on words
 
@@ -203,6 +204,10 @@ def _find_index(module: Module, g: Geometry) -> Array | None:
     if low < 0 or high >= g.groups:
         text = f"weight_g_idx holds {low if low < 0 else high}, expected 0 … {g.groups - 1}"
         raise BadFile("g-idx-range", text, tensor=f"{module.name}.weight_g_idx")
+    counts = np.bincount(stored, minlength=g.groups)
+    if (counts != g.group).any():  # the owner sorts the columns and cuts them into groups of this size
+        text = f"weight_g_idx gives {counts.min()} … {counts.max()} columns to a group, expected {g.group} to each"
+        raise BadFile("g-idx-groups", text, tensor=f"{module.name}.weight_g_idx")
     trivial = np.array_equal(stored, np.arange(g.k, dtype=stored.dtype) // g.group)
     return None if trivial else stored.astype(np.int32)
 
@@ -218,6 +223,33 @@ def module_warnings(module: Module) -> tuple[str, ...]:
     if is_ignored(module.match.config, module.name):
         said.append("the config's ignore list names it, but it has quantized weights: read as quantized")
     return tuple(said)
+
+
+def loading_warnings(storages: Mapping[str, Storage]) -> list[str]:
+    """What compressed-tensors 0.20 in transformers 5.23 does not load of weights that it knows how to write.
+
+    Packed zero points: ``PackedQuantizationCompressor.compress`` makes the module that is to be filled without packing them.
+    ``weight_g_idx``: ``QuantizationArgs`` refuses ``actorder`` ``group`` since the index went in 0.19.
+    """
+    packed = [name for name, s in storages.items() if _zeros_packed(s)]
+    ordered = [name for name, s in storages.items() if s.options.get("g_idx") == "index"]
+    said = []
+    if packed:
+        said.append(f"{_first(packed)}: their zero points are packed, and compressed-tensors 0.20 has no place for such in the model that"
+                    " transformers fills: load it with CompressedTensorsConfig(dequantize=True), or write format=int or sym")  # fmt: skip
+    if ordered:
+        said.append(f"{_first(ordered)}: their act-order is kept in weight_g_idx, which compressed-tensors reads up to 0.18 and refuses"
+                    " from 0.20 on: act-order=no writes new codes that it loads")  # fmt: skip
+    return said
+
+
+def _zeros_packed(storage: Storage) -> bool:
+    own = storage.options.get("format") == "pack-quantized" and isinstance(storage.zero_point, tuple)
+    return own and storage.rows == 1 and "zero" not in storage.options
+
+
+def _first(names: Sequence[str]) -> str:
+    return f"{len(names)} weights, the first is {names[0]!r}" if len(names) > 1 else f"{names[0]!r}"
 
 
 def write(storage: Storage, tensor: QuantizedTensor, start: int, shape: tuple[int, ...]) -> list[Piece]:

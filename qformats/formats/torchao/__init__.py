@@ -34,6 +34,9 @@ from qformats.formats.torchao.weights import read, write
 NAME = "torchao"
 BARE = frozenset({"_qdata"})
 KEEPS_AXES = True
+STACKS = (  # torchao 0.18 in transformers 5.23 on a CPU
+    "of torchao's tensors transformers multiplies a stack in Float8Tensor alone and with outputs as rows, and such are read, not written"
+)
 
 __all__ = [
     "BARE",
@@ -42,6 +45,7 @@ __all__ = [
     "NAME",
     "PICKLED_CLASSES",
     "ROW_MULTIPLE",
+    "STACKS",
     "SUFFIXES",
     "can_store",
     "config_out",

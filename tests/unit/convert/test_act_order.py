@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,37 @@ def test_a_step_that_holds_a_whole_tensor_is_named(tmp_path: Path) -> None:
             found = {name.split(".")[-2] for name in (j.name for j in plan.jobs if any("whole tensor" in n for n in j.rewrites))}
             assert found == named
             assert all(job.kind in ("exact", "copied") for job in plan.jobs)
+
+
+def test_compressed_tensors_keeps_the_index(tmp_path: Path) -> None:
+    """Nothing is absorbed and nothing rounded; the plan says who reads it, ``act-order=no`` absorbs and asks as before."""
+    model = Llama()
+    model.indices.update(down_proj=shuffled(model.inner, model.group), q_proj=shuffled(model.hidden, model.group, 4))
+    source = model.write(tmp_path / "source")
+    plan = converted(source, tmp_path / "out", "compressed-tensors", exact=True)
+    assert len(plan.warnings) == 1 and "2 weights" in plan.warnings[0] and "weight_g_idx" in plan.warnings[0]
+    assert {job.kind for job in plan.jobs} <= {"copied", "exact"}
+    tensors = load(tmp_path / "out" / "model.safetensors")
+    stored = tensors["model.layers.0.mlp.down_proj.weight_g_idx"]
+    assert stored[0] == "I32" and np.array_equal(np.frombuffer(stored[2], "<i4"), model.indices["down_proj"])
+    assert "model.layers.0.mlp.up_proj.weight_g_idx" not in tensors
+    groups = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["config_groups"]
+    assert sorted(g["weights"].get("actorder") or "" for g in groups.values()) == ["", "group"]
+    assert verify(source, tmp_path / "out", replay=True).ok
+    converted(tmp_path / "out", tmp_path / "back", "gptq", exact=True)
+    assert load(tmp_path / "back" / "model.safetensors") == load(source / "model.safetensors")
+    without = planned(source, "compressed-tensors:int4,act-order=no")
+    with without.checkpoint:
+        assert {j.name for j in without.jobs if j.kind == "requantized"} == {"model.layers.0.self_attn.q_proj.weight"}
+
+
+def test_groups_of_other_sizes_are_no_compressed_tensors(tmp_path: Path) -> None:
+    """Its owner sorts the columns and cuts them into groups of one size."""
+    model = Llama()
+    index = shuffled(model.hidden, model.group)
+    index[np.argmax(index == 0)] = 1
+    model.indices["q_proj"] = index
+    plan = planned(model.write(tmp_path / "source"), "compressed-tensors")
+    with plan.checkpoint:
+        (job,) = (j for j in plan.jobs if "q_proj" in j.name)
+        assert job.kind == "requantized" and "columns" in job.reason

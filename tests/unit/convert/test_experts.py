@@ -263,6 +263,19 @@ def matrices(folder: Path) -> dict[str, Array]:
     return found
 
 
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [("bitsandbytes:nf4", "linear layers alone"), ("torchao:int8", "outputs as rows"), ("hqq:int4", "no codes for experts in one tensor")],
+)
+def test_a_plan_says_why_stacks_stay_in_floats(target: str, why: str, tmp_path: Path) -> None:
+    for name, count in (("llama4", 2), ("gpt_oss", 2), ("granitemoe", 4)):
+        plan = planned(small(name, tmp_path / name), target, allow_requantize=True)
+        with plan.checkpoint:
+            said = [text for text in plan.warnings if "stay in floats" in text]
+            assert len(said) == 1 and said[0].startswith(f"{count} stacks of experts") and why in said[0]
+            assert {job.action for job in plan.jobs if job.map.kind == "experts" and len(job.map.shape) == 3} == {"copy"}
+
+
 @pytest.mark.parametrize("target", ["gptq:int8,group=32", "bitsandbytes:int8", "bitsandbytes:nf4"])
 def test_conv1d_is_quantized_by_outputs(target: str, tmp_path: Path) -> None:
     """Floats (K, N) become codes (N, K) with groups along the inputs, and floats (K, N) again; GGUF gets the codes as they are."""

@@ -324,6 +324,7 @@ def filled(value: Any, at: int = 0) -> Callable[[RawTensor], RawTensor]:
         ("actorder", "weight_g_idx", filled(2), "g-idx-range"),
         ("actorder", "weight_g_idx", filled(-7), "g-idx-range"),
         ("actorder", "weight_g_idx", shorter, "wrong-shape"),
+        ("actorder", "weight_g_idx", lambda r: filled(1 - int(r.array()[0]))(r), "g-idx-groups"),
         ("sparse24-bf16", "bitmask", filled(0xFF), "bitmask"),
         ("sparse24-bf16", "compressed", shorter, "wrong-shape"),
         ("sparse24-bf16", "shape", gone, "missing-shape"),
@@ -378,12 +379,18 @@ def test_targets_name_types_tiles_and_forms() -> None:
     assert first("int4", asym="", group="32") == ("int4", 1, 32, (0, 15), "pack-quantized", "group")
     assert first("int8", channel="") == ("int8", 1, None, 128, "pack-quantized", "channel")
     assert first("int8", channel="", format="int") == ("int8", 1, None, None, "int-quantized", "channel")
+    assert first("int4", tensor="", asym="") == ("int4", None, None, (0, 15), "pack-quantized", "tensor")
     assert first("int8", tensor="", format="int", asym="") == ("int8", None, None, (-128, 127), "int-quantized", "tensor")
     assert first("fp8") == ("fp8", 1, None, None, "float-quantized", "channel")
     assert first("fp8", block="") == ("fp8", 128, 128, None, "float-quantized", "block")
     assert first("fp8", tensor="") == ("fp8", None, None, None, "float-quantized", "tensor")
     assert first("nvfp4") == ("nvfp4", 1, 16, None, "nvfp4-pack-quantized", "tensor_group")
     assert first("mxfp8") == ("mxfp8", 1, 32, None, "mxfp8-quantized", "group")
+    ordered = Scheme((256, 256), scheme.grid, group_index=True)
+    indexed = [s for s in ct.storages(Target("compressed-tensors", "int4", {"group": "32"}), ordered) if s.group_index]
+    assert {(s.zero_point, s.full_groups, s.options["g_idx"]) for s in indexed} == {(8, True, "index"), ((0, 15), True, "index")}
+    for options in ({"group": "32", "act-order": "no"}, {"channel": ""}, {"group": "32", "format": "int"}):
+        assert not any(s.group_index for s in ct.storages(Target("compressed-tensors", "int4", options), ordered))
     for bad in (
         {"group": "0"},
         {"block": "a"},

@@ -123,6 +123,24 @@ def test_the_python_lines_of_the_card_run(hub: Hub, gguf: Path) -> None:
         assert [qformats.open(line).format for line in lines] == ["gguf" if path == gguf else "awq"]
 
 
+@pytest.mark.parametrize(
+    ("names", "revision", "expected"),
+    [
+        (["M-Q8_0.gguf"], None, ["llama-cli -hf o/r:Q8_0", "ollama run hf.co/o/r:Q8_0"]),
+        (["m.gguf"], None, ["llama-cli -hf o/r --hf-file m.gguf", "ollama run hf.co/o/r:m.gguf"]),
+        (["M-F16.gguf", "M-BF16.gguf"], None, ["llama-cli -hf o/r --hf-file M-F16.gguf", "ollama run hf.co/o/r:M-F16.gguf"]),
+        (["M-Q2_K-00001-of-00002.gguf"], None, ["llama-cli -hf o/r:Q2_K"]),
+        (["M-Q2_K-00001-of-00002.gguf"], "v2",
+         ["qconvert pull o/r@v2 . --include 'M-Q2_K-*-of-00002.gguf'", "llama-cli -m M-Q2_K-00001-of-00002.gguf"]),
+    ],
+)  # fmt: skip
+def test_the_commands_of_the_card_choose_the_file_they_speak_of(names: list[str], revision: str | None, expected: list[str]) -> None:
+    entries = [Entry(name, "gguf", "Q8_0", 1, shards=2 if "-of-" in name else 1) for name in names]
+    text = written(None, About("o/r", "qformats 1", revision=revision), entries)
+    blocks = re.findall(r"```sh\n(.*?)\n```", text, re.DOTALL)
+    assert [line for block in blocks for line in block.splitlines()] == expected
+
+
 def test_what_others_wrote_stays(hub: Hub, gguf: Path) -> None:
     words = "---\nlicense: mit\nmy_key: 1\ntags:\n- mine\n---\n# Title\r\n\nMine | and `yours`.\n"
     hub.add("org/new", {"README.md": words.encode(), "other.gguf": b"x"})
@@ -253,10 +271,21 @@ def test_a_killed_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> N
 # ---------------------------------------------------------------- models
 
 
-def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path) -> None:
+def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path, tmp_path: Path) -> None:
     model = qformats.load_model(AWQ)
     model.push_to_hub("org/new", commit_message="packed", private=True)
     files = hub.files("org/new")
     assert files["model.safetensors"] == (AWQ / "model.safetensors").read_bytes() and hub.repos["org/new"].messages[head(hub)] == "packed"
-    qformats.load_model(gguf).push_to_hub("org/Tiny-GGUF")
-    assert hub.files("org/Tiny-GGUF")["Tiny-Q8_0.gguf"] == gguf.read_bytes()
+    model.save_pretrained(tmp_path / "saved", push_to_hub=True, commit_message="saved")
+    saved = hub.repos["org/saved"]
+    assert hub.files("org/saved")["model.safetensors"] == files["model.safetensors"] and saved.messages[saved.branches["main"]] == "saved"
+    model.save_pretrained(tmp_path / "there", push_to_hub=True, repo_id="org/named", private=True, revision="v2")
+    assert "model.safetensors" in hub.files("org/named", "v2") and hub.repos["org/named"].private
+    with pytest.raises(UsageError, match="token-option"):
+        model.save_pretrained(tmp_path / "there", push_to_hub=True, token="hf_" + "x" * 30)
+    model.save_pretrained(tmp_path / "none", is_main_process=False, push_to_hub=True)
+    assert not (tmp_path / "none").exists() and "org/none" not in hub.repos
+    packed = qformats.load_model(gguf)
+    packed.push_to_hub("org/Tiny-GGUF")
+    packed.save_pretrained(tmp_path / "Small.gguf", push_to_hub=True)
+    assert hub.files("org/Tiny-GGUF")["Tiny-Q8_0.gguf"] == hub.files("org/Small")["Small-Q8_0.gguf"] == gguf.read_bytes()

@@ -14,6 +14,7 @@ import qformats
 from converters.api import convert, verify
 from converters.cli import qconvert
 from converters.inspect import inspect_path
+from qformats.containers.gguf import TensorInfo, Value, layout_gguf
 from qformats.containers.source import FileSource
 from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
 from qformats.hub import client
@@ -22,6 +23,7 @@ from qformats.hub.source import CHUNK_NBYTES, HubSource, Spool
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
 AWQ = FIXTURES / "awq" / "gemm-g32"
+GPTQ = FIXTURES / "gptq" / "4b-g32-sym"
 
 
 @pytest.fixture
@@ -103,6 +105,24 @@ def test_inspect_of_a_gguf_reads_its_header_and_at_most_as_much_again(hub: Hub) 
     assert inspect_path("hf://org/gguf/small.gguf").to_json()["types"] == inspect_path(path).to_json()["types"]
     with pytest.raises(BadFile, match=r"name one of them: other.gguf, small.gguf"):
         inspect_path("hf://org/gguf")
+
+
+def test_inspect_of_a_gguf_reads_the_strings_of_its_vocabulary_and_passes_over_the_numbers(hub: Hub, tmp_path: Path) -> None:
+    metadata = {
+        "general.architecture": Value("str", "llama"),
+        "tokenizer.ggml.tokens": Value("[str]", [f"token{n}" for n in range(60_000)]),  # 1.1 MB
+        "tokenizer.ggml.scores": Value("[f32]", [-0.5 * n for n in range(60_000)]),  # 240 kB
+        "tokenizer.ggml.token_type": Value("[i32]", [n % 3 for n in range(60_000)]),
+        "tokenizer.ggml.add_bos_token": Value("bool", True),
+    }
+    layout = layout_gguf(metadata, [TensorInfo("token_embd.weight", "Q8_0", (60_000, 64))])
+    strings = len(metadata["tokenizer.ggml.tokens"].value) * 17
+    hub.add("org/gguf", {"a.gguf": layout.header + bytes(layout.size - len(layout.header))})
+    assert inspect_path("hf://org/gguf/a.gguf").types()[0]["weights"] == 60_000 * 64
+    assert sum(hub.sent.values()) <= strings + (450 << 10) < len(layout.header)
+    with qformats.open("hf://org/gguf/a.gguf") as checkpoint:
+        assert checkpoint.gguf is not None and checkpoint.gguf.metadata == metadata
+        assert checkpoint.metadata["tokenizer.ggml.scores"].value[3:5] == (-1.5, -2.0)
 
 
 def test_every_chunk_is_fetched_once_and_its_digest_kept(hub: Hub) -> None:
@@ -310,3 +330,28 @@ def test_a_file_cut_short_for_good_is_an_error_like_that_of_a_local_one(hub: Hub
         qformats.open("hf://org/cut")
     assert here.value.code == there.value.code
     assert FileSource(tmp_path / "model.safetensors").size == len(data)
+
+
+# ---------------------------------------------------------------- lint and repair
+
+
+def test_lint_of_an_address_is_that_of_a_copy(hub: Hub, tmp_path: Path) -> None:
+    hub.add("org/gptq", folder_files(GPTQ))
+    words = ("--engine", "vllm", "--engine", "transformers", "--json")
+    here = CliRunner().invoke(qconvert, ["lint", str(GPTQ), *words])
+    there = CliRunner().invoke(qconvert, ["lint", "hf://org/gptq", *words])
+    assert (there.exit_code, here.exit_code) == (0, 0), there.output
+    found, wanted = json.loads(there.stdout), json.loads(here.stdout)
+    assert found["path"] == "hf://org/gptq" and found["engines"] == wanted["engines"]
+
+
+def test_repair_takes_small_files_out_of_a_repository(hub: Hub, tmp_path: Path) -> None:
+    files = folder_files(GPTQ)
+    hub.add("org/gptq", files)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "quantize_config.json", "model.safetensors"):
+        (bare / name).write_bytes(files[name])
+    found = CliRunner().invoke(qconvert, ["repair", str(bare), str(tmp_path / "out"), "--like", "hf://org/gptq"])
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == files["tokenizer.json"]

@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from loopback import Fault, Hub, folder_files
 
 from converters.api import convert
+from converters.cli import qconvert
 from converters.journal import journal_path
 from converters.report import Report
 from qformats.containers import atomic
@@ -121,6 +123,16 @@ def test_a_changed_source_is_refused(tmp_path: Path) -> None:
     os.utime(tmp_path / "src" / "model.safetensors", ns=(1, 1))
     with pytest.raises(UsageError, match="journal-changed"):
         convert(tmp_path / "src", tmp_path / "a.gguf", to="gguf:q8_0", resume=True)
+
+
+def test_the_message_of_an_interrupted_command_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("converters.execute._run_task", interrupt)
+    run = CliRunner().invoke(qconvert, ["quantize", str(LLAMA), str(tmp_path / "a.gguf"), "--to", "gguf:q8_0"])
+    assert run.exit_code == 130 and "run the same command with --resume" in run.output and ".a.gguf.partial" in run.output
+    assert {path.name for path in tmp_path.iterdir()} == {".a.gguf.partial", ".a.gguf.journal"}
 
 
 def test_resume_begins_where_there_is_nothing_to_go_on_with(tmp_path: Path) -> None:
