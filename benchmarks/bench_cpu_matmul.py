@@ -71,7 +71,7 @@ def weights(n: int) -> dict[str, Callable[[], QuantizedTensor]]:
             shape, codes(0, 16, n, n), Table("nf4"), (Param(scales((n * n // 64,), torch.float32), Flat(64)),)
         ),
         "GPTQ int4, g128": lambda: QuantizedTensor(shape, codes(0, 16, n, n), four, (grouped(n, 128),), zero["gptq"]()),
-        "MXFP4": lambda: QuantizedTensor(shape, codes(0, 16, n, n), Float("e2m1"), (Param(exponents(), Tile((1, 32))),)),
+        "MXFP4": lambda: QuantizedTensor(shape, codes(0, 16, n, n), Float("e2m1"), (Param(exponents(), Tile((1, 32))),)),  # type: ignore[no-untyped-call]
         "HQQ int4, g64": lambda: QuantizedTensor(shape, codes(0, 16, n, n), four, (grouped(n, 64),), zero["hqq"]()),
         "FP8 e4m3, 128 x 128": lambda: QuantizedTensor(
             shape, codes(0, 126, n, n), Float("e4m3fn"), (Param(scales((n // 128, n // 128), torch.float32), Tile((128, 128))),)

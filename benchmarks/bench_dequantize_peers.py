@@ -98,7 +98,7 @@ def torchao(w: Tensor, kind: str) -> Case:
 
     made = {
         "int8": lambda: Int8Tensor.from_hp(w.bfloat16(), PerRow()),
-        "int4": lambda: IntxUnpackedToInt8Tensor.from_hp(w.bfloat16(), (1, 32), torch.int4),
+        "int4": lambda: IntxUnpackedToInt8Tensor.from_hp(w.bfloat16(), (1, 32), torch.int4),  # type: ignore[attr-defined]
         "float8": lambda: Float8Tensor.from_hp(w.bfloat16(), granularity=PerRow()),
     }[kind]()
     parts, metadata = flatten_tensor_state_dict({"m.weight": made})

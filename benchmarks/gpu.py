@@ -54,7 +54,7 @@ def seconds(call: Call) -> float:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / 1e3 / LAUNCHES)
-    return statistics.median(times[5:])
+    return float(statistics.median(times[5:]))
 
 
 def copies_of(nbytes: int) -> int:
@@ -79,7 +79,7 @@ def read_floor(nbytes: int) -> float:
     import triton
     import triton.language as tl
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def read(words: Any, out: Any, count: Any, BLOCK: tl.constexpr) -> None:
         at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         found = tl.load(words + at, mask=at < count, other=0, eviction_policy="evict_first")
