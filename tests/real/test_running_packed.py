@@ -88,3 +88,13 @@ def test_a_gguf_as_in_llama_cpp(name: str, lab_model: Any, llama: Any, figure: A
     mine = nll(logits_of(qformats.load_model(path, dtype=torch.float32), ids), ids)
     figure(f"NLL {mine:.4f}, in llama.cpp {theirs:.4f}, apart {mine - theirs:+.4f}")
     assert abs(mine - theirs) <= MAX_LLAMA_NLL
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", GGUFS[:1])
+def test_products_of_bytes_are_near_the_exact_ones(name: str, lab_model: Any, figure: Any) -> None:
+    path = lab_model("gguf") / name
+    ids = qformats.load_tokenizer(path)(evaluation_text(), add_special_tokens=False).input_ids[:TOKENS]
+    exact, near = (nll(logits_of(qformats.load_model(path, dtype=torch.float32, compute=how), ids), ids) for how in ("exact", "int8"))
+    figure(f"NLL {exact:.4f}, of bytes {near:.4f}, apart {near - exact:+.4f}")
+    assert abs(near - exact) <= MAX_INT8_NLL

@@ -160,13 +160,15 @@ def test_results_do_not_depend_on_the_number_of_threads(inputs: int) -> None:
     lowered = lower(weight(Integer(4), 4, 1100, 512, 32, torch.float16, "constant"))
     x = torch.randn(inputs, 512, generator=rng(5))
     alone = cpu.matmul(x, lowered, 0, 1100, "exact")
-    decoded = cpu.dequantize(lowered, slice(0, 1100))
+    decoded, rounded = cpu.dequantize(lowered, slice(0, 1100)), cpu.matmul(x, lowered, 0, 1100, "int8")
     torch.set_num_threads(3)
     try:
         together, again = cpu.matmul(x, lowered, 0, 1100, "exact"), cpu.dequantize(lowered, slice(0, 1100))
+        rounded_again = cpu.matmul(x, lowered, 0, 1100, "int8")
     finally:
         torch.set_num_threads(1)
     assert alone is not None and together is not None and decoded is not None and again is not None
+    assert rounded is not None and rounded_again is not None and torch.equal(rounded, rounded_again)
     assert torch.equal(decoded, again)
     if inputs <= 24:  # beyond, torch multiplies
         assert torch.equal(alone, together)
