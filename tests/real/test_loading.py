@@ -22,9 +22,9 @@ SOON = ("hqq:int4", "quanto:qint4", "bitnet:ternary", "mlx:int8,metal,dtype=bf16
 TARGETS = (
     *SOON, "hqq:int4,axis=0", "hqq:int8", "hqq:int3", "hqq:int2", "quanto:qint2", "quanto:qint8", "quanto:qfloat8_e4m3fn",
     "bitnet:ternary,class=autobitlinear", "mlx:int4,metal,dtype=bf16", "torchao:int8", "torchao:fp8", "torchao:nvfp4", "torchao:mxfp4",
-    "torchao:mxfp8", "compressed-tensors:int4", "compressed-tensors:int4,asym", "compressed-tensors:int8", "compressed-tensors:fp8",
-    "compressed-tensors:nvfp4", "compressed-tensors:mxfp4", "compressed-tensors:mxfp8", "bitsandbytes:nf4", "bitsandbytes:nf4,double",
-    "bitsandbytes:fp4", "bitsandbytes:int8", "fp8:fp8,block=64x64", "fp8:mxfp8",
+    "torchao:mxfp8", "compressed-tensors:int4", "compressed-tensors:int4,asym,format=int", "compressed-tensors:int8",
+    "compressed-tensors:fp8", "compressed-tensors:nvfp4", "compressed-tensors:mxfp4", "compressed-tensors:mxfp8",
+    "bitsandbytes:nf4", "bitsandbytes:nf4,double", "bitsandbytes:fp4", "bitsandbytes:int8", "fp8:fp8,block=64x64", "fp8:mxfp8",
 )  # fmt: skip
 LIKE = {"fp8": "transformers", "bitnet": None, "mlx": None}  # else the format's name; None: float32, then its dtype
 
