@@ -19,7 +19,7 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(
     short_help="Say which engines will load a checkpoint.",
-    epilog="Example: qconvert lint llama-gptq/ --engine vllm · Or: qconvert lint llama.gguf, qconvert lint hf://org/model",
+    epilog="Examples: qconvert lint llama-gptq/ --engine vllm · qconvert lint llama.gguf · qconvert lint hf://org/model",
 )
 @click.argument("path", type=_PATH)
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, help="Only this one; may be given again (default: all).")
@@ -40,7 +40,7 @@ def lint(path: Path, engines: Sequence[str], allow_pickle: bool, as_json: bool, 
 
 @click.command(
     short_help="Mend what can be mended without touching codes.",
-    epilog="Example: qconvert repair broken/ mended/ · Or: qconvert repair a.gguf b.gguf --like original/ --dry-run",
+    epilog="Examples: qconvert repair llama-gptq/ mended/ · qconvert repair a.gguf b.gguf --like llama/ --dry-run",
 )
 @click.argument("path", type=_PATH)
 @click.argument("out", type=_PATH, required=False)

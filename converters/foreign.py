@@ -24,11 +24,13 @@ class _Record(logging.LogRecord):
 
 @contextmanager
 def escaped(output: Output) -> Iterator[None]:
-    """Records made and warnings given inside are escaped; a warning is one line on standard error. Both end with the context."""
+    """Records made and warnings given inside are escaped; a warning is one line on standard error (deprecations are not shown)."""
 
     def show(
         message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None
     ) -> None:
+        if issubclass(category, DeprecationWarning | PendingDeprecationWarning):
+            return  # for those who write code, as Python has it
         print(f"warning: {printable(str(message), 2000)}", file=file or sys.stderr)
 
     factory, disabled = logging.getLogRecordFactory(), logging.root.manager.disable

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "fixtures"
 AWQ, GGUF = FIXTURES / "awq" / "gemm-g32", FIXTURES / "containers" / "small.gguf"
 NAMES = sorted(path.name.removesuffix(".schema.json") for path in (ROOT / "converters" / "schemas").glob("*.schema.json"))
-ELSEWHERE = {"imatrix", "run", "perplexity", "compare", "pull", "push", "lint", "repair"}  # below, and where models run: test_cli_run.py
+ELSEWHERE = {"imatrix", "run", "perplexity", "compare", "pull", "push"}  # below, and where models run: test_cli_run.py
 
 
 def check(name: str, data: Any) -> None:
@@ -69,6 +69,7 @@ def commands(made: Path, tmp: Path) -> dict[str, tuple[object, ...]]:
         "merge": ("merge", FIXTURES / "containers/split-00001-of-00003.gguf", tmp / "m"),
         "edit": ("edit", GGUF, tmp / "e.gguf", "--set-metadata", "general.name=B"),
         "lora-to-gguf": ("lora-to-gguf", lora, tmp / "l.gguf", "--base", FIXTURES / "dense/llama"),
+        "lint": ("lint", AWQ, "--engine", "transformers"), "repair": ("repair", AWQ, tmp / "mended", "--dry-run"),
         "gguf-to-lora": ("gguf-to-lora", tmp / "l.gguf", tmp / "l", "--base", FIXTURES / "dense/llama"),
     }  # fmt: skip
 
