@@ -74,7 +74,7 @@ class QFormatError(Exception):
     ) -> None:
         self.code = code
         self.message = printable(redacted(message), 2000)
-        self.path = None if path is None else str(path)
+        self.path = None if path is None else _spelled(path)
         self.tensor = tensor
         self.offset_bytes = offset_bytes
         self.hint = None if hint is None else redacted(hint)
@@ -95,13 +95,19 @@ class QFormatError(Exception):
     def locate(self, *, path: object = None, tensor: str | None = None) -> None:
         """Fill in where it happened, where that is not known yet."""
         if self.path is None and path is not None:
-            self.path = str(path)
+            self.path = _spelled(path)
         if self.tensor is None:
             self.tensor = tensor
         self.args = (str(self),)
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.code, self.message, self.path, self.tensor, self.offset_bytes, self.hint)
+
+
+def _spelled(path: object) -> str:
+    """A path; an address that went through a ``Path`` gets back the slash that it lost there."""
+    text = str(path)
+    return f"hf://{text[4:]}" if text.startswith("hf:/") and not text.startswith("hf://") else text
 
 
 def _rebuild(

@@ -13,6 +13,7 @@ from loopback import Hub, folder_files
 
 from converters.api import convert
 from converters.cli import qconvert
+from qformats.errors import QFormatError
 from qformats.quantize.imatrix import Entry, ImportanceMatrix, write_imatrix
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
@@ -112,3 +113,9 @@ def test_an_offline_conversion_out_of_the_cache(filled: Hub, tmp_path: Path, req
     run("edit", "hf://org/gguf/llama.gguf", tmp_path / "e.gguf", "--set-metadata", "general.name=There")
     assert run("inspect", "hf://org/none", code=8)["error"]["code"] == "hub-offline"
     assert filled.seen == []
+
+
+def test_an_error_spells_an_address_as_it_was_given() -> None:
+    """One that went through a ``Path``, which folds its slashes, too."""
+    error = QFormatError("not-found", "no such file", path=Path("hf://org/name@v1/a.gguf"))
+    assert error.path == "hf://org/name@v1/a.gguf" and str(error).startswith("hf://org/name@v1/a.gguf: no such file")
