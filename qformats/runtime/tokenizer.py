@@ -17,6 +17,7 @@ __all__ = ["adds_bos", "load_tokenizer"]
 _BPE_OPTIONS = (
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback", "ignore_merges",
 )  # fmt: skip
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -25,7 +26,10 @@ def load_tokenizer(path: str | Path) -> Any:
     Raises ``BadFile('tokenizer')`` where the files are not there or transformers cannot read them.
     """
     package = skeleton.transformers()
-    with open_checkpoint(fetched(path)) as checkpoint:
+    source = fetched(path)
+    if source.is_dir() and any((source / name).is_file() for name in _FILES) and not any(source.glob("*.gguf")):
+        return _load(package, source, source)  # whatever its weights are
+    with open_checkpoint(source) as checkpoint:
         if checkpoint.gguf is None:
             directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
             return _load(package, directory, checkpoint.path)

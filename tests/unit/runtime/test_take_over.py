@@ -139,6 +139,17 @@ def test_the_tokenizer_of_a_gguf(model: str, tmp_path: Path) -> None:
     assert (taken.bos_token_id, taken.eos_token_id) == (own.bos_token_id, own.eos_token_id)
 
 
+def test_a_tokenizer_needs_no_weights(tmp_path: Path) -> None:
+    """Those beside it may be a pickle that nobody asked to read."""
+    from qformats.runtime.tokenizer import load_tokenizer
+
+    source = ready("dense/llama", tmp_path)
+    whole = load_tokenizer(source)("Some text").input_ids
+    (source / "model.safetensors").unlink()
+    (source / "pytorch_model.bin").write_bytes(b"never read")
+    assert load_tokenizer(source)("Some text").input_ids == whole
+
+
 # ---------------------------------------------------------------- floats that become codes
 
 TARGETS = ["hqq:int4,group=64", "bitsandbytes:nf4", "gguf:q4_k_m", "gptq:int4,group=32"]
