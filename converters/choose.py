@@ -125,8 +125,10 @@ class Chooser(Facts):
                 return False
 
         asked = self._target(kind)
-        sizes = [size for size in groups if fits(replace(asked, options={**asked.options, "group": str(size)}))]
-        return self if not sizes or fits(asked) else replace(self, new_groups={kind: sizes[0]})
+        if fits(asked):
+            return self
+        size = next((size for size in groups if fits(replace(asked, options={**asked.options, "group": str(size)}))), None)
+        return self if size is None else replace(self, new_groups={kind: size})
 
     def _named(self, tensor: TensorMap, dense: bool) -> str | None:
         """The type the user named for this tensor, or None for the default rule."""

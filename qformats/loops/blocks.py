@@ -67,7 +67,8 @@ def multiply(codes: Any, factor: Any) -> None:
 
 
 @compiled
-def _spell(codes: Any, table: Any, out: Any) -> None:
+def translate(codes: Any, table: Any, out: Any) -> None:
+    """``out[i] = table[codes[i]]``: ``codes`` uint8 (n,), ``table`` (entries,), of all codes; ``out`` (n,) of its dtype, int8 or uint8."""
     for i in range(len(codes)):
         out[i] = table[codes[i]]
 
@@ -101,7 +102,7 @@ def recode(codes: Any, table: Any, factor: Any, add: Any, width: int, out: Any) 
     small table is multiplied by each factor beforehand.
     """
     if len(add) == 1 and not len(factor):
-        _spell(codes, _added(table, add[0]), out)
+        translate(codes, _added(table, add[0]), out)
         return
     if len(add) == 1 and len(table) <= 16:
         _spell_multiplied(codes.reshape((len(factor), width)), table, factor, add[0], out.reshape((len(factor), width)))
@@ -111,7 +112,7 @@ def recode(codes: Any, table: Any, factor: Any, add: Any, width: int, out: Any) 
     for first in range(0, runs, piece):
         last = min(runs, first + piece)
         line = lines[first:last]
-        _spell(codes[first * width : last * width], table, out[first * width : last * width])
+        translate(codes[first * width : last * width], table, out[first * width : last * width])
         for b in range(last - first):
             a, f = add[first + b if len(add) > 1 else 0], factor[first + b] if len(factor) else u8(1)
             for i in range(width):
@@ -147,7 +148,7 @@ def table_range(codes: Any, table: Any, width: int, low: Any, high: Any) -> None
     for first in range(0, runs, piece):
         last = min(runs, first + piece)
         source, target = codes[first * width : last * width], line.reshape(-1)
-        _spell(source, table, target)
+        translate(source, table, target)
         for b in range(last - first):
             smallest, largest = line[b, 0], line[b, 0]
             for i in range(width):
@@ -175,13 +176,6 @@ def union(codes: Any) -> Any:
     for i in range(len(codes)):
         seen = u8(seen | codes[i])
     return seen
-
-
-@compiled
-def translate(codes: Any, table: Any, out: Any) -> None:
-    """``out[i] = table[codes[i]]``: ``codes`` uint8 (n,), ``table`` int8 (entries,), of all codes; ``out`` int8 (n,)."""
-    for i in range(len(codes)):
-        out[i] = table[codes[i]]
 
 
 @compiled
