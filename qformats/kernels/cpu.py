@@ -19,12 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qformats.kernels import cpu_matrix
 from qformats.kernels.cpu_plan import Plan, plan_of
+from qformats.kernels.cpu_strips import strips_of
 from qformats.kernels.lower import Lowered
 from qformats.loops import find
 
 __all__ = ["dequantize", "embed", "matmul", "matmul_back", "rounded_inputs"]
 
+_MATRIX = 4  # inputs from which on the CPU's matrix unit multiplies, where there is one
 _FEW = 24  # inputs up to which they are multiplied one by one
 _SHARED = 1 << 18  # weights from which on threads share a product
 _TILE_WEIGHTS = 1 << 19  # 2 MiB of float32
@@ -85,30 +88,41 @@ def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> 
         rounds = False
     if plan is None:
         return None
+    if not x.numel():
+        return x.new_zeros((*x.shape[:-1], stop - start))
     flat = _inputs(x.detach().reshape(-1, x.shape[-1]), lowered)
-    made = (_rounded if rounds else _exact)(flat, plan, start, stop)
+    made = None
+    if len(flat) >= _MATRIX and cpu_matrix.available():
+        made = cpu_matrix.multiply(flat, plan, lowered, start, stop, narrow=x.dtype == torch.bfloat16, rounds=rounds, share=_share)
+    if made is None:
+        made = (_rounded if rounds else _exact)(flat, plan, lowered, start, stop)
     return made.to(x.dtype).reshape(*x.shape[:-1], stop - start)
 
 
-def _exact(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+def _exact(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> Tensor:
     """The product with ``x`` (M, K) float32, (M, stop - start)."""
-    (inputs, columns), count = x.shape, stop - start
-    out, loops = torch.empty((inputs, count)), find("products")
-    how, padded = (plan.head, plan.slots, plan.constants), plan.padded
-    laid = np.zeros((inputs, padded), np.float32)
+    (inputs, columns), count, padded = x.shape, stop - start, plan.padded
+    loops = find("products")
+    how: tuple[Any, ...] = (plan.head, plan.slots, plan.constants)
+    few, weights = loops.few, loops.weights
+    if plan.strips:
+        strips = strips_of(plan, lowered)
+        made = (loops.row_times if inputs == 1 else loops.row)(strips.widths, strips.kind, strips.zeros, strips.offsets)
+        few, weights, how = loops.few_strips, loops.weights_strips, (*how, made.address, strips.table)
+    out, laid = torch.empty((inputs, count)), np.zeros((inputs, padded), np.float32)
     if plan.strips:
         find("strips").in_words(x.numpy(), laid)
     else:
         laid[:, :columns] = x.numpy()
     if inputs <= _FEW:
         array = out.numpy()
-        _share(lambda low, high: loops.few(*how, laid, start, array, low, high), count, count * padded * (1 + inputs // 4))
+        _share(lambda low, high: few(*how, laid, start, array, low, high), count, count * padded * (1 + inputs // 4))
         return out
     source, room = torch.from_numpy(laid), torch.zeros((min(count, _tile_rows(padded)), padded))
     for rows in _tiles(start, stop, padded):
         tile = room[: rows.stop - rows.start]
         array, first = tile.numpy(), rows.start
-        _share(lambda low, high, first=first, array=array: loops.weights(*how, first + low, array[low:high]), len(tile), tile.numel())  # type: ignore[misc]
+        _share(lambda low, high, first=first, array=array: weights(*how, first + low, array[low:high]), len(tile), tile.numel())  # type: ignore[misc]
         torch.mm(source, tile.t(), out=out[:, first - start : rows.stop - start])
     return out
 
@@ -126,11 +140,11 @@ def rounded_inputs(x: Tensor) -> Tensor:
     count, columns = x.shape
     blocks = torch.nn.functional.pad(x, (0, -columns % 128)).view(count, -(-columns // 128), 128)
     largest = blocks.abs().amax(-1, keepdim=True)
-    by = torch.where(largest > 0, 127 / largest, 0.0)
+    by = torch.where(largest > 0, torch.full_like(largest, 127) / largest, 0.0)  # 127 / largest would round twice
     return ((blocks * by).round() * (largest / 127)).flatten(1)[:, :columns]
 
 
-def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
+def _rounded(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> Tensor:
     """The product with ``rounded_inputs(x)``, (M, stop - start)."""
     loops, inputs, count, padded = find("int8"), len(x), stop - start, plan.padded
     blocks, groups = padded // loops.BLOCK, -(-padded // plan.group)
@@ -138,7 +152,9 @@ def _rounded(x: Tensor, plan: Plan, start: int, stop: int) -> Tensor:
     sums = np.zeros((inputs, -(-groups // 16) * 16), np.float32)
     loops.quantize(x.numpy(), plan.group, q, scales, sums)
     out = torch.empty((inputs, count))
-    array, how = out.numpy(), (plan.head, plan.slots, plan.constants, *(plan.integers or ()), q, scales, sums, start)
+    strips, kind = strips_of(plan, lowered), int(plan.head[find("rows").KIND])
+    made = loops.row_times(strips.widths, kind, strips.fine) if inputs == 1 else loops.kept(strips.widths, kind)
+    array, how = out.numpy(), (plan.head, plan.slots, plan.constants, made.address, *(plan.integers or ()), q, scales, sums, start)
     _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * padded * (1 + inputs // 4))
     return out
 

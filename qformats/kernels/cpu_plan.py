@@ -25,7 +25,7 @@ from qformats.loops import find
 from qformats.real import Extent, Real
 from qformats.scheme import Cyclic, Flat, Float, Grid, Integer, Learned, Table, Tile
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["Plan", "plan_of", "values_of"]
 
 Array = np.ndarray[Any, Any]
 
@@ -41,9 +41,10 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Plan:
     """What the loops take: ``head``, ``slots``, ``constants`` (see ``qformats.loops.rows``); ``kept``: what they point to besides planes.
 
-    ``group``: columns of a group. ``padded``: columns of the inputs. ``strips``: whether they are in the order of strips for the exact
-    weights. ``integers``: where the values of the codes are integers of a byte, so that products of bytes serve, those of sixteen codes as
-    unsigned bytes (none: the codes themselves), what one counts, and what they are increased by.
+    ``group``: columns of a group. ``padded``: columns of the inputs. ``plain``: whether the codes can be read as strips. ``strips``:
+    whether the loops make exact weights of them; inputs then lie in the order of strips. ``integers``: where the values of the codes are
+    integers of a byte, so that products of bytes serve, those of sixteen codes as unsigned bytes (none: the codes themselves), what one
+    counts, and what they are increased by. ``grid``: of the codes.
     """
 
     head: Array
@@ -52,8 +53,10 @@ class Plan:
     group: int
     padded: int
     strips: bool
+    plain: bool
     integers: tuple[Array, Array] | None
     kept: list[Any]
+    grid: Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,6 +116,16 @@ def _value_extent(grid: Grid) -> Extent:
     extent = Real.of(entries.reshape(-1)[: 1 << 14]).extent if entries.numel() <= 1 << 14 else Extent(8, 0, 8)
     assert extent is not None
     return extent
+
+
+def values_of(plan: Plan) -> Tensor:
+    """What the codes of a ``plain`` plan stand for before scales, zero points and offsets, float64; of bits that planes have."""
+    entries, loops = _entries(plan.grid), find("rows")
+    if entries is not None:
+        return entries
+    bits = int(plan.head[loops.FIELD : loops.FIELD + int(plan.head[loops.PLANES])].sum())
+    lowest = -128 if int(plan.head[loops.KIND]) == loops.SIGNED else 0
+    return torch.arange(lowest, lowest + (1 << bits), dtype=torch.float64)
 
 
 def _bias(layout: Layout) -> int:
@@ -322,21 +335,22 @@ def _plan(lowered: Lowered) -> Plan | None:
         return None
     if any(not plane.is_contiguous() for plane in lowered.planes.values()):
         return None
-    for measured in (False, True):
+    kept = None
+    for measured in (False, True):  # what numbers there are may allow float32 where their dtype does not
         found = _gathered(lowered, measured)
         if found is None:
-            return None
+            break
         slots, constants = found
         allowed = _arithmetic(layout, slots, constants)
         grouped = _groups(lowered, slots)
         if grouped is None:
-            return None
+            break
         width, index = grouped
-        if any(allowed[1:] if index is not None else allowed):
-            first = 1 if index is not None or not allowed[0] else 0
-            arithmetic = first if allowed[first] else 2
-            return _assembled(loops, lowered, slots, constants, (width, index, arithmetic))
-    return None
+        if allowed[0] and index is None:
+            return _assembled(loops, lowered, slots, constants, (width, index, 0))
+        if kept is None and any(allowed[1:]):
+            kept = slots, constants, (width, index, 1 if allowed[1] else 2)
+    return None if kept is None else _assembled(loops, lowered, *kept)
 
 
 def _gathered(lowered: Lowered, measured: bool) -> tuple[list[_Slot], list[float]] | None:
@@ -401,10 +415,11 @@ def _assembled(loops: Any, lowered: Lowered, slots: list[_Slot], constants: list
     order = sorted(rows, key=lambda row: row[0])
     table_of = np.array([row for _, row in order], np.int64).reshape(-1, loops.SLOT)
     plain = not layout.signs and index is None and layout.bits <= 8 and kind < 4
-    strips = plain and arithmetic == 0 and (kind < 3 or k % 128 == 0)
+    plain = plain and (kind < 3 or k % 128 == 0)
+    strips = plain and arithmetic == 0
     head[[loops.ROWS, loops.STRIPS, loops.QUICK]] = len(planes[0]), strips, arithmetic == 0 and _quick(slots, groups, width, constants)
     integers = _integers(layout, kind) if plain else None
-    return Plan(head, table_of, np.array(constants, np.float64), width, int(head[loops.PADDED]), strips, integers, kept)
+    return Plan(head, table_of, np.array(constants, np.float64), width, int(head[loops.PADDED]), strips, plain, integers, kept, layout.grid)
 
 
 def _quick(slots: list[_Slot], groups: int, width: int, constants: list[float]) -> bool:

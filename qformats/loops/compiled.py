@@ -7,9 +7,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from numba import njit
+from numba import float32, intp, njit
+from numba.core.ccallback import CFunc
 
-__all__ = ["compiled", "inlined"]
+__all__ = ["compiled", "inlined", "pointed"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,4 +43,20 @@ def compiled(function: F) -> F:
 def inlined(function: F) -> F:
     """What ``compiled`` makes, for a function that is always a part of the loops that call it: its vectors then stay in registers."""
     made: F = njit(nogil=True, error_model="numpy", forceinline=True)(function)
+    return made
+
+
+def pointed(function: Callable[[Any], Any]) -> Any:
+    """A function of an address that returns a float32, compiled now, for ``call`` of ``qformats.loops.lanes``; its ``address`` is wanted.
+
+    What is compiled for one kind of weights alone is small so, and the loops that are the same for all are compiled once.
+    """
+    signature, options = ((intp,), float32), {"error_model": "numpy"}
+    made = CFunc(function, signature, {}, options)
+    try:
+        made.enable_caching()
+        made._cache._cache_file._source_stamp = _stamp()  # type: ignore[attr-defined,unused-ignore]
+    except (RuntimeError, AttributeError, OSError):
+        made = CFunc(function, signature, {}, options)
+    made.compile()
     return made

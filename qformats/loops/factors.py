@@ -168,11 +168,14 @@ def _quick(slots: Array, constants: Array, row: Any, p: Any, step: Any, low: Any
 
 
 @compiled
-def factors(head: Array, slots: Array, constants: Array, row: Any, held: Array, wide: Array, bytes_: Array) -> None:
-    """Scale, zero point and offset of each group of a row to ``held[0]``, ``held[2]``, ``held[3]``; a divisor is in the scale."""
-    low = np.intp(bytes_.ctypes.data)
+def factors(head: Array, slots: Array, constants: Array, row: Any, held: Array, wide: Array, p: Any, low: Any) -> None:
+    """Scale, zero point and offset of each group of a row to ``held[0]``, ``held[2]``, ``held[3]``; a divisor is in the scale.
+
+    ``held``, ``wide``: of ``room``; ``p``, ``low``: the addresses of ``held`` and of the bytes (asking an array for its address takes
+    longer than what is done here).
+    """
     if head[QUICK]:
-        _quick(slots, constants, row, np.intp(held.ctypes.data), 4 * held.shape[1], low)
+        _quick(slots, constants, row, p, 4 * held.shape[1], low)
         return
     params(head, slots, constants, row, wide, low)
     for j in range(head[GROUPS]):

@@ -9,18 +9,19 @@ once for all rows. Codes and inputs lie in strips (``qformats.loops.strips``), a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray
 
-from qformats.loops.compiled import compiled, inlined
+from qformats.loops.compiled import compiled, inlined, pointed
 from qformats.loops.factors import factors, group_at, lanes_of, room
-from qformats.loops.lanes import as_floats, floats_at, fma, pointer, put, total
-from qformats.loops.rows import KIND, PADDED, SIGNED, SIXTEEN
-from qformats.loops.strips import STRIP, bytes_at, dot, dots, flip, keep, lanes, names_of, paired, planes_of, strip, widths_of
+from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
+from qformats.loops.rows import PADDED, SIGNED, SIXTEEN
+from qformats.loops.strips import STRIP, bytes_at, dot, dots, flip, keep, lanes, names_of, paired, planes_of, strip
 
-__all__ = ["BLOCK", "multiply", "quantize"]
+__all__ = ["BLOCK", "kept", "multiply", "quantize", "row_times"]
 
 Array = np.ndarray[Any, Any]
 i8, u8, u32, f32 = np.int8, np.uint8, np.uint32, np.float32
@@ -71,10 +72,10 @@ def _unsigned(first: Any, second: Any, kind: Any, table: Any) -> Any:
     return (flip(first, 128), flip(second, 128)) if kind == SIGNED else (first, second)
 
 
-@compiled
-def _beside(held: Array, unit: Any, bias: Any, sums: Any, vectors: Any) -> Any:
+@inlined
+def _beside(p: Any, step: Any, unit: Any, bias: Any, sums: Any, vectors: Any) -> Any:
     """What the groups' sums of one input add, by the numbers that ``factors`` made of a row."""
-    p, step, a = np.intp(held.ctypes.data), 4 * held.shape[1], as_floats(f32(0))
+    a = as_floats(f32(0))
     shift = as_floats(f32(bias * unit))
     for at in range(0, 64 * vectors, 64):
         rest = fma(as_floats(f32(0)) - floats_at(p + 2 * step + at) - shift, floats_at(p + at), floats_at(p + 3 * step + at))
@@ -82,34 +83,52 @@ def _beside(held: Array, unit: Any, bias: Any, sums: Any, vectors: Any) -> Any:
     return total(a)
 
 
-@compiled
-def _row_times(head: Array, planes: Any, held: Array, table: Any, q: Any, scales: Any) -> Any:
-    """The bytes of one row times those of one input, scaled."""
-    widths, kind, p, a = widths_of(head), head[KIND], np.intp(held.ctypes.data), as_floats(f32(0))
-    right, left, behind, ahead, every = lanes_of(head)
-    for k in range(head[PADDED] // STRIP):
-        first, second = strip(widths, planes, k)
-        first, second = _unsigned(first, second, kind, table)
-        at, x, by = p + group_at(k, ahead, every), q + STRIP * k, as_floats(carray(pointer(scales + 4 * k), 1, f32)[0])
-        if behind:
-            sums = fma(dot(second, x + 64), lanes(at + behind, right, left), dot(first, x) * lanes(at, right, left))
-            a = fma(sums, by, a)
-        else:
-            a = fma(dots(first, second, x), lanes(at, right, left) * by, a)
-    return total(a)
+# a frame: addresses of the row's planes, of its scales, strips, table of sixteen bytes, of ``lanes_of``; then those of the input and its
+# scales, or of where the bytes and the scales of their lanes go
+_FRAME = 13
+_P, _STRIPS, _TABLE, _RIGHT, _LEFT, _BEHIND, _AHEAD, _EVERY, _X, _BY = range(3, 13)
 
 
-@compiled
-def _kept(head: Array, planes: Any, held: Array, table: Any, codes: Any, by: Any) -> None:
-    """The bytes of one row to ``codes`` and the scales of its lanes, one or two vectors of a strip, to ``by``."""
-    widths, kind, p = widths_of(head), head[KIND], np.intp(held.ctypes.data)
-    right, left, behind, ahead, every = lanes_of(head)
-    for k in range(head[PADDED] // STRIP):
-        first, second = strip(widths, planes, k)
-        first, second = _unsigned(first, second, kind, table)
-        keep(codes + STRIP * k, first), keep(codes + STRIP * k + 64, second)
-        at = p + group_at(k, ahead, every)
-        put(by + STRIP * k, lanes(at, right, left)), put(by + STRIP * k + 64, lanes(at + behind, right, left))
+@cache
+def row_times(widths: tuple[int, int, int], kind: int, fine: bool) -> Any:
+    """The bytes of one row times those of one input, scaled; ``fine``: the two vectors of a strip have groups of their own."""
+    first, second, third = widths
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        planes, p, table, q, scales, s = (f[0], f[1], f[2]), f[_P], f[_TABLE], f[_X], f[_BY], as_floats(f32(0))
+        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
+        for k in range(f[_STRIPS]):
+            a, b = strip((first, second, third), planes, k)
+            a, b = _unsigned(a, b, kind, table)
+            at, x, by = p + group_at(k, ahead, every), q + STRIP * k, as_floats(carray(pointer(scales + 4 * k), 1, f32)[0])
+            if fine:
+                s = fma(fma(dot(b, x + 64), lanes(at + behind, right, left), dot(a, x) * lanes(at, right, left)), by, s)
+            else:
+                s = fma(dots(a, b, x), lanes(at, right, left) * by, s)
+        return total(s)
+
+    return pointed(run)
+
+
+@cache
+def kept(widths: tuple[int, int, int], kind: int) -> Any:
+    """The bytes of one row and the scales of their lanes, one or two vectors of a strip."""
+    first, second, third = widths
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        planes, p, table, codes, by = (f[0], f[1], f[2]), f[_P], f[_TABLE], f[_X], f[_BY]
+        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
+        for k in range(f[_STRIPS]):
+            a, b = strip((first, second, third), planes, k)
+            a, b = _unsigned(a, b, kind, table)
+            keep(codes + STRIP * k, a), keep(codes + STRIP * k + 64, b)
+            at = p + group_at(k, ahead, every)
+            put(by + STRIP * k, lanes(at, right, left)), put(by + STRIP * k + 64, lanes(at + behind, right, left))
+        return f32(0)
+
+    return pointed(run)
 
 
 @inlined
@@ -142,50 +161,66 @@ def _eight(codes: Any, lanes_: Any, strips: Any, fine: Any, q: Any, scales: Any,
 
 
 @compiled
+def _block(
+    codes: Any, by: Any, apart: Any, count: Any, strips: Any, fine: Any, x: Any, across: Any, scales: Any, unit: Any, beside: Array,
+    eight: Array, start: Any, out: Array,
+) -> None:  # fmt: skip
+    """``count`` rows of bytes, with the scales of their lanes, times all inputs."""
+    m, inputs = 0, len(out)
+    while m + 4 <= inputs:
+        for i in range(0, count, 2):  # of an odd number the row after the last is counted and left
+            _eight(codes + i * apart, by + i * apart, strips, fine, x + m * across, scales + 4 * m * strips, apart, eight)
+            for r in range(i, min(count, i + 2)):
+                for j in range(4):
+                    out[m + j, start + r] = eight[4 * (r - i) + j] * unit + beside[r, m + j]
+        m += 4
+    while m < inputs:
+        for i in range(count):
+            a = as_floats(f32(0))
+            for k in range(strips):
+                s = as_floats(carray(pointer(scales + 4 * (m * strips + k)), 1, f32)[0])
+                at = STRIP * k + i * apart
+                a = _pair(codes + at, x + m * across + STRIP * k, by + at, fine, s, a)
+            out[m, start + i] = total(a) * unit + beside[i, m]
+        m += 1
+
+
+@compiled
 def multiply(
-    head: Array, slots: Array, constants: Array, table: Array, numbers: Array, x: Array, scales: Array, sums: Array, first: Any, out: Array,
-    low: Any, high: Any,
+    head: Array, slots: Array, constants: Array, made: Any, table: Array, numbers: Array, x: Array, scales: Array, sums: Array, first: Any,
+    out: Array, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """What ``quantize`` made of the inputs times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n) float32.
 
-    ``table``: bytes of sixteen codes; ``numbers``: what a byte counts, and what is taken off it. ``sums`` (M, groups up to a whole vector).
+    ``made``: the address of ``row_times`` for one input, of ``kept`` for more. ``table``: bytes of sixteen codes; ``numbers``: what a byte
+    counts, and what is taken off it. ``sums`` (M, groups up to a whole vector).
     """
     held, wide, aside = room(head, constants)
-    entries, unit, bias, spare = np.intp(table.ctypes.data), f32(numbers[0]), f32(numbers[1]), np.zeros(3 * head[PADDED], u8)
+    p, step, bytes_ = np.intp(held.ctypes.data), 4 * held.shape[1], np.intp(aside.ctypes.data)
+    unit, bias, spare = f32(numbers[0]), f32(numbers[1]), np.zeros(3 * head[PADDED], u8)
     strips, inputs, vectors, across = scales.shape[1], len(x), sums.shape[1] // 16, x.shape[1]
     x_at, sum_at, scale_at = np.intp(x.ctypes.data), np.intp(sums.ctypes.data), np.intp(scales.ctypes.data)
-    if inputs == 1:
-        for i in range(low, high):
-            factors(head, slots, constants, first + i, held, wide, aside)
-            made = _row_times(head, planes_of(head, first + i, spare), held, entries, x_at, scale_at)
-            out[0, i] = made * unit + _beside(held, unit, bias, sum_at, vectors)
-        return
     apart = across + 64  # rows a power of two apart would share the lines of the first cache
-    room_, fine, eight = np.zeros(2 * _ROWS * apart + 64, np.uint8), lanes_of(head)[2] > 0, np.zeros(8, f32)
-    beside = np.zeros((_ROWS, inputs), f32)
+    room_, eight = np.zeros(2 * _ROWS * apart + 64 if inputs > 1 else 64, np.uint8), np.zeros(8, f32)
+    beside, frame = np.zeros((_ROWS, inputs), f32), np.zeros(_FRAME, np.int64)
     codes = (np.intp(room_.ctypes.data) + 63) & ~63
-    by = codes + _ROWS * apart
+    by, frame_at = codes + _ROWS * apart, np.intp(frame.ctypes.data)
+    right, left, behind, ahead, every = lanes_of(head)
+    frame[_P], frame[_STRIPS], frame[_TABLE] = p, strips, np.intp(table.ctypes.data)
+    frame[_RIGHT], frame[_LEFT], frame[_BEHIND], frame[_AHEAD], frame[_EVERY] = right, left, behind, ahead, every
+    frame[_X], frame[_BY] = x_at, scale_at
     for start in range(low, high, _ROWS):
         count = min(_ROWS, high - start)
         for i in range(count):
-            factors(head, slots, constants, first + start + i, held, wide, aside)
-            _kept(head, planes_of(head, first + start + i, spare), held, entries, codes + i * apart, by + i * apart)
+            factors(head, slots, constants, first + start + i, held, wide, p, bytes_)
+            frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
+            if inputs > 1:
+                frame[_X], frame[_BY] = codes + i * apart, by + i * apart
+            product = call(made, frame_at)
             for m in range(inputs):
-                beside[i, m] = _beside(held, unit, bias, sum_at + 64 * m * vectors, vectors)
-        m = 0
-        while m + 4 <= inputs:
-            for i in range(0, count, 2):  # of an odd number the row after the last is counted and left
-                _eight(codes + i * apart, by + i * apart, strips, fine, x_at + m * across, scale_at + 4 * m * strips, apart, eight)
-                for r in range(i, min(count, i + 2)):
-                    for j in range(4):
-                        out[m + j, start + r] = eight[4 * (r - i) + j] * unit + beside[r, m + j]
-            m += 4
-        while m < inputs:
-            for i in range(count):
-                a = as_floats(f32(0))
-                for k in range(strips):
-                    s = as_floats(scales[m, k])
-                    at = STRIP * k + i * apart
-                    a = _pair(codes + at, x_at + m * across + STRIP * k, by + at, fine, s, a)
-                out[m, start + i] = total(a) * unit + beside[i, m]
-            m += 1
+                beside[i, m] = _beside(p, step, unit, bias, sum_at + 64 * m * vectors, vectors)
+            if inputs == 1:
+                out[0, start + i] = product * unit + beside[i, 0]
+        if inputs > 1:
+            _block(codes, by, apart, count, strips, behind > 0, x_at, across, scale_at, unit, beside, eight, start, out)
+    alive(held), alive(aside), alive(room_), alive(frame)

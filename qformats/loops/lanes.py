@@ -19,7 +19,9 @@ from qformats.loops.vectors import LANES, floats
 __all__ = [
     "FUSED",
     "HALVES",
+    "alive",
     "as_floats",
+    "call",
     "divided",
     "doubles",
     "flipped",
@@ -94,6 +96,27 @@ def pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
 
     return types.voidptr(types.intp), build
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def alive(typing: Any, array: Any) -> Any:
+    """Nothing; but ``array`` is used here. numba frees what a function made after its last use, which taking the address may be."""
+
+    def build(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.get_dummy_value()
+
+    return types.void(array), build
+
+
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def call(typing: Any, address: Any, frame: Any) -> Any:
+    """What the function at ``address`` (of ``qformats.loops.compiled.pointed``) makes of the address ``frame``, float32."""
+
+    def made(builder: Any, address: Any, frame: Any) -> Any:
+        function = ir.FunctionType(_F32, [frame.type])
+        return builder.call(builder.inttoptr(address, function.as_pointer()), [frame])
+
+    return _by_address(types.float32, (types.intp, types.intp), made)
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]

@@ -8,17 +8,19 @@ Sums are float32 and their order depends on the shape of the product alone. Defi
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numba import carray
 
-from qformats.loops.compiled import compiled, inlined
+from qformats.loops.compiled import compiled, inlined, pointed
 from qformats.loops.factors import factors, group_at, lanes_of, room
-from qformats.loops.lanes import as_floats, floats_at, fma, put, total
-from qformats.loops.rows import KIND, PADDED, STRIPS, TABLE, decode, workspace
-from qformats.loops.strips import STRIP, lanes, planes_of, strip, value, widths_of
+from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
+from qformats.loops.rows import PADDED, decode, workspace
+from qformats.loops.strips import STRIP, lanes, planes_of, strip, value
 
-__all__ = ["few", "weights"]
+__all__ = ["few", "few_strips", "row", "row_times", "weights", "weights_strips"]
 
 Array = np.ndarray[Any, Any]
 f32, u8 = np.float32, np.uint8
@@ -27,45 +29,71 @@ _ROWS = 4  # decoded before they are multiplied; an even number
 
 
 @inlined
-def _weights(codes: Any, kind: Any, table: Any, p: Any, step: Any, right: Any, left: Any) -> Any:
+def _weights(codes: Any, how: Any, table: Any, p: Any, step: Any, right: Any, left: Any) -> Any:
     """Four vectors of weights from one of bytes; the numbers of its lanes are at ``p``, scale, zero point and offset ``step`` apart."""
-    scale, zero, offset = lanes(p, right, left), lanes(p + 2 * step, right, left), lanes(p + 3 * step, right, left)
-    a, b = fma(value(codes, 0, kind, table) - zero, scale, offset), fma(value(codes, 1, kind, table) - zero, scale, offset)
-    c, d = fma(value(codes, 2, kind, table) - zero, scale, offset), fma(value(codes, 3, kind, table) - zero, scale, offset)
+    kind, zeros, offsets = how
+    scale = lanes(p, right, left)
+    a, b, c, d = value(codes, 0, kind, table), value(codes, 1, kind, table), value(codes, 2, kind, table), value(codes, 3, kind, table)
+    if zeros:
+        zero = lanes(p + 2 * step, right, left)
+        a, b, c, d = a - zero, b - zero, c - zero, d - zero
+    if offsets:
+        offset = lanes(p + 3 * step, right, left)
+        a, b, c, d = fma(a, scale, offset), fma(b, scale, offset), fma(c, scale, offset), fma(d, scale, offset)
+    else:
+        a, b, c, d = a * scale, b * scale, c * scale, d * scale
     return a, b, c, d
 
 
-@compiled
-def _row(head: Array, planes: Any, held: Array, target: Any) -> None:
-    """The weights of one row in word order to the address ``target``."""
-    widths, kind, table, p, step = widths_of(head), head[KIND], head[TABLE], np.intp(held.ctypes.data), 4 * held.shape[1]
-    right, left, behind, ahead, every = lanes_of(head)
-    for k in range(head[PADDED] // STRIP):
-        low, high = strip(widths, planes, k)
-        at, to = p + group_at(k, ahead, every), target + 4 * STRIP * k
-        a, b, c, d = _weights(low, kind, table, at, step, right, left)
-        put(to, a), put(to + 64, b), put(to + 128, c), put(to + 192, d)
-        a, b, c, d = _weights(high, kind, table, at + behind, step, right, left)
-        put(to + 256, a), put(to + 320, b), put(to + 384, c), put(to + 448, d)
+# a frame: addresses of the row's planes, of its numbers, how far apart their kinds are, strips, table, of ``lanes_of``, of the inputs or
+# of where the weights go
+_FRAME = 13
+_P, _STEP, _STRIPS, _TABLE, _RIGHT, _LEFT, _BEHIND, _AHEAD, _EVERY, _X = range(3, 13)
 
 
-@compiled
-def _row_times(head: Array, planes: Any, held: Array, x: Any) -> Any:
-    """One row times one input."""
-    widths, kind, table, p, step = widths_of(head), head[KIND], head[TABLE], np.intp(held.ctypes.data), 4 * held.shape[1]
-    right, left, behind, ahead, every = lanes_of(head)
-    s = as_floats(f32(0))
-    t, u, v = s, s, s
-    for k in range(head[PADDED] // STRIP):
-        low, high = strip(widths, planes, k)
-        at, by = p + group_at(k, ahead, every), x + 4 * STRIP * k
-        a, b, c, d = _weights(low, kind, table, at, step, right, left)
-        s, t = fma(a, floats_at(by), s), fma(b, floats_at(by + 64), t)
-        u, v = fma(c, floats_at(by + 128), u), fma(d, floats_at(by + 192), v)
-        a, b, c, d = _weights(high, kind, table, at + behind, step, right, left)
-        s, t = fma(a, floats_at(by + 256), s), fma(b, floats_at(by + 320), t)
-        u, v = fma(c, floats_at(by + 384), u), fma(d, floats_at(by + 448), v)
-    return total((s + t) + (u + v))
+@cache
+def row_times(widths: tuple[int, int, int], kind: int, zeros: bool, offsets: bool) -> Any:
+    """One row times one input in word order, for ``few_strips``; ``zeros``, ``offsets``: whether there are zero points and offsets."""
+    first, second, third = widths
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        planes, p, step, table, x, s = (f[0], f[1], f[2]), f[_P], f[_STEP], f[_TABLE], f[_X], as_floats(f32(0))
+        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
+        t, u, v = s, s, s
+        for k in range(f[_STRIPS]):
+            low, high = strip((first, second, third), planes, k)
+            at, by = p + group_at(k, ahead, every), x + 4 * STRIP * k
+            a, b, c, d = _weights(low, (kind, zeros, offsets), table, at, step, right, left)
+            s, t = fma(a, floats_at(by), s), fma(b, floats_at(by + 64), t)
+            u, v = fma(c, floats_at(by + 128), u), fma(d, floats_at(by + 192), v)
+            a, b, c, d = _weights(high, (kind, zeros, offsets), table, at + behind, step, right, left)
+            s, t = fma(a, floats_at(by + 256), s), fma(b, floats_at(by + 320), t)
+            u, v = fma(c, floats_at(by + 384), u), fma(d, floats_at(by + 448), v)
+        return total((s + t) + (u + v))
+
+    return pointed(run)
+
+
+@cache
+def row(widths: tuple[int, int, int], kind: int, zeros: bool, offsets: bool) -> Any:
+    """The weights of one row in word order, for ``few_strips`` and ``weights_strips``."""
+    first, second, third = widths
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        planes, p, step, table, target = (f[0], f[1], f[2]), f[_P], f[_STEP], f[_TABLE], f[_X]
+        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
+        for k in range(f[_STRIPS]):
+            low, high = strip((first, second, third), planes, k)
+            at, to = p + group_at(k, ahead, every), target + 4 * STRIP * k
+            a, b, c, d = _weights(low, (kind, zeros, offsets), table, at, step, right, left)
+            put(to, a), put(to + 64, b), put(to + 128, c), put(to + 192, d)
+            a, b, c, d = _weights(high, (kind, zeros, offsets), table, at + behind, step, right, left)
+            put(to + 256, a), put(to + 320, b), put(to + 384, c), put(to + 448, d)
+        return f32(0)
+
+    return pointed(run)
 
 
 @compiled
@@ -100,51 +128,97 @@ def _eight(w: Any, row: Any, x: Any, step: Any, vectors: Any, out: Array) -> Non
 
 
 @compiled
+def _times(w: Any, count: Any, step: Any, x: Any, inputs: Any, vectors: Any, eight: Array, start: Any, out: Array) -> None:
+    """``count`` rows of weights, ``step`` bytes apart, times all inputs to ``out[:, start:]``; room for an even number of rows."""
+    m = 0
+    while m + 4 <= inputs:
+        for i in range(0, count, 2):  # of an odd number the row after the last is multiplied and left
+            _eight(w + i * step, step, x + m * step, step, vectors, eight)
+            for r in range(i, min(count, i + 2)):
+                for j in range(4):
+                    out[m + j, start + r] = eight[4 * (r - i) + j]
+        m += 4
+    while m < inputs:
+        for i in range(count):
+            out[m, start + i] = _dot(w + i * step, x + m * step, vectors)
+        m += 1
+
+
+@compiled
 def few(head: Array, slots: Array, constants: Array, x: Array, first: Any, out: Array, low: Any, high: Any) -> None:
     """``x`` (M, padded) float32 times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n); for few inputs."""
-    inputs, vectors, step, strips = len(x), head[PADDED] // 16, 4 * head[PADDED], head[STRIPS]
+    inputs, vectors, step, at = len(x), head[PADDED] // 16, 4 * head[PADDED], np.intp(x.ctypes.data)
     p, bytes_, values = workspace(head)
-    held, wide, aside = room(head, constants)
-    spare, at = np.zeros(3 * head[PADDED], u8), np.intp(x.ctypes.data)
-    if inputs == 1 and strips:
-        for i in range(low, high):
-            factors(head, slots, constants, first + i, held, wide, aside)
-            out[0, i] = _row_times(head, planes_of(head, first + i, spare), held, at)
-        return
     eight, height = np.zeros(8, f32), 1 if inputs < 4 else _ROWS
     room_ = np.zeros(height * head[PADDED] + 32, f32)
     w = (np.intp(room_.ctypes.data) + 63) & ~63
     for start in range(low, high, height):
         count = min(height, high - start)
         for i in range(count):
-            if strips:
-                factors(head, slots, constants, first + start + i, held, wide, aside)
-                _row(head, planes_of(head, first + start + i, spare), held, w + i * step)
-            else:
-                decode(head, slots, constants, first + start + i, p, bytes_, values, w + i * step)
-        m = 0
-        while m + 4 <= inputs:
-            for i in range(0, count, 2):  # of an odd number the row after the last is multiplied and left
-                _eight(w + i * step, step, at + m * step, step, vectors, eight)
-                for r in range(i, min(count, i + 2)):
-                    for j in range(4):
-                        out[m + j, start + r] = eight[4 * (r - i) + j]
-            m += 4
-        while m < inputs:
-            for i in range(count):
-                out[m, start + i] = _dot(w + i * step, at + m * step, vectors)
-            m += 1
+            decode(head, slots, constants, first + start + i, p, bytes_, values, w + i * step)
+        _times(w, count, step, at, inputs, vectors, eight, start, out)
+    alive(room_)
 
 
 @compiled
 def weights(head: Array, slots: Array, constants: Array, first: Any, out: Array) -> None:
-    """The weights of rows ``first``, ``first + 1`` … to ``out`` (n, padded) float32, which holds zeros, in the order of the inputs."""
-    held, wide, aside = room(head, constants)
+    """The weights of rows ``first``, ``first + 1`` … to ``out`` (n, padded) float32, which holds zeros, columns in their order."""
     p, bytes_, values = workspace(head)
-    spare, at, step = np.zeros(3 * head[PADDED], u8), np.intp(out.ctypes.data), 4 * head[PADDED]
+    at, step = np.intp(out.ctypes.data), 4 * head[PADDED]
     for i in range(len(out)):
-        if head[STRIPS]:
-            factors(head, slots, constants, first + i, held, wide, aside)
-            _row(head, planes_of(head, first + i, spare), held, at + i * step)
-        else:
-            decode(head, slots, constants, first + i, p, bytes_, values, at + i * step)
+        decode(head, slots, constants, first + i, p, bytes_, values, at + i * step)
+
+
+@inlined
+def _framed(head: Array, table: Any, p: Any, apart: Any) -> Any:
+    """A frame for the rows of a weight, which lacks the planes and the last entry."""
+    right, left, behind, ahead, every = lanes_of(head)
+    frame = np.zeros(_FRAME, np.int64)
+    frame[_P], frame[_STEP], frame[_STRIPS], frame[_TABLE] = p, apart, head[PADDED] // STRIP, table
+    frame[_RIGHT], frame[_LEFT], frame[_BEHIND], frame[_AHEAD], frame[_EVERY] = right, left, behind, ahead, every
+    return frame
+
+
+@compiled
+def few_strips(
+    head: Array, slots: Array, constants: Array, made: Any, table: Any, x: Array, first: Any, out: Array, low: Any, high: Any
+) -> None:
+    """``few`` for codes in strips; ``made``: the address of ``row_times`` for one input, of ``row`` for more; ``x`` in word order.
+
+    ``table``: the address that the codes' values are read from.
+    """
+    inputs, vectors, step = len(x), head[PADDED] // 16, 4 * head[PADDED]
+    held, wide, aside = room(head, constants)
+    p, bytes_ = np.intp(held.ctypes.data), np.intp(aside.ctypes.data)
+    frame, spare, at = _framed(head, table, p, 4 * held.shape[1]), np.zeros(3 * head[PADDED], u8), np.intp(x.ctypes.data)
+    eight, height, frame_at = np.zeros(8, f32), 1 if inputs < 4 else _ROWS, np.intp(frame.ctypes.data)
+    room_ = np.zeros(height * head[PADDED] + 32, f32)
+    w = (np.intp(room_.ctypes.data) + 63) & ~63
+    for start in range(low, high, height):
+        count = min(height, high - start)
+        for i in range(count):
+            factors(head, slots, constants, first + start + i, held, wide, p, bytes_)
+            frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
+            frame[_X] = at if inputs == 1 else w + i * step
+            product = call(made, frame_at)
+            if inputs == 1:
+                out[0, start] = product
+        if inputs > 1:
+            _times(w, count, step, at, inputs, vectors, eight, start, out)
+    alive(held), alive(aside), alive(frame), alive(room_)
+
+
+@compiled
+def weights_strips(head: Array, slots: Array, constants: Array, made: Any, table: Any, first: Any, out: Array) -> None:
+    """``weights`` for codes in strips, in word order; ``made``: the address of ``row``."""
+    held, wide, aside = room(head, constants)
+    p, bytes_ = np.intp(held.ctypes.data), np.intp(aside.ctypes.data)
+    spare, at, step = np.zeros(3 * head[PADDED], u8), np.intp(out.ctypes.data), 4 * head[PADDED]
+    frame = _framed(head, table, p, 4 * held.shape[1])
+    frame_at = np.intp(frame.ctypes.data)
+    for i in range(len(out)):
+        factors(head, slots, constants, first + i, held, wide, p, bytes_)
+        frame[0], frame[1], frame[2] = planes_of(head, first + i, spare)
+        frame[_X] = at + i * step
+        call(made, frame_at)
+    alive(held), alive(aside), alive(frame)

@@ -26,6 +26,7 @@ from qformats.loops.lanes import (
     _at,
     _by_address,
     _called,
+    _fma,
     _load,
     _named_floats,
     _picked,
@@ -33,17 +34,19 @@ from qformats.loops.lanes import (
     _splat,
     flipped,
 )
-from qformats.loops.rows import COLUMNS, FIELD, PADDED, PLANE, PLANES, ROWS, STRIDE
+from qformats.loops.rows import COLUMNS, PADDED, PLANE, PLANES, ROWS, STRIDE
 from qformats.loops.vectors import LANES, floats
 
 __all__ = [
-    "STRIP", "bytes_at", "dot", "dots", "flip", "in_words", "keep", "lanes", "names_of", "paired", "planes_of", "strip", "value",
-    "widths_of",
+    "RUNS", "STRIP", "any_of", "bytes_at", "dot", "dots", "flip", "in_words", "keep", "lanes", "names_of", "paired", "planes_of", "strip",
+    "value",
 ]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 
 STRIP = 128
+RUNS = 5
+"""A kind of codes of eight bits: those of each run of eight are evenly spaced; the table holds 32 first values and 32 steps."""
 _HALF = ir.VectorType(ir.IntType(16), 32)
 
 
@@ -183,13 +186,6 @@ def strip(widths: Any, planes: Any, number: Any) -> Any:
     return a, b
 
 
-@inlined
-def widths_of(head: Array) -> Any:
-    """The widths of a weight's planes for ``strip``."""
-    many = head[PLANES]
-    return head[FIELD], head[FIELD + 1] if many > 1 else 0, head[FIELD + 2] if many > 2 else 0
-
-
 @compiled
 def planes_of(head: Array, row: Any, spare: Array) -> Any:
     """Where the planes of a row are: in ``spare`` (3 padded rows of bytes) if the last strip would be read past the plane's end."""
@@ -201,6 +197,18 @@ def planes_of(head: Array, row: Any, spare: Array) -> Any:
         for i in range(0, head[STRIDE + plane], 16):
             flipped(head[PLANE + plane] + row * head[STRIDE + plane] + i, 0, at + plane * head[PADDED] + i)
     return at, at + head[PADDED], at + 2 * head[PADDED]
+
+
+@compiled
+def any_of(plane: Array, first: Any, second: Any) -> Any:
+    """Whether one of two bytes is in a plane of bytes (rows, bytes)."""
+    for row in range(len(plane)):
+        line, found = plane[row], np.uint8(0)
+        for i in range(len(line)):
+            found |= np.uint8(line[i] == first) | np.uint8(line[i] == second)
+        if found:
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- bytes
@@ -329,15 +337,41 @@ def _many(typing: Any, codes: Any, number: Any, table: Any) -> Any:
     return _by_address(floats, (many_bytes, types.intp, types.intp), made)
 
 
+@intrinsic  # type: ignore[untyped-decorator,unused-ignore]
+def _runs_of_eight(typing: Any, codes: Any, number: Any, table: Any) -> Any:
+    """``start[byte >> 3] + step[byte >> 3] (byte & 7)``; ``table``: 32 starts and 32 steps, float32."""
+
+    def picked(builder: Any, table: Any, first: int, index: Any) -> Any:
+        low, high = (_load(builder, builder.add(table, table.type(4 * at)), _FLOATS) for at in (first, first + 16))
+        if _X86 and _FEATURES.get("avx512f"):  # which looks at five bits
+            return _called(builder, "llvm.x86.avx512.vpermi2var.ps.512", _FLOATS, low, index, high)
+        below = builder.and_(index, ir.Constant(_INTS, [15] * LANES))
+        upper = builder.icmp_unsigned("!=", builder.and_(index, ir.Constant(_INTS, [16] * LANES)), ir.Constant(_INTS, [0] * LANES))
+        return builder.select(upper, _named_floats(builder, high, below), _named_floats(builder, low, below))
+
+    def made(builder: Any, codes: Any, number: Any, table: Any) -> Any:
+        word = _word(builder, codes, number)
+        run = builder.lshr(word, ir.Constant(_INTS, [3] * LANES))
+        if _X86 and _FEATURES.get("avx512f"):  # which looks at four bits
+            place = _named_floats(builder, ir.Constant(_FLOATS, [float(i % 8) for i in range(LANES)]), word)
+        else:
+            place = builder.sitofp(builder.and_(word, ir.Constant(_INTS, [7] * LANES)), _FLOATS)
+        return _fma(builder, place, picked(builder, table, 32, run), picked(builder, table, 0, run))
+
+    return _by_address(floats, (many_bytes, types.intp, types.intp), made)
+
+
 @inlined
 def value(codes: Any, number: Any, kind: Any, table: Any) -> Any:
-    """What byte ``number`` of each four stands for, by the kinds of ``qformats.loops.rows``: ``UNSIGNED`` … ``MANY``."""
+    """What byte ``number`` of each four stands for, by the kinds of ``qformats.loops.rows``: ``UNSIGNED`` … ``MANY``; and ``RUNS``."""
     if kind == 0:
         found = _unsigned(codes, number)
     elif kind == 1:
         found = _signed(codes, number)
     elif kind == 2:
         found = _sixteen(codes, number, table)
+    elif kind == RUNS:
+        found = _runs_of_eight(codes, number, table)
     else:
         found = _many(codes, number, table)
     return found
