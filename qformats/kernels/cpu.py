@@ -103,12 +103,13 @@ def _exact(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> Te
     """The product with ``x`` (M, K) float32, (M, stop - start)."""
     (inputs, columns), count, padded = x.shape, stop - start, plan.padded
     loops = find("products")
-    how: tuple[Any, ...] = (plan.head, plan.slots, plan.constants)
+    how: tuple[Any, ...] = (plan.head, plan.slots, plan.constants, find("rows").decoder().address)
     few, weights = loops.few, loops.weights
     if plan.strips:
         strips = strips_of(plan, lowered)
         made = (loops.row_times if inputs == 1 else loops.row)(strips.widths, strips.kind, strips.zeros, strips.offsets)
-        few, weights, how = loops.few_strips, loops.weights_strips, (*how, made.address, strips.table)
+        gather = find("factors").row_factors().address
+        few, weights, how = loops.few_strips, loops.weights_strips, (*how[:3], gather, made.address, strips.table)
     out, laid = torch.empty((inputs, count)), np.zeros((inputs, padded), np.float32)
     if plan.strips:
         find("strips").in_words(x.numpy(), laid)
@@ -154,7 +155,8 @@ def _rounded(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> 
     out = torch.empty((inputs, count))
     strips, kind = strips_of(plan, lowered), int(plan.head[find("rows").KIND])
     made = loops.row_times(strips.widths, kind, strips.fine) if inputs == 1 else loops.kept(strips.widths, kind)
-    array, how = out.numpy(), (plan.head, plan.slots, plan.constants, made.address, *(plan.integers or ()), q, scales, sums, start)
+    array, gather = out.numpy(), find("factors").row_factors().address
+    how = plan.head, plan.slots, plan.constants, gather, made.address, *(plan.integers or ()), q, scales, sums, start
     _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * padded * (1 + inputs // 4))
     return out
 
@@ -165,7 +167,7 @@ def _rounded(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> 
 def _decoded(plan: Plan, picked: Array, first: int, out: Tensor) -> Tensor:
     """Rows ``picked``, or those from ``first`` on, in float32 to ``out`` (n, K), columns as in the planes."""
     array, loops = out.numpy(), find("rows")
-    how = plan.head, plan.slots, plan.constants
+    how = plan.head, plan.slots, plan.constants, loops.decoder().address
     _share(lambda low, high: loops.dequantize(*how, picked[low:high], first + low, array[low:high]), len(out), out.numel())
     return out
 

@@ -135,7 +135,8 @@ def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, 
     pieces = loops.pieces(three, each, int(way.each > 0), way.beside, int(rounds)).address
     decoded = 0 if way.form == 2 else loops.decoded(way.widths, way.kind, way.form).address
     out = torch.empty((inputs, count))
-    how = plan.head, plan.slots, plan.constants, decoded, pieces, way.form, way.each, way.table, way.numbers, way.zero
+    made = (find("rows").decoder() if way.form == 2 else find("factors").row_factors()).address
+    how = plan.head, plan.slots, plan.constants, made, decoded, pieces, way.form, way.each, way.table, way.numbers, way.zero
     given = loops.shapes(way.each), tiles, sums, by, start, out.numpy()
     share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4)
     return out

@@ -6,12 +6,13 @@ they are stored as ``_plain`` and ``_coded`` read them. What ``head``, ``slots``
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray
 
-from qformats.loops.compiled import compiled, inlined
+from qformats.loops.compiled import compiled, inlined, pointed
 from qformats.loops.lanes import (
     HALVES,
     as_floats,
@@ -38,6 +39,7 @@ from qformats.loops.rows import (
     FORM_LINE,
     FORM_U8,
     GROUPS,
+    HEAD,
     INNER,
     LOOKUP,
     NUMBER_PLANES,
@@ -45,6 +47,7 @@ from qformats.loops.rows import (
     REPEAT,
     ROLE,
     ROW_BYTES,
+    SLOT,
     SUB_FIELD,
     SUB_PLANE,
     SUB_STRIDE,
@@ -56,7 +59,7 @@ from qformats.loops.rows import (
 )  # fmt: skip
 from qformats.loops.strips import STRIP, lanes
 
-__all__ = ["factors", "group_at", "lanes_of", "room"]
+__all__ = ["factoring", "factors", "group_at", "lanes_of", "room", "row_factors"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, f32, f64 = np.uint8, np.uint16, np.uint32, np.float32, np.float64
@@ -181,6 +184,34 @@ def factors(head: Array, slots: Array, constants: Array, row: Any, held: Array, 
     for j in range(head[GROUPS]):
         held[0, j] = f32(wide[0, j] / wide[1, j]) if head[ARITHMETIC] == DIVIDED else f32(wide[0, j])
         held[2, j], held[3, j] = f32(wide[2, j]), f32(wide[3, j])
+
+
+# a frame for ``row_factors``: the row, then addresses and sizes of what ``factors`` takes
+_FRAME = 10
+
+
+@inlined
+def factoring(head: Array, slots: Array, constants: Array, held: Array, wide: Array, bytes_: Array) -> Any:
+    """A frame, which lacks the row; the buffers are those of ``room``."""
+    frame = np.zeros(_FRAME, np.int64)
+    frame[1], frame[2], frame[3] = np.intp(head.ctypes.data), np.intp(slots.ctypes.data), len(slots)
+    frame[4], frame[5], frame[6] = np.intp(constants.ctypes.data), np.intp(held.ctypes.data), held.shape[1]
+    frame[7], frame[8], frame[9] = np.intp(wide.ctypes.data), wide.shape[1], np.intp(bytes_.ctypes.data)
+    return frame
+
+
+@cache
+def row_factors() -> Any:
+    """``factors`` for the loops to call."""
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        head, slots = carray(pointer(f[1]), HEAD, np.int64), carray(pointer(f[2]), (f[3], SLOT), np.int64)
+        constants, held = carray(pointer(f[4]), 4, f64), carray(pointer(f[5]), (5, f[6]), f32)
+        factors(head, slots, constants, f[0], held, carray(pointer(f[7]), (6, f[8]), f64), f[5], f[9])
+        return f32(0)
+
+    return pointed(run)
 
 
 @inlined

@@ -16,7 +16,7 @@ import numpy as np
 from numba import carray
 
 from qformats.loops.compiled import compiled, inlined, pointed
-from qformats.loops.factors import factors, group_at, lanes_of, room
+from qformats.loops.factors import factoring, group_at, lanes_of, room
 from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
 from qformats.loops.rows import PADDED, SIGNED, SIXTEEN
 from qformats.loops.strips import STRIP, bytes_at, dot, dots, flip, keep, lanes, names_of, paired, planes_of, strip
@@ -187,16 +187,17 @@ def _block(
 
 @compiled
 def multiply(
-    head: Array, slots: Array, constants: Array, made: Any, table: Array, numbers: Array, x: Array, scales: Array, sums: Array, first: Any,
-    out: Array, low: Any, high: Any,
+    head: Array, slots: Array, constants: Array, gather: Any, made: Any, table: Array, numbers: Array, x: Array, scales: Array, sums: Array,
+    first: Any, out: Array, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """What ``quantize`` made of the inputs times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n) float32.
 
-    ``made``: the address of ``row_times`` for one input, of ``kept`` for more. ``table``: bytes of sixteen codes; ``numbers``: what a byte
-    counts, and what is taken off it. ``sums`` (M, groups up to a whole vector).
+    ``gather``: the address of ``qformats.loops.factors.row_factors``; ``made``: that of ``row_times`` for one input, of ``kept`` for more.
+    ``table``: bytes of sixteen codes; ``numbers``: what a byte counts, and what is taken off it. ``sums`` (M, groups up to a whole vector).
     """
     held, wide, aside = room(head, constants)
-    p, step, bytes_ = np.intp(held.ctypes.data), 4 * held.shape[1], np.intp(aside.ctypes.data)
+    p, step, given = np.intp(held.ctypes.data), 4 * held.shape[1], factoring(head, slots, constants, held, wide, aside)
+    given_at = np.intp(given.ctypes.data)
     unit, bias, spare = f32(numbers[0]), f32(numbers[1]), np.zeros(3 * head[PADDED], u8)
     strips, inputs, vectors, across = scales.shape[1], len(x), sums.shape[1] // 16, x.shape[1]
     x_at, sum_at, scale_at = np.intp(x.ctypes.data), np.intp(sums.ctypes.data), np.intp(scales.ctypes.data)
@@ -212,7 +213,8 @@ def multiply(
     for start in range(low, high, _ROWS):
         count = min(_ROWS, high - start)
         for i in range(count):
-            factors(head, slots, constants, first + start + i, held, wide, p, bytes_)
+            given[0] = first + start + i
+            call(gather, given_at)
             frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
             if inputs > 1:
                 frame[_X], frame[_BY] = codes + i * apart, by + i * apart
@@ -223,4 +225,4 @@ def multiply(
                 out[0, start + i] = product * unit + beside[i, 0]
         if inputs > 1:
             _block(codes, by, apart, count, strips, behind > 0, x_at, across, scale_at, unit, beside, eight, start, out)
-    alive(held), alive(aside), alive(room_), alive(frame)
+    alive(held), alive(wide), alive(aside), alive(given), alive(room_), alive(frame)

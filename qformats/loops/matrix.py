@@ -31,9 +31,9 @@ from qformats.loops.amx import (
     turned,
 )
 from qformats.loops.compiled import compiled, pointed
-from qformats.loops.factors import factors, room
+from qformats.loops.factors import factoring, room
 from qformats.loops.lanes import alive, as_floats, call, floats_at, pointer, put
-from qformats.loops.rows import GROUPS, PADDED, WIDTH, decode, workspace
+from qformats.loops.rows import GROUPS, PADDED, ROW, TARGET, WIDTH, decoding, workspace
 from qformats.loops.strips import STRIP, planes_of, strip, value
 
 __all__ = ["decoded", "lay", "multiply", "pieces", "shapes", "whole"]
@@ -78,7 +78,8 @@ def lay(parts: int, strips: bool) -> Any:
 def whole(x: Array, numbers: Array, by: Array) -> None:
     """Inputs (M, padded) float32 as whole ``numbers`` of each strip, and what one counts to ``by`` (inputs / 16, strips, 16).
 
-    What one counts is the largest magnitude / 127. A strip with an infinity or NaN counts NaN, its numbers are zero.
+    What one counts is the largest magnitude / 127. A strip with an infinity or NaN counts NaN; its numbers are zero,
+    as are those of a strip too small to be divided by.
     """
     for m in range(len(x)):
         for k in range(x.shape[1] // STRIP):
@@ -87,11 +88,11 @@ def whole(x: Array, numbers: Array, by: Array) -> None:
                 worst = max(worst, u32(f32(line[i]).view(u32) & u32(0x7FFFFFFF)))
             largest, finite = u32(worst).view(f32), worst < u32(0x7F800000)
             by[m >> 4, k, m & 15] = largest / f32(127) if finite else f32(np.nan)
-            if finite and worst > u32(0):
-                factor = f32(127) / largest
+            factor = f32(127) / largest if finite and worst > u32(0) else f32(0)
+            if factor < f32(np.inf):
                 for i in range(STRIP):
                     to[i] = np.rint(line[i] * factor)
-            else:
+            if not 0 < factor < f32(np.inf):
                 to[:] = f32(0)
 
 
@@ -211,15 +212,16 @@ def pieces(three: int, each: int, scaled: int, beside: int, rounded: int) -> Any
 
 @compiled
 def multiply(
-    head: Array, slots: Array, constants: Array, decoded: Any, pieces: Any, form: Any, each: Any, table: Array, numbers: Any, zero: Any,
-    shape: Array, laid: Array, sums: Array, by: Array, first: Any, out: Array, low: Any, high: Any,
+    head: Array, slots: Array, constants: Array, made: Any, decoded: Any, pieces: Any, form: Any, each: Any, table: Array, numbers: Any,
+    zero: Any, shape: Array, laid: Array, sums: Array, by: Array, first: Any, out: Array, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """Inputs in tiles times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n) float32.
 
-    ``decoded``, ``pieces``: addresses. ``form``: 0 codes named in ``table`` (32 bfloat16), 1 values less ``zero`` that are bfloat16
-    numbers, read from the address ``numbers``, 2 exact weights in float32, 3 codes whose values are the sums of three bfloat16, ``table`` (3, 32).
-    ``each``: groups in a strip, 0 for weights without scales or rows with one. ``laid``: of ``lay``; ``sums`` (inputs / 16, strips
-    ``each``, 16): of the inputs of each group; ``by``: of ``whole``, (inputs / 16, strips, 16).
+    ``made``: the address of ``qformats.loops.factors.row_factors``, for form 2 of ``qformats.loops.rows.decoder``; ``decoded``,
+    ``pieces``: those of the functions above. ``form``: 0 codes named in ``table`` (32 bfloat16), 1 values less ``zero`` that are bfloat16
+    numbers, read from the address ``numbers``, 2 exact weights in float32, 3 codes whose values are the sums of three bfloat16, ``table``
+    (3, 32). ``each``: groups in a strip, 0 for weights without scales or rows with one. ``laid``: of ``lay``; ``sums`` (inputs / 16,
+    strips ``each``, 16): of the inputs of each group; ``by``: of ``whole``, (inputs / 16, strips, 16).
     """
     held, wide, aside = room(head, constants)
     strips, inputs, blocks, groups, parts = head[PADDED] // STRIP, len(out), laid.shape[1], max(each, 1), 3 if form > 1 else 1
@@ -230,11 +232,13 @@ def multiply(
     buffer = np.zeros(parts * part + (4 + 4 * blocks) * TILE + 64, u8)
     w_at = (np.intp(buffer.ctypes.data) + 63) & ~63
     room_at, total_at, values_at = w_at + parts * part, w_at + parts * part + 4 * TILE, np.intp(values[0].ctypes.data)
-    held_at, low_at, apart = np.intp(held.ctypes.data), np.intp(aside.ctypes.data), 4 * held.shape[1]
+    held_at, apart = np.intp(held.ctypes.data), 4 * held.shape[1]
+    given, rows = factoring(head, slots, constants, held, wide, aside), decoding(head, slots, constants, p, bytes_, values)
+    given_at, rows_at = np.intp(given.ctypes.data), np.intp(rows.ctypes.data)
     factors_ = np.ones((2, _BLOCK + 1, strips * groups + 16), f32)
     s_at, rest_at, x_at = np.intp(factors_.ctypes.data), np.intp(factors_[1].ctypes.data), np.intp(laid.ctypes.data)
     sums_at, by_at = np.intp(sums.ctypes.data), np.intp(by.ctypes.data)
-    totals, made = carray(pointer(total_at), (blocks, 4, 16, 16), f32), carray(pointer(room_at), (16, 16), f32)
+    totals, lines = carray(pointer(total_at), (blocks, 4, 16, 16), f32), carray(pointer(room_at), (16, 16), f32)
     where, f = np.zeros((_BLOCK, 3), np.int64), np.zeros(_FRAME, np.int64)
     f[_WHERE], f[_DOWN], f[_PART], f[_NAMES], f[_NUMBERS] = np.intp(where.ctypes.data), down, part, np.intp(table.ctypes.data), numbers
     f[_ZERO], f[_BLOCKS], f[_ACROSS], f[_X_PART], f[_ROOM] = np.int64(f32(zero).view(u32)), blocks, across, blocks * across, room_at
@@ -247,12 +251,14 @@ def multiply(
         for i in range(count):
             row = first + start + i
             if form == 2:
-                decode(head, slots, constants, row, p, bytes_, values, values_at)
+                rows[ROW], rows[TARGET] = row, values_at
+                call(made, rows_at)
                 target = w_at + (i >> 4) * down + (i & 15) * LINE
                 for t in range(4 * strips):
                     laid_columns(3, values_at + 128 * t, target + t * TILE, part)
             else:
-                factors(head, slots, constants, row, held, wide, held_at, low_at)
+                given[0] = row
+                call(made, given_at)
                 _numbers(head, held_at, apart, groups, strips, s_at + i * row_step, rest_at + i * row_step)
                 where[i, 0], where[i, 1], where[i, 2] = planes_of(head, row, spare[i])
         for k in range(strips):
@@ -272,6 +278,7 @@ def multiply(
                 turned(total_at + (4 * m + block // 16) * TILE, room_at)
                 for i in range(min(16, inputs - 16 * m)):
                     for r in range(min(16, count - block)):
-                        out[16 * m + i, start + block + r] = made[i, r]
+                        out[16 * m + i, start + block + r] = lines[i, r]
     release(np.intp(saved.ctypes.data))
     alive(held), alive(aside), alive(spare), alive(saved), alive(buffer), alive(values), alive(factors_), alive(where), alive(f)
+    alive(given), alive(rows), alive(wide), alive(p), alive(bytes_)

@@ -15,9 +15,9 @@ import numpy as np
 from numba import carray
 
 from qformats.loops.compiled import compiled, inlined, pointed
-from qformats.loops.factors import factors, group_at, lanes_of, room
+from qformats.loops.factors import factoring, group_at, lanes_of, room
 from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
-from qformats.loops.rows import PADDED, decode, workspace
+from qformats.loops.rows import PADDED, ROW, TARGET, decoding, workspace
 from qformats.loops.strips import STRIP, lanes, planes_of, strip, value
 
 __all__ = ["few", "few_strips", "row", "row_times", "weights", "weights_strips"]
@@ -145,28 +145,39 @@ def _times(w: Any, count: Any, step: Any, x: Any, inputs: Any, vectors: Any, eig
 
 
 @compiled
-def few(head: Array, slots: Array, constants: Array, x: Array, first: Any, out: Array, low: Any, high: Any) -> None:
-    """``x`` (M, padded) float32 times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n); for few inputs."""
+def few(
+    head: Array, slots: Array, constants: Array, decoder: Any, x: Array, first: Any, out: Array, low: Any, high: Any
+) -> None:
+    """``x`` (M, padded) float32 times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n); for few inputs.
+
+    ``decoder``: the address of ``qformats.loops.rows.decoder``.
+    """
     inputs, vectors, step, at = len(x), head[PADDED] // 16, 4 * head[PADDED], np.intp(x.ctypes.data)
     p, bytes_, values = workspace(head)
+    frame = decoding(head, slots, constants, p, bytes_, values)
+    frame_at = np.intp(frame.ctypes.data)
     eight, height = np.zeros(8, f32), 1 if inputs < 4 else _ROWS
     room_ = np.zeros(height * head[PADDED] + 32, f32)
     w = (np.intp(room_.ctypes.data) + 63) & ~63
     for start in range(low, high, height):
         count = min(height, high - start)
         for i in range(count):
-            decode(head, slots, constants, first + start + i, p, bytes_, values, w + i * step)
+            frame[ROW], frame[TARGET] = first + start + i, w + i * step
+            call(decoder, frame_at)
         _times(w, count, step, at, inputs, vectors, eight, start, out)
-    alive(room_)
+    alive(room_), alive(p), alive(bytes_), alive(values), alive(frame)
 
 
 @compiled
-def weights(head: Array, slots: Array, constants: Array, first: Any, out: Array) -> None:
+def weights(head: Array, slots: Array, constants: Array, decoder: Any, first: Any, out: Array) -> None:
     """The weights of rows ``first``, ``first + 1`` … to ``out`` (n, padded) float32, which holds zeros, columns in their order."""
     p, bytes_, values = workspace(head)
-    at, step = np.intp(out.ctypes.data), 4 * head[PADDED]
+    frame, at, step = decoding(head, slots, constants, p, bytes_, values), np.intp(out.ctypes.data), 4 * head[PADDED]
+    frame_at = np.intp(frame.ctypes.data)
     for i in range(len(out)):
-        decode(head, slots, constants, first + i, p, bytes_, values, at + i * step)
+        frame[ROW], frame[TARGET] = first + i, at + i * step
+        call(decoder, frame_at)
+    alive(p), alive(bytes_), alive(values), alive(frame)
 
 
 @inlined
@@ -181,15 +192,16 @@ def _framed(head: Array, table: Any, p: Any, apart: Any) -> Any:
 
 @compiled
 def few_strips(
-    head: Array, slots: Array, constants: Array, made: Any, table: Any, x: Array, first: Any, out: Array, low: Any, high: Any
+    head: Array, slots: Array, constants: Array, gather: Any, made: Any, table: Any, x: Array, first: Any, out: Array, low: Any, high: Any
 ) -> None:
-    """``few`` for codes in strips; ``made``: the address of ``row_times`` for one input, of ``row`` for more; ``x`` in word order.
+    """``few`` for codes in strips, ``x`` in word order; ``table``: the address that the codes' values are read from.
 
-    ``table``: the address that the codes' values are read from.
+    ``gather``: the address of ``qformats.loops.factors.row_factors``; ``made``: that of ``row_times`` for one input, of ``row`` for more.
     """
     inputs, vectors, step = len(x), head[PADDED] // 16, 4 * head[PADDED]
     held, wide, aside = room(head, constants)
-    p, bytes_ = np.intp(held.ctypes.data), np.intp(aside.ctypes.data)
+    p, numbers = np.intp(held.ctypes.data), factoring(head, slots, constants, held, wide, aside)
+    numbers_at = np.intp(numbers.ctypes.data)
     frame, spare, at = _framed(head, table, p, 4 * held.shape[1]), np.zeros(3 * head[PADDED], u8), np.intp(x.ctypes.data)
     eight, height, frame_at = np.zeros(8, f32), 1 if inputs < 4 else _ROWS, np.intp(frame.ctypes.data)
     room_ = np.zeros(height * head[PADDED] + 32, f32)
@@ -197,7 +209,8 @@ def few_strips(
     for start in range(low, high, height):
         count = min(height, high - start)
         for i in range(count):
-            factors(head, slots, constants, first + start + i, held, wide, p, bytes_)
+            numbers[0] = first + start + i
+            call(gather, numbers_at)
             frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
             frame[_X] = at if inputs == 1 else w + i * step
             product = call(made, frame_at)
@@ -205,20 +218,22 @@ def few_strips(
                 out[0, start] = product
         if inputs > 1:
             _times(w, count, step, at, inputs, vectors, eight, start, out)
-    alive(held), alive(aside), alive(frame), alive(room_)
+    alive(held), alive(wide), alive(aside), alive(numbers), alive(frame), alive(room_)
 
 
 @compiled
-def weights_strips(head: Array, slots: Array, constants: Array, made: Any, table: Any, first: Any, out: Array) -> None:
+def weights_strips(head: Array, slots: Array, constants: Array, gather: Any, made: Any, table: Any, first: Any, out: Array) -> None:
     """``weights`` for codes in strips, in word order; ``made``: the address of ``row``."""
     held, wide, aside = room(head, constants)
-    p, bytes_ = np.intp(held.ctypes.data), np.intp(aside.ctypes.data)
+    p, numbers = np.intp(held.ctypes.data), factoring(head, slots, constants, held, wide, aside)
+    numbers_at = np.intp(numbers.ctypes.data)
     spare, at, step = np.zeros(3 * head[PADDED], u8), np.intp(out.ctypes.data), 4 * head[PADDED]
     frame = _framed(head, table, p, 4 * held.shape[1])
     frame_at = np.intp(frame.ctypes.data)
     for i in range(len(out)):
-        factors(head, slots, constants, first + i, held, wide, p, bytes_)
+        numbers[0] = first + i
+        call(gather, numbers_at)
         frame[0], frame[1], frame[2] = planes_of(head, first + i, spare)
         frame[_X] = at + i * step
         call(made, frame_at)
-    alive(held), alive(aside), alive(frame)
+    alive(held), alive(wide), alive(aside), alive(numbers), alive(frame)

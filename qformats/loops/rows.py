@@ -11,15 +11,18 @@ weights.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numba import carray
 
-from qformats.loops.compiled import compiled
+from qformats.loops.compiled import compiled, inlined, pointed
 from qformats.loops.lanes import (
     HALVES,
+    alive,
     as_floats,
+    call,
     divided,
     doubles,
     floats_at,
@@ -37,7 +40,10 @@ from qformats.loops.lanes import (
     unsigned_at,
 )  # fmt: skip
 
-__all__ = ["DIVIDED", "DOUBLE", "SINGLE", "decode", "dequantize", "params", "row_codes", "unpack_field", "workspace"]
+__all__ = [
+    "DIVIDED", "DOUBLE", "ROW", "SINGLE", "TARGET", "decode", "decoder", "decoding", "dequantize", "params", "row_codes", "unpack_field",
+    "workspace",
+]  # fmt: skip
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, f32, f64 = np.uint8, np.uint16, np.uint32, np.float32, np.float64
@@ -397,15 +403,50 @@ def decode(head: Array, slots: Array, constants: Array, row: Any, p: Array, byte
         _wide(head, np.intp(values[0].ctypes.data), p, target)
 
 
+# a frame for ``decoder``: addresses and sizes of what ``decode`` takes; the row and the target are set for each row
+ROW, TARGET = 0, 1
+_FRAME = 12
+
+
+@inlined
+def decoding(head: Array, slots: Array, constants: Array, p: Array, bytes_: Array, values: Array) -> Any:
+    """A frame, which lacks the row and the target; the buffers are those of ``workspace``."""
+    frame = np.zeros(_FRAME, np.int64)
+    frame[2], frame[3], frame[4] = np.intp(head.ctypes.data), np.intp(slots.ctypes.data), len(slots)
+    frame[5], frame[6], frame[7] = np.intp(constants.ctypes.data), np.intp(p.ctypes.data), p.shape[1]
+    frame[8], frame[9] = np.intp(bytes_.ctypes.data), bytes_.shape[1]
+    frame[10], frame[11] = np.intp(values.ctypes.data), values.shape[1]
+    return frame
+
+
+@cache
+def decoder() -> Any:
+    """``decode`` for the loops to call."""
+
+    def run(frame: Any) -> Any:
+        f = carray(pointer(frame), _FRAME, np.int64)
+        head, slots = carray(pointer(f[2]), HEAD, np.int64), carray(pointer(f[3]), (f[4], SLOT), np.int64)
+        constants, p = carray(pointer(f[5]), 4, f64), carray(pointer(f[6]), (6, f[7]), f64)
+        bytes_, values = carray(pointer(f[8]), (3, f[9]), u8), carray(pointer(f[10]), (2, f[11]), f32)
+        decode(head, slots, constants, f[ROW], p, bytes_, values, f[TARGET])
+        return f32(0)
+
+    return pointed(run)
+
+
 @compiled
-def dequantize(head: Array, slots: Array, constants: Array, rows: Array, first: Any, out: Array) -> None:
-    """The weights of rows ``first``, ``first + 1`` … or, where ``rows`` is not empty, of those, to ``out`` (n, K) float32."""
+def dequantize(head: Array, slots: Array, constants: Array, decoder: Any, rows: Array, first: Any, out: Array) -> None:
+    """The weights of rows ``first``, ``first + 1`` … or, where ``rows`` is not empty, of those, to ``out`` (n, K) float32.
+
+    ``decoder``: its address.
+    """
     p, bytes_, values = workspace(head)
-    columns, aside = head[COLUMNS], np.intp(values[1].ctypes.data)
-    whole, at = columns % 16 == 0, np.intp(out.ctypes.data)
+    frame, columns, aside = decoding(head, slots, constants, p, bytes_, values), head[COLUMNS], np.intp(values[1].ctypes.data)
+    whole, at, frame_at = columns % 16 == 0, np.intp(out.ctypes.data), np.intp(frame.ctypes.data)
     for i in range(len(out)):
-        row = rows[i] if len(rows) else first + i
-        decode(head, slots, constants, row, p, bytes_, values, at + 4 * columns * i if whole else aside)
+        frame[ROW], frame[TARGET] = rows[i] if len(rows) else first + i, at + 4 * columns * i if whole else aside
+        call(decoder, frame_at)
         if not whole:
             for j in range(columns):
                 out[i, j] = values[1, j]
+    alive(p), alive(bytes_), alive(values), alive(frame)

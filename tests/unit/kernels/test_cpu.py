@@ -11,7 +11,7 @@ from test_gallery import GALLERY
 
 import qformats
 from qformats import loops
-from qformats.kernels import cpu, cpu_plan, reference
+from qformats.kernels import cpu, cpu_matrix, cpu_plan, reference
 from qformats.kernels.dispatch import embed, matmul, multiply
 from qformats.kernels.lower import Lowered, lower
 from qformats.scheme import Float, Grid, Integer, Table, Tile
@@ -78,6 +78,16 @@ def check_product(lowered: Lowered, w: torch.Tensor, inputs: int, rows: tuple[in
     assert bool(((found.double() - x.double() @ part.t()).abs() <= bound + 1e-30).all())
 
 
+@pytest.fixture(params=[True, False], ids=["", "without_the_matrix_unit"])
+def unit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU's matrix unit, if there is one, and without."""
+    if not request.param:
+        if not cpu_matrix.available():
+            pytest.skip("this CPU has none")
+        monkeypatch.setattr(cpu_matrix, "available", lambda: False)
+
+
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("case", CASES)
 def test_a_class_of_schemes_at_an_odd_shape(case: str) -> None:
     lowered = lower(weight(*CASES[case]))
@@ -90,6 +100,7 @@ def test_a_class_of_schemes_at_an_odd_shape(case: str) -> None:
             check_product(lowered, w, inputs, (len(w) // 2, len(w)))
 
 
+@pytest.mark.usefixtures("unit")
 @pytest.mark.parametrize("case", CASES)
 def test_products_of_bytes_are_those_of_the_rounded_inputs(case: str) -> None:
     lowered = lower(weight(*CASES[case]))
@@ -108,14 +119,39 @@ def test_products_of_bytes_are_those_of_the_rounded_inputs(case: str) -> None:
         assert bool(((found.double() - x.double() @ w.double().t()).abs() <= bound + 1e-5 * size).all())
 
 
+@pytest.mark.parametrize("inputs", [2, 5])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0, 1e-40])
-def test_bytes_of_extreme_inputs(value: float) -> None:
+def test_bytes_of_extreme_inputs(value: float, inputs: int) -> None:
     lowered = lower(weight(Integer(4), 4, 5, 48, 16, torch.float16, "codes"))
-    x = torch.zeros(2, 48)
+    x = torch.zeros(inputs, 48)
     x[0, 3] = value
     found = cpu.matmul(x, lowered, 0, 5, "int8")
     assert found is not None and bool(found[1].eq(0).all())
     assert bool(found[0].isnan().all()) if value != value or value > 1 else bool((found[0].abs() <= 1e-30).all())
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -3e38, 1e-40])
+def test_extreme_inputs_are_multiplied_like_floats(value: float) -> None:
+    lowered = lower(weight(Integer(4), 4, 5, 48, 16, torch.float16, "constant"))
+    x = torch.randn(5, 48, generator=rng(2))
+    x[1, 3] = value
+    found, wanted = cpu.matmul(x, lowered, 0, 5, "exact"), x @ lowered.dequantize().t()
+    assert found is not None and torch.equal(found.isnan(), wanted.isnan())
+    finite = wanted.isfinite()
+    assert torch.equal(found[~finite].nan_to_num(0), wanted[~finite].nan_to_num(0))
+    assert torch.allclose(found[finite], wanted[finite], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid, bits, zero", [(Integer(4), 4, "half"), (Integer(8, True), 8, ""), (Table("nf4"), 4, "")])
+@pytest.mark.parametrize("group", [16, 32, 64, 128, 256, 384])
+def test_the_matrix_unit_takes_bfloat16_inputs_as_they_are(grid: Grid, bits: int, zero: str, group: int) -> None:
+    lowered = lower(weight(grid, bits, 67, 384 if group == 384 else 512, group, torch.float16, zero))
+    w = lowered.dequantize()
+    x = torch.randn(19, w.shape[1], generator=rng(3)).to(torch.bfloat16)
+    found, wanted = cpu.matmul(x, lowered, 0, 67, "exact"), x.double() @ w.double().t()
+    assert found is not None and found.dtype == torch.bfloat16
+    assert bool(((found.double() - wanted).abs() <= 2.0**-8 * wanted.abs() + 1e-5 * (x.double().abs() @ w.double().abs().t())).all())
+    check_product(lowered, w, 19, (0, 67))
 
 
 def test_bytes_that_serve_no_scheme_are_warned_of_once(recwarn: pytest.WarningsRecorder) -> None:
