@@ -8,7 +8,7 @@ without the operator's overhead, for code that is neither compiled nor different
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -77,17 +77,22 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 matmul.register_autograd(_gradient, setup_context=_keep)
 
 
-def multiply_grouped(x: Tensor, lowered: Lowered, offsets: Tensor, outputs: int, compute: str) -> Tensor:
+def multiply_grouped(
+    x: Tensor, lowered: Lowered, offsets: Tensor, outputs: int, compute: str, known: Callable[[Tensor, int, int], Tensor] | None = None
+) -> Tensor:
     """Rows ``offsets[e]:offsets[e + 1]`` of ``x`` (n, K) times the transposed rows of expert e, ``outputs`` of them; (n, outputs).
 
-    ``offsets``: (E + 1,) on the device of ``x``. Rows of no expert come out zero.
+    ``offsets``: (E + 1,) on the device of ``x``. Rows of no expert come out zero. ``known``: the product with rows of the weight, where
+    the caller has it (``cpu.Straight``).
     """
     if x.is_cuda and compute == "exact" and (made := gpu.experts(x, lowered, offsets, outputs)) is not None:
         return made
     out = x.new_zeros((len(x), outputs))
     for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:
-            out[start:stop] = multiply(x[start:stop], lowered, expert * outputs, (expert + 1) * outputs, compute)
+            first, last = expert * outputs, (expert + 1) * outputs
+            some = x[start:stop]
+            out[start:stop] = known(some, first, last) if known else multiply(some, lowered, first, last, compute)
     return out
 
 
