@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qformats.kernels import one
 from qformats.kernels.cpu_plan import Plan, plan_of
 from qformats.kernels.lower import Lowered
 from qformats.kernels.threads import share as _share
@@ -38,10 +39,11 @@ def _plan(lowered: Lowered) -> Plan | None:
 class Straight:
     """The product with a weight, its plan looked up once: for a caller that keeps it and asks whether it still ``holds``."""
 
-    __slots__ = ("_columns", "_made_of", "_order", "_product", "plan")
+    __slots__ = ("_columns", "_made_of", "_one", "_order", "_product", "plan")
 
-    def __init__(self, lowered: Lowered, names: Sequence[str], plan: Plan, product: Callable[[Tensor, Plan, int, int], Tensor]) -> None:
-        self.plan, self._product, self._columns = plan, product, lowered.layout.columns
+    def __init__(self, lowered: Lowered, names: Sequence[str], plan: Plan, rounds: bool) -> None:
+        self.plan, self._columns = plan, lowered.layout.columns
+        self._product, self._one = (_rounded, one.rounded) if rounds else (_exact, one.exact)
         self._order = lowered.planes["order"] if lowered.layout.index == "order" else None
         planes = lowered.planes.values()
         versions = [-1 if plane.is_inference() else plane._version for plane in planes]  # of an inference tensor none is counted
@@ -64,6 +66,10 @@ class Straight:
             raise RuntimeError(f"inputs of shape {tuple(shape)} for a weight of {self._columns} columns")
         if x.requires_grad:
             x = x.detach()
+        if dtype is torch.float32 and self._order is None and x.numel() == self._columns and x.is_contiguous():
+            out = np.empty((*shape[:-1], stop - start), np.float32)
+            self._one(x.numpy().reshape(1, -1), self.plan, start, stop, out.reshape(1, -1))
+            return torch.from_numpy(out)
         if dtype is not torch.float32:
             x = x.to(torch.float32)
         if len(shape) != 2:
@@ -85,7 +91,7 @@ def straight(lowered: Lowered, names: Sequence[str], compute: str) -> Straight |
     if rounds and (plan is None or plan.integers is None):
         _warn(f"weights on {lowered.layout.grid} are multiplied exactly: there is no product of bytes for them")
         rounds = False
-    return None if plan is None else Straight(lowered, names, plan, _rounded if rounds else _exact)
+    return None if plan is None else Straight(lowered, names, plan, rounds)
 
 
 def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:

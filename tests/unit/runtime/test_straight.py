@@ -29,6 +29,7 @@ def given(*shape: int) -> torch.Tensor:
 
 INPUTS: dict[str, Callable[[], torch.Tensor]] = {
     "one": lambda: given(COLUMNS),
+    "one of a batch": lambda: given(1, 1, COLUMNS),
     "a matrix": lambda: given(3, COLUMNS),
     "of a batch": lambda: given(2, 1, COLUMNS),
     "none": lambda: given(0, COLUMNS),
