@@ -62,6 +62,7 @@ def test_it_is_what_load_model_gives(case: str, tmp_path: Path) -> None:
 
 SPECIAL = {
     "pre-quantized HQQ": "hqq/4b-g32-ax1-f16",
+    "compressed-tensors with four bits and zero points": "compressed-tensors/w4-asym",
     "Quanto's own save": "quanto/qint4-f16",
     "fine-grained FP8 with a partial last block": "fp8/block",
     "ModelOpt, which transformers does not know": "modelopt/nvfp4",
@@ -74,6 +75,14 @@ SPECIAL = {
 @pytest.mark.parametrize("case", [case for case in SPECIAL.values() if case not in SAMPLE])
 def test_what_transformers_gets_wrong(case: str, tmp_path: Path) -> None:
     check_taken(case, tmp_path)
+
+
+def test_it_compiles_without_a_break(tmp_path: Path) -> None:
+    model = from_pretrained(ready("compressed-tensors/w4-asym", tmp_path), dtype=torch.float32)
+    wanted = logits(model)
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_shards_beside_other_weights(tmp_path: Path) -> None:
