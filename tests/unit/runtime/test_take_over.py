@@ -85,6 +85,19 @@ def test_it_compiles_without_a_break(tmp_path: Path) -> None:
     assert torch.allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", ["awq/gemm-g64", "gptq/moe-qwen3"])
+def test_a_model_is_pickled_and_saves_as_before(case: str, tmp_path: Path) -> None:
+    source = ready(case, tmp_path)
+    for number, model in enumerate((from_pretrained(source), load_model(source))):
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(logits(other), logits(model)) and other.config.to_dict() == model.config.to_dict()
+        other.save_pretrained(tmp_path / f"out{number}")
+        assert (tmp_path / f"out{number}" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+        other.dequantize()
+        assert type(other) is type(model).__mro__[2]
+
+
 def test_shards_beside_other_weights(tmp_path: Path) -> None:
     source = Path(shutil.copytree(ready("gptq/4b-g32-asym-v1", tmp_path), tmp_path / "shards"))
     wanted = logits(load_model(source, dtype=torch.float32))
