@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from qformats.architectures.fields import Field, number, partial_rotary, positive, read_fields, rotary_dim, text_config
@@ -94,7 +93,7 @@ class Architecture:
                 "config-value",
                 f"config field 'head_dim' is {dims['D']}; llama.cpp's {self.gguf!r} always computes with hidden size over heads",
             )
-        return Binding(self, dict(config), full, MappingProxyType(dims))
+        return Binding(self, dict(config), full, dims)
 
     def _full(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """The flattened config with defaults and derived fields, under the usual names."""

@@ -7,65 +7,29 @@ has; results do not depend on their number.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qformats.kernels import cpu_matrix
+from qformats.kernels import cpu_matrix, one
 from qformats.kernels.cpu_plan import Plan, plan_of
-from qformats.kernels.cpu_strips import strips_of
 from qformats.kernels.lower import Lowered
+from qformats.kernels.threads import share as _share
 from qformats.loops import find
 
-__all__ = ["dequantize", "embed", "matmul", "matmul_back", "rounded_inputs"]
+__all__ = ["Straight", "dequantize", "embed", "matmul", "matmul_back", "rounded_inputs", "straight"]
 
 _MATRIX = 4  # inputs from which on the CPU's matrix unit multiplies, where there is one
 _FEW = 24  # inputs up to which they are multiplied one by one
-_SHARED = 1 << 18  # weights from which on threads share a product
 _TILE_WEIGHTS = 1 << 19  # 2 MiB of float32
 _ANY_ROWS = np.empty(0, np.int64)
 
 Array = np.ndarray[Any, Any]
-
-
-class _Pool:
-    """Threads for the loops: as many as were last asked for, in this process."""
-
-    def __init__(self) -> None:
-        self.made: tuple[int, int, ThreadPoolExecutor] | None = None
-
-    def of(self, threads: int) -> ThreadPoolExecutor:
-        made = self.made
-        if made is None or made[:2] != (os.getpid(), threads):
-            made = os.getpid(), threads, ThreadPoolExecutor(threads, "qformats")
-            self.made = made
-        return made[2]
-
-
-_POOL = _Pool()
-
-
-def _share(run: Callable[[int, int], Any], count: int, work: int) -> None:
-    """``run(low, high)`` over 0 … ``count``, in threads where ``work`` is worth it."""
-    threads = min(torch.get_num_threads(), count)
-    if threads <= 1 or work < _SHARED:
-        if count:
-            run(0, count)
-        return
-    ends = [count * i // threads for i in range(threads + 1)]
-    pool = _POOL.of(threads - 1)
-    waiting = [pool.submit(run, low, high) for low, high in pairwise(ends[1:])]
-    run(ends[0], ends[1])
-    for task in waiting:
-        task.result()
 
 
 def _plan(lowered: Lowered) -> Plan | None:
@@ -73,43 +37,87 @@ def _plan(lowered: Lowered) -> Plan | None:
     return plan_of(lowered) if first.device.type == "cpu" and type(first) in (Tensor, torch.nn.Parameter) else None
 
 
-def _inputs(x: Tensor, lowered: Lowered) -> Tensor:
-    """``x`` (M, K) in float32, its columns in the order of the planes."""
-    wide = x.to(torch.float32)
-    return (wide.index_select(1, lowered.planes["order"]) if lowered.layout.index == "order" else wide).contiguous()
+class Straight:
+    """The product with a weight, its plan looked up once: for a caller that keeps it and asks whether it still ``holds``."""
+
+    __slots__ = ("_columns", "_made_of", "_one", "_order", "_rounds", "lowered", "plan")
+
+    def __init__(self, lowered: Lowered, names: Sequence[str], plan: Plan, rounds: bool) -> None:
+        self.plan, self.lowered, self._columns, self._rounds = plan, lowered, lowered.layout.columns, rounds
+        self._one: one.Product | None = None
+        self._order = lowered.planes["order"] if lowered.layout.index == "order" else None
+        planes = lowered.planes.values()
+        versions = [-1 if plane.is_inference() else plane._version for plane in planes]  # of an inference tensor none is counted
+        self._made_of = list(zip(names, planes, versions, strict=True))
+
+    def holds(self, planes: Mapping[str, Tensor | None]) -> bool:
+        """Whether these are the planes that the plan was made of, and nothing was written to them."""
+        for name, plane, version in self._made_of:
+            if planes.get(name) is not plane or (version >= 0 and plane._version != version):
+                return False
+        return True
+
+    def __call__(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """``x`` (..., K) on the CPU times the transposed rows ``start:stop``, in the dtype of ``x``.
+
+        Float32 that is contiguous is taken as it is. Raises RuntimeError where K is another.
+        """
+        shape, dtype = x.shape, x.dtype
+        if shape[-1] != self._columns:
+            raise RuntimeError(f"inputs of shape {tuple(shape)} for a weight of {self._columns} columns")
+        if x.requires_grad:
+            x = x.detach()
+        if dtype is torch.float32 and self._order is None and x.numel() == self._columns and x.is_contiguous():
+            out = np.empty((*shape[:-1], stop - start), np.float32)
+            if self._one is None:
+                self._one = (one.rounded if self._rounds else one.exact)(self.plan, self.lowered)
+            self._one(x.numpy().reshape(1, -1), start, stop, out.reshape(1, -1))
+            return torch.from_numpy(out)
+        if dtype is not torch.float32:
+            x = x.to(torch.float32)
+        if len(shape) != 2:
+            x = x.reshape(-1, self._columns)
+        if self._order is not None:
+            x = x.index_select(1, self._order)
+        elif not x.is_contiguous():
+            x = x.contiguous()
+        made = self._many(x, start, stop, dtype is torch.bfloat16)
+        if dtype is not torch.float32:
+            made = made.to(dtype)
+        return made if len(shape) == 2 else made.view(*shape[:-1], stop - start)
 
 
-def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
-    """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``; None where no loop serves."""
+    def _many(self, x: Tensor, start: int, stop: int, narrow: bool) -> Tensor:
+        """``x`` (M, K) float32, in the order of the planes; ``narrow``: bfloat16 numbers."""
+        if not len(x):
+            return x.new_empty((0, stop - start))
+        if len(x) >= _MATRIX and cpu_matrix.available():
+            made = cpu_matrix.multiply(x, self.plan, self.lowered, start, stop, narrow=narrow, rounds=self._rounds)
+            if made is not None:
+                return made
+        return (_rounded if self._rounds else _exact)(x, self.plan, self.lowered, start, stop)
+
+
+def straight(lowered: Lowered, names: Sequence[str], compute: str) -> Straight | None:
+    """The product with a weight whose planes the caller holds as ``names``, in the order of the layout; None where no loop serves."""
     plan = _plan(lowered)
     rounds = compute == "int8"
     if rounds and (plan is None or plan.integers is None):
         _warn(f"weights on {lowered.layout.grid} are multiplied exactly: there is no product of bytes for them")
         rounds = False
-    if plan is None:
-        return None
-    if not x.numel():
-        return x.new_zeros((*x.shape[:-1], stop - start))
-    flat = _inputs(x.detach().reshape(-1, x.shape[-1]), lowered)
-    made = None
-    if len(flat) >= _MATRIX and cpu_matrix.available():
-        made = cpu_matrix.multiply(flat, plan, lowered, start, stop, narrow=x.dtype == torch.bfloat16, rounds=rounds, share=_share)
-    if made is None:
-        made = (_rounded if rounds else _exact)(flat, plan, lowered, start, stop)
-    return made.to(x.dtype).reshape(*x.shape[:-1], stop - start)
+    return None if plan is None else Straight(lowered, names, plan, rounds)
+
+
+def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
+    """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``; None where no loop serves."""
+    product = straight(lowered, lowered.layout.names, compute)
+    return None if product is None else product(x, start, stop)
 
 
 def _exact(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> Tensor:
     """The product with ``x`` (M, K) float32, (M, stop - start)."""
     (inputs, columns), count, padded = x.shape, stop - start, plan.padded
-    loops = find("products")
-    how: tuple[Any, ...] = (plan.head, plan.slots, plan.constants, find("rows").decoder().address)
-    few, weights = loops.few, loops.weights
-    if plan.strips:
-        strips = strips_of(plan, lowered)
-        made = (loops.row_times if inputs == 1 else loops.row)(strips.widths, strips.kind, strips.zeros, strips.offsets)
-        gather = find("factors").row_factors().address
-        few, weights, how = loops.few_strips, loops.weights_strips, (*how[:3], gather, made.address, strips.table)
+    few, how = one.few_of(plan, lowered, inputs == 1)
     out, laid = torch.empty((inputs, count)), np.zeros((inputs, padded), np.float32)
     if plan.strips:
         find("strips").in_words(x.numpy(), laid)
@@ -119,6 +127,7 @@ def _exact(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> Te
         array = out.numpy()
         _share(lambda low, high: few(*how, laid, start, array, low, high), count, count * padded * (1 + inputs // 4))
         return out
+    weights = find("products").weights_strips if plan.strips else find("products").weights
     source, room = torch.from_numpy(laid), torch.zeros((min(count, _tile_rows(padded)), padded))
     for rows in _tiles(start, stop, padded):
         tile = room[: rows.stop - rows.start]
@@ -153,11 +162,9 @@ def _rounded(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int) -> 
     sums = np.zeros((inputs, -(-groups // 16) * 16), np.float32)
     loops.quantize(x.numpy(), plan.group, q, scales, sums)
     out = torch.empty((inputs, count))
-    strips, kind = strips_of(plan, lowered), int(plan.head[find("rows").KIND])
-    made = loops.row_times(strips.widths, kind, strips.fine) if inputs == 1 else loops.kept(strips.widths, kind)
-    array, gather = out.numpy(), find("factors").row_factors().address
-    how = plan.head, plan.slots, plan.constants, gather, made.address, *(plan.integers or ()), q, scales, sums, start
-    _share(lambda low, high: loops.multiply(*how, array, low, high), count, count * padded * (1 + inputs // 4))
+    array, (multiply, how) = out.numpy(), one.multiply_of(plan, lowered, inputs == 1)
+    how = *how, q, scales, sums, start
+    _share(lambda low, high: multiply(*how, array, low, high), count, count * padded * (1 + inputs // 4))
     return out
 
 
@@ -180,10 +187,15 @@ def dequantize(lowered: Lowered, rows: slice | Tensor) -> Tensor | None:
     if isinstance(rows, slice):
         first, stop, _ = rows.indices(total)
         return _unsorted(_decoded(plan, _ANY_ROWS, first, torch.empty((max(0, stop - first), k))), lowered)
+    return _picked(plan, rows, lowered)
+
+
+def _picked(plan: Plan, rows: Tensor, lowered: Lowered) -> Tensor | None:
+    """Rows by number, whole numbers (n,); None where one is not there."""
     picked = rows.to(torch.int64).contiguous().numpy()
-    if len(picked) and not 0 <= int(picked.min()) <= int(picked.max()) < total:
+    if len(picked) and int(picked.view(np.uint64).max()) >= lowered.layout.rows:  # a negative number is a large one
         return None
-    return _unsorted(_decoded(plan, picked, 0, torch.empty((len(picked), k))), lowered)
+    return _unsorted(_decoded(plan, picked, 0, torch.empty((len(picked), lowered.layout.columns))), lowered)
 
 
 def _unsorted(columns: Tensor, lowered: Lowered) -> Tensor:
@@ -218,9 +230,12 @@ def matmul_back(grad: Tensor, lowered: Lowered, start: int, stop: int) -> Tensor
     return _unsorted(out, lowered).to(grad.dtype).reshape(*grad.shape[:-1], columns)
 
 
-def embed(ids: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor | None:
-    """The rows ``ids`` of the weight in float32, (*ids.shape, K); None where no loop serves them or ``dtype`` is another."""
-    if dtype != torch.float32:
+def embed(ids: Tensor, lowered: Lowered, dtype: torch.dtype, plan: Plan | None = None) -> Tensor | None:
+    """The rows ``ids`` of the weight in float32, (*ids.shape, K); None where no loop serves them or ``dtype`` is another.
+
+    ``plan``: that of the weight, where the caller has it.
+    """
+    if dtype != torch.float32 or (plan := plan or _plan(lowered)) is None:
         return None
-    made = dequantize(lowered, ids.reshape(-1))
-    return None if made is None else made.reshape(*ids.shape, lowered.layout.columns)
+    made = _picked(plan, ids.reshape(-1), lowered)
+    return None if made is None else made.view(*ids.shape, lowered.layout.columns)

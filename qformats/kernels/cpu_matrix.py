@@ -7,7 +7,6 @@ numbers; every other weight is decoded to float32 and taken in three parts.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +17,14 @@ from torch import Tensor
 from qformats.kernels.cpu_plan import Plan, values_of
 from qformats.kernels.cpu_strips import strips_of
 from qformats.kernels.lower import Lowered
+from qformats.kernels.threads import share
 from qformats.loops import find
 
 __all__ = ["available", "multiply"]
 
 Array = np.ndarray[Any, Any]
-Share = Callable[[Callable[[int, int], Any], int, int], None]
 
+_BLOCK = 64  # rows that the loop takes together
 _LARGEST = 2.0**100  # of inputs in three parts: products with codes stay finite
 
 
@@ -112,7 +112,7 @@ def _sums(x: Array, by: Array | None, each: int) -> Array:
     return sums.numpy() if by is None else sums.numpy() * by.repeat(each, axis=1)
 
 
-def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, narrow: bool, rounds: bool, share: Share) -> Tensor | None:
+def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, narrow: bool, rounds: bool) -> Tensor | None:
     """``x`` (M, K) float32 times the transposed rows ``start:stop``, (M, stop - start) float32; None for inputs that are not served.
 
     ``narrow``: the inputs are bfloat16 numbers. ``rounds``: they are rounded to whole multiples of a number for each 128 columns.
@@ -138,5 +138,5 @@ def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, 
     made = (find("rows").decoder() if way.form == 2 else find("factors").row_factors()).address
     how = plan.head, plan.slots, plan.constants, made, decoded, pieces, way.form, way.each, way.table, way.numbers, way.zero
     given = loops.shapes(way.each), tiles, sums, by, start, out.numpy()
-    share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4)
+    share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4, step=_BLOCK)
     return out

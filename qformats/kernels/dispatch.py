@@ -2,13 +2,13 @@
 
 An operator takes the planes as a list (in the order of ``Layout.names``), the layout as its text, the weight's rows ``start:stop`` and the
 way of computing, one of ``COMPUTE``: ``"exact"`` takes the weights exactly and multiplies in float32; ``"int8"`` rounds the inputs to bytes
-(``qformats.kernels.cpu.rounded_inputs``) where a loop multiplies bytes, and is exact elsewhere. ``multiply`` is the same without
-the operator's overhead, for code that is neither compiled nor differentiated. The gradient is that of the input; planes have none.
+(``qformats.kernels.cpu.rounded_inputs``) where a loop multiplies bytes, and is exact elsewhere. ``multiply`` and ``look_up`` are the same
+without the operator's overhead, for code that is neither compiled nor differentiated. The gradient is that of the input; planes have none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ from qformats.kernels import cpu, gpu, reference
 from qformats.kernels.layout import Layout
 from qformats.kernels.lower import Lowered
 
-__all__ = ["COMPUTE", "embed", "grouped", "matmul", "multiply", "multiply_grouped"]
+__all__ = ["COMPUTE", "embed", "grouped", "look_up", "matmul", "multiply", "multiply_grouped"]
 
 COMPUTE = ("exact", "int8")
 _KERNELS: dict[str, Any] = {"cpu": cpu, "cuda": gpu}  # by device; None of a kernel: the definition runs
@@ -77,17 +77,22 @@ def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 matmul.register_autograd(_gradient, setup_context=_keep)
 
 
-def multiply_grouped(x: Tensor, lowered: Lowered, offsets: Tensor, outputs: int, compute: str) -> Tensor:
+def multiply_grouped(
+    x: Tensor, lowered: Lowered, offsets: Tensor, outputs: int, compute: str, known: Callable[[Tensor, int, int], Tensor] | None = None
+) -> Tensor:
     """Rows ``offsets[e]:offsets[e + 1]`` of ``x`` (n, K) times the transposed rows of expert e, ``outputs`` of them; (n, outputs).
 
-    ``offsets``: (E + 1,) on the device of ``x``. Rows of no expert come out zero.
+    ``offsets``: (E + 1,) on the device of ``x``. Rows of no expert come out zero. ``known``: the product with rows of the weight, where
+    the caller has it (``cpu.Straight``).
     """
     if x.is_cuda and compute == "exact" and (made := gpu.experts(x, lowered, offsets, outputs)) is not None:
         return made
     out = x.new_zeros((len(x), outputs))
     for expert, (start, stop) in enumerate(pairwise(offsets.tolist())):
         if start < stop:
-            out[start:stop] = multiply(x[start:stop], lowered, expert * outputs, (expert + 1) * outputs, compute)
+            first, last = expert * outputs, (expert + 1) * outputs
+            some = x[start:stop]
+            out[start:stop] = known(some, first, last) if known else multiply(some, lowered, first, last, compute)
     return out
 
 
@@ -129,11 +134,16 @@ def _grouped_gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 grouped.register_autograd(_grouped_gradient, setup_context=_keep_grouped)
 
 
-@torch.library.custom_op("qformats::embed", mutates_args=())
-def embed(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
-    lowered, kernels = _lowered(planes, layout), _KERNELS.get(ids.device.type)
+def look_up(ids: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor:
+    """The rows ``ids`` of the weight, (*ids.shape, K), each exact value rounded once to ``dtype``."""
+    kernels = _KERNELS.get(ids.device.type)
     made = None if kernels is None else kernels.embed(ids, lowered, dtype)
     return reference.embed(ids, lowered, dtype) if made is None else made
+
+
+@torch.library.custom_op("qformats::embed", mutates_args=())
+def embed(ids: Tensor, planes: Sequence[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    return look_up(ids, _lowered(planes, layout), dtype)
 
 
 @embed.register_fake

@@ -47,8 +47,10 @@ def matmul_back(grad: Tensor, lowered: Lowered, start: int, stop: int) -> Tensor
 
 
 def embed(ids: Tensor, lowered: Lowered, dtype: torch.dtype) -> Tensor:
-    """The rows ``ids`` of the weight, (*ids.shape, K), each exact value rounded once to ``dtype``."""
+    """The rows ``ids`` of the weight, (*ids.shape, K), each exact value rounded once to ``dtype``; IndexError for others."""
     flat = ids.reshape(-1)
     if not len(flat):
         return torch.empty((*ids.shape, lowered.layout.columns), dtype=dtype, device=ids.device)
+    if ids.device.type == "cpu" and (int(flat.min()) < 0 or int(flat.max()) >= lowered.layout.rows):
+        raise IndexError(f"there is no row {int(flat.min())} or {int(flat.max())} in a matrix of {lowered.layout.rows}")
     return lowered.dequantize(flat, dtype).reshape(*ids.shape, -1)

@@ -71,6 +71,10 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
         self.compute = compute
         self.source = None if source is None else dict(source)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as this class: those that ``take_over`` makes of it cannot be imported."""
+        return _bare, (), dict(self.__dict__)
+
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The configuration of a checkpoint whose ``quantization_config`` is ``config_dict``, or of what ``to_dict`` gave."""
@@ -96,3 +100,7 @@ class QFormatsConfig(_Mixin):  # type: ignore[misc]
     def get_loading_attributes(self) -> dict[str, Any]:
         """The options that a caller may set beside a checkpoint's own configuration."""
         return {"activations": self.activations, "compute": self.compute}
+
+
+def _bare() -> QFormatsConfig:
+    return QFormatsConfig.__new__(QFormatsConfig)

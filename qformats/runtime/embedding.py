@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from qformats.kernels import dispatch
+from qformats.kernels import cpu, dispatch
 from qformats.kernels.lower import Lowered
 from qformats.runtime.packed import Packed, PackedWeight, refuse_another
 
@@ -47,9 +49,23 @@ class QuantEmbedding(Packed, nn.Embedding):
         return torch.tensor(self.factor, device=self.plane_device)
 
     def forward(self, ids: Tensor) -> Tensor:
-        planes = [self._buffers[name] for name in self._names[0]]
-        rows: Tensor = dispatch.embed(ids, planes, self._texts[0], self.compute_dtype)
-        return rows if self.factor is None else rows * torch.tensor(self.factor, device=rows.device).to(rows.dtype)
+        if is_compiling():
+            planes = [self._buffers[name] for name in self._names[0]]
+            rows: Tensor = dispatch.embed(ids, planes, self._texts[0], self.compute_dtype)
+            return rows if self.factor is None else rows * torch.tensor(self.factor, device=rows.device).to(rows.dtype)
+        rows = self._looked_up(ids)
+        return rows if self.factor is None else rows * _scalar(self.factor, rows.dtype)
+
+    def _looked_up(self, ids: Tensor) -> Tensor:
+        known = self.straight(0) if ids.is_cpu else None
+        made = None if known is None else cpu.embed(ids, self.segment(0), self.compute_dtype, known.plan)
+        return dispatch.look_up(ids, self.segment(0), self.compute_dtype) if made is None else made
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.layouts[0].grid}"
+
+
+@cache
+def _scalar(value: float, dtype: torch.dtype) -> float:
+    """``value`` as a number of ``dtype``."""
+    return torch.tensor(value).to(dtype).item()

@@ -38,7 +38,8 @@ class ExpertStack(Packed):
             planes = [self._buffers[name] for name in self._names[0]]
             made: Tensor = dispatch.grouped(given, planes, self._texts[0], offsets, self.outputs, self.compute)
             return made.to(x.dtype)
-        return dispatch.multiply_grouped(given, self.segment(0), offsets, self.outputs, self.compute).to(x.dtype)
+        known = self.straight(0) if given.is_cpu else None
+        return dispatch.multiply_grouped(given, self.segment(0), offsets, self.outputs, self.compute, known).to(x.dtype)
 
     @property
     def groups(self) -> bool:

@@ -38,8 +38,8 @@ class QuantLinear(Packed, nn.Linear):
         refuse_another(self, value)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.multiply(x)
-        y = y if self.bias is None else y + self.bias.to(y.dtype)
+        y, bias = self.multiply(x), self._parameters["bias"]
+        y = y if bias is None else y + bias.to(y.dtype)
         if not self.output_rules:
             return y
         parts = [(y[..., start:stop], rule) for start, stop, rule in self.output_rules]

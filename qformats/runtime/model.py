@@ -66,6 +66,11 @@ class PackedModel:
                 module.__dict__["_taken"] = True
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled by the name of the model's own class, since this one has none that could be imported."""
+        made: Any = super().__reduce_ex__(protocol)
+        return (_bare, (type(self).__mro__[2],), *made[2:])
+
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
         """Save the model and put it into ``repo_id``: ``private``, ``revision``, ``create_pr``, ``commit_message`` as in transformers.
 
@@ -101,6 +106,12 @@ def _push(path: Path, repo: str, options: Mapping[str, Any]) -> Any:
     push = import_module("qformats.hub.push").push_to_hub  # a later room, asked for only here
     names = ("private", "revision", "create_pr", "base_model", "report")
     return push(path, repo, message=options.get("commit_message"), **{name: options[name] for name in names if name in options})
+
+
+def _bare(cls: Any) -> nn.Module:
+    made = packed_class(cls)
+    bare: nn.Module = object.__new__(made)
+    return bare
 
 
 @cache

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_map
 
 from qformats.errors import Unsupported
 from qformats.kernels import dispatch
+from qformats.kernels.cpu import Straight, straight
 from qformats.kernels.lower import Lowered, raised
 from qformats.runtime.anew import Kept, Stretch, requantized
 from qformats.runtime.inputs import round_inputs
@@ -110,13 +112,19 @@ class Packed(nn.Module):
                 self.register_buffer(_buffer(name, number), plane)
         self._texts = tuple(layout.text for layout in self.layouts)
         self._names = tuple(tuple(_buffer(name, i) for name in layout.names) for i, layout in enumerate(self.layouts))
-        self._held: list[Lowered | None] = [None] * len(self.layouts)
+        self._rows = sum(layout.rows for layout in self.layouts)
+        self._forget()
         self._is_hf_initialized = True  # transformers then leaves it alone
+
+    def _forget(self) -> None:
+        """Let go of what was made of the planes."""
+        self._held: list[Lowered | None] = [None] * len(self.layouts)
+        self._straight: list[Straight | None] = [None] * len(self.layouts)
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Rows of all segments, and columns."""
-        return (sum(layout.rows for layout in self.layouts), self.layouts[0].columns)
+        return (self._rows, self.layouts[0].columns)
 
     @property
     def plane_device(self) -> torch.device:
@@ -130,11 +138,10 @@ class Packed(nn.Module):
     def segment(self, number: int) -> Lowered:
         """The planes of a segment as they are now."""
         held = self._held[number]
-        first = self._buffers[_buffer("codes0", number)]
-        if held is None or held.planes["codes0"] is not first:
+        now = [self._buffers[name] for name in self._names[number]]
+        if held is None or any(one is not plane for one, plane in zip(held.planes.values(), now, strict=True)):
             layout = self.layouts[number]
-            planes = {name: self._buffers[_buffer(name, number)] for name in layout.names}
-            held = Lowered(layout, planes)  # type: ignore[arg-type]
+            held = Lowered(layout, dict(zip(layout.names, now, strict=True)))  # type: ignore[arg-type]
             if "_hf_hook" not in self.__dict__:  # of offloaded planes nothing is kept
                 self._held[number] = held
         return held
@@ -156,9 +163,9 @@ class Packed(nn.Module):
 
         Inputs are rounded first where the checkpoint says so (``input_rules``).
         """
-        stop = self.weight_shape[0] if stop is None else stop
+        stop = self._rows if stop is None else stop
         if not self.input_rules:
-            return self._exact(x, start, stop)
+            return self._product(x, 0, start, stop) if len(self._names) == 1 else self._exact(x, start, stop)
         parts = []
         for first, last, rule in self.input_rules:
             low, high = max(start, first), min(stop, last)
@@ -175,11 +182,22 @@ class Packed(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def _product(self, x: Tensor, number: int, start: int, stop: int) -> Tensor:
-        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             planes = [self._buffers[name] for name in self._names[number]]
             made: Tensor = dispatch.matmul(x, planes, self._texts[number], start, stop, self.compute)
             return made
+        if x.is_cpu and (known := self.straight(number)) is not None:
+            return known(x, start, stop)
         return dispatch.multiply(x, self.segment(number), start, stop, self.compute)
+
+    def straight(self, number: int) -> Straight | None:
+        """The product with a segment that is on the CPU, where a loop serves; kept until its planes are others."""
+        made = self._straight[number]
+        if made is None or not made.holds(self._buffers):
+            first = self._buffers[self._names[number][0]]
+            made = straight(self.segment(number), self._names[number], self.compute) if first is not None and first.is_cpu else None
+            self._straight[number] = None if "_hf_hook" in self.__dict__ else made
+        return made
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """All rows, each exact value rounded once to ``dtype`` (None: the compute dtype)."""
@@ -261,6 +279,7 @@ class Packed(nn.Module):
             self._buffers.update(planes)
             raise
         self._buffers.update(moved)
+        self._forget()
         return self
 
     @staticmethod
@@ -271,7 +290,7 @@ class Packed(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = dict(self.__dict__)
-        state["_held"] = [None] * len(self.layouts)
+        state["_held"], state["_straight"] = [None] * len(self.layouts), [None] * len(self.layouts)
         return state
 
 

@@ -153,6 +153,10 @@ class QFormatsQuantizer(_Base):  # type: ignore[misc]
         """Whether ``torch.compile`` takes it."""
         return True
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copied and pickled as this class: what ``gguf_quantizer`` makes of it cannot be imported."""
+        return _bare, (), self.__getstate__()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": ExitStack(), "_ours": []}
 
@@ -235,3 +239,7 @@ def register() -> None:
 def gguf_quantizer(options: dict[str, Any]) -> type[QFormatsQuantizer]:
     """The quantizer that stands for transformers' own of ``gguf_file=``."""
     return type("QFormatsQuantizer", (QFormatsQuantizer,), {"options": dict(options), "__module__": __name__})
+
+
+def _bare() -> QFormatsQuantizer:
+    return QFormatsQuantizer.__new__(QFormatsQuantizer)

@@ -19,7 +19,7 @@ from qformats.containers.raw import RawTensor
 from qformats.containers.safetensors import METADATA_KEY, layout_safetensors, tensor_nbytes
 from qformats.containers.source import FileSource, MemorySource
 from qformats.errors import Unsupported, WouldLose
-from qformats.formats.dense import read_float, write_float
+from qformats.formats.dense import FLOAT_DTYPES, read_float, write_float
 from qformats.reencode import finish, fit
 from qformats.runtime.packed import Packed, present
 from qformats.runtime.record import FileRecord, Record, Stored
@@ -205,6 +205,10 @@ class _Tensors:
             return _floats(torch.from_numpy(tensor.constant), raw.dtype, name)
         rows = assemble.read_rows(tensor, self._reader, 0, tensor.rows)
         if not isinstance(rows, QuantizedTensor):
+            if raw.dtype not in FLOAT_DTYPES:
+                text = f"is {raw.dtype} in the file, and floats in the model, which has no packed module for weights that lie like this"
+                hint = "convert the file itself, or call dequantize() and save floats"
+                raise Unsupported("gguf-floats", text, tensor=name, hint=hint)
             return _floats(tensor.alter(rows), raw.dtype, name)
         storage = self._record.storages[name.rpartition(".")[0]]
         (piece, *_) = write(storage, rows, 0, raw.shape)

@@ -22,8 +22,10 @@ The config is ``quantization_config`` of config.json, or ``hf_quant_config.json`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from qformats.containers.raw import RawTensor
@@ -189,7 +191,10 @@ def inputs(module: Module) -> Inputs | None:
     """
     word = layer_of(module.match.config, module.name)[0]
     said = None if word is None else INPUTS.get(word)
-    if said is None or "pre_quant_scale" in module.parts:
+    if said is None:
+        return None
+    if "pre_quant_scale" in module.parts:
+        _say_once(f"{word}: inputs that pre_quant_scale multiplies first are not rounded; the weights are as published")
         return None
     if said.kind == "mxfp8":
         return Inputs("e4m3fn", "group", 32, scale_grid="ceil")
@@ -201,6 +206,11 @@ def inputs(module: Module) -> Inputs | None:
     if said.kind == "nvfp4":
         return Inputs("e2m1", "group", 16, scale, span=6.0, scale_grid="e4m3fn")
     return Inputs("int8" if said.kind == "int8" else "e4m3fn", "tensor", scale=scale)
+
+
+@cache
+def _say_once(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def module_warnings(module: Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from checkpoints import ready
 
 from qformats.errors import QFormatError
+from qformats.formats import modelopt
 from qformats.formats.protocol import Inputs
 from qformats.runtime.inputs import round_inputs, rounded
 from qformats.runtime.loader import load_model
@@ -253,3 +255,19 @@ def test_bad_thresholds_are_refused(tmp_path: Path) -> None:
         with pytest.raises(QFormatError) as caught:
             load_model(source)
         assert caught.value.code == "config-value"
+
+
+def test_a_factor_of_the_input_is_applied_and_its_rounding_is_said_to_be_missing(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    source = Path(shutil.copytree(ready("modelopt/nvfp4", tmp_path), tmp_path / "factor"))
+    before = load_model(source, dtype=torch.float32).model.layers[0].mlp
+    held = load_file(source / "model.safetensors")
+    factor = torch.linspace(0.5, 2, before.up_proj.in_features)
+    save_file({**held, "model.layers.0.mlp.up_proj.pre_quant_scale": factor}, source / "model.safetensors")
+    modelopt._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="pre_quant_scale multiplies first are not rounded"):
+        after = load_model(source, dtype=torch.float32).model.layers[0].mlp
+    assert after.up_proj.input_rules == () and after.gate_proj.input_rules == before.gate_proj.input_rules != ()
+    x = torch.randn(2, len(factor), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(after.up_proj(x), (x * factor) @ before.up_proj.dequantize().t(), atol=1e-5)

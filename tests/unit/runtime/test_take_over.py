@@ -62,6 +62,7 @@ def test_it_is_what_load_model_gives(case: str, tmp_path: Path) -> None:
 
 SPECIAL = {
     "pre-quantized HQQ": "hqq/4b-g32-ax1-f16",
+    "compressed-tensors with four bits and zero points": "compressed-tensors/w4-asym",
     "Quanto's own save": "quanto/qint4-f16",
     "fine-grained FP8 with a partial last block": "fp8/block",
     "ModelOpt, which transformers does not know": "modelopt/nvfp4",
@@ -74,6 +75,27 @@ SPECIAL = {
 @pytest.mark.parametrize("case", [case for case in SPECIAL.values() if case not in SAMPLE])
 def test_what_transformers_gets_wrong(case: str, tmp_path: Path) -> None:
     check_taken(case, tmp_path)
+
+
+def test_it_compiles_without_a_break(tmp_path: Path) -> None:
+    model = from_pretrained(ready("compressed-tensors/w4-asym", tmp_path), dtype=torch.float32)
+    wanted = logits(model)
+    with torch.no_grad():
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(input_ids=IDS).logits
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["awq/gemm-g64", "gptq/moe-qwen3"])
+def test_a_model_is_pickled_and_saves_as_before(case: str, tmp_path: Path) -> None:
+    source = ready(case, tmp_path)
+    for number, model in enumerate((from_pretrained(source), load_model(source))):
+        torch.save(model, tmp_path / "model.pt")
+        other = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(logits(other), logits(model)) and other.config.to_dict() == model.config.to_dict()
+        other.save_pretrained(tmp_path / f"out{number}")
+        assert (tmp_path / f"out{number}" / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+        other.dequantize()
+        assert type(other) is type(model).__mro__[2]
 
 
 def test_shards_beside_other_weights(tmp_path: Path) -> None:
@@ -119,7 +141,8 @@ def test_a_gguf_of_any_architecture(model: str, tmp_path: Path) -> None:
     converted(ready(model, tmp_path), source, "gguf:q8_0", allow_requantize=True)
     taken = from_pretrained(source.parent, gguf_file=source.name)
     assert torch.equal(logits(taken), logits(load_model(source)))
-    taken.save_pretrained(tmp_path / "out")
+    torch.save(taken, tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False).save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / source.name).read_bytes() == source.read_bytes()
     assert torch.equal(logits(from_pretrained(tmp_path / "out", gguf_file=source.name)), logits(taken))
 
