@@ -136,13 +136,13 @@ class Chooser(Facts):
             return self.mix.types[tensor.name]
         mixed = self.mix.file_type is not None
         for pattern, name in self.options.tensor_types:
-            matrix = len(tensor.shape) > 1 and not self.is_stack(tensor)
+            matrix = len(tensor.shape) > 1 and not self.is_stack(tensor, name.lower())
             if re.search(pattern, tensor.name) and ((matrix and not mixed) or name.lower() in FLOAT_WORDS):
                 return name.lower()
         kind = None if mixed else self.options.target.type
         if kind is None or tensor.kind not in MATRIX_KINDS or len(tensor.shape) < 2:
             return None
-        if kind not in FLOAT_WORDS and self.is_stack(tensor):
+        if kind not in FLOAT_WORDS and self.is_stack(tensor, kind):
             return None
         if not dense or kind in FLOAT_WORDS:
             return kind
@@ -246,7 +246,7 @@ class Chooser(Facts):
         if kept is not None:
             return kept
         row = registry.row(self._target(named).format)
-        if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
+        if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor, named):
             return self._dequantize(tensor, named)
         if getattr(registry.format_module(row.name), "PACKED_EXPERTS", False) and tensor.kind != "experts":
             return self._dequantize(tensor, named)
@@ -323,14 +323,14 @@ class Chooser(Facts):
     def _misfit(tensor: TensorMap, storage: Storage) -> bool:
         return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
-    def _must_be_float(self, tensor: TensorMap) -> bool:
+    def _must_be_float(self, tensor: TensorMap, named: str | None) -> bool:
         """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats.
 
         From another checkpoint the output stays in codes, and the embedding where the loaders of the format take one.
         """
         ends = tensor.kind in ("embedding", "output") and self.checkpoint.gguf is not None
         ends |= self._is_embedding_of_floats(tensor)
-        return self.is_stack(tensor) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
+        return self.is_stack(tensor, named) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
 
     def _is_embedding_of_floats(self, tensor: TensorMap) -> bool:
         """An embedding that the target's loaders do not take in codes."""
@@ -347,7 +347,7 @@ class Chooser(Facts):
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
         if self._is_embedding_of_floats(tensor) and not named:
             reason = f"the loaders of {self.options.target.format} take no embedding in such codes; {reason}"
-        if self.is_stack(tensor) and self.options.target.format != "hf":
+        if self.is_stack(tensor, named) and self.options.target.format != "hf":
             reason = f"stacked in one tensor, for which {self.options.target.format} has no codes; {reason}"
         return self.float_job(tensor, dtype, "dequantized", reason, exact)
 
