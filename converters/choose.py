@@ -262,9 +262,9 @@ class Chooser(Facts):
             ignored = (IGNORED,) if tensor.target in self.kept and not self.options.header_only else ()
             return replace(found, notes=(*savings(self, tensor, found, storages), *ignored))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        job = self._quantize(tensor, named or self._new_type(), reason)
         if (named is not None and not self.mix.asks) or self.options.allow_requantize:
-            return self._quantize(tensor, named or self._default_type(), reason)
-        job = self._quantize(tensor, named or self._default_type(), reason)
+            return job
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
 
     def _as_it_was(self, tensor: TensorMap, format_name: str) -> Job | None:
@@ -358,7 +358,12 @@ class Chooser(Facts):
         if target.type is not None and target.type in self.new_groups:
             target = replace(target, options={**target.options, "group": str(self.new_groups[target.type])})
             reason += f"; groups of {target.options['group']}, which divide every width"
-        storage = self._searchable(module.storages(target, scheme))
+        try:
+            storage = self._searchable(module.storages(target, scheme))
+        except Unsupported as error:
+            if error.code != "group-size" or "group" in target.options:
+                raise
+            return self._too_odd(tensor, error.message)
         before = self.storages_of.get(tensor.target)
         if before is not None and self.options.target.type is None and not self.options.target.options and before.type == storage.type:
             storage = before  # the group and the layout that the record says
@@ -366,18 +371,21 @@ class Chooser(Facts):
         if smaller != kind and smaller not in FLOAT_WORDS:
             return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
         if self._misfit(tensor, storage):
-            why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
-            if self.is_code_source(tensor):
-                return self.float_job(tensor, "F32", "dequantized", why, float32_exact(self.scheme(tensor)))
-            if self.to_gguf:
-                return self.float_job(tensor, float_dtype(self, tensor, {"F16"}, None), "dequantized", why)
-            job = self._as_floats(tensor, None)
-            return replace(job, reason=f"{why}; {job.reason}")
+            return self._too_odd(tensor, f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}")
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self.to_gguf else storage.type
         how, search = self._how(storage)
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
                    (how, *self.whole_in_memory(tensor)), orders=self.orders_of(tensor), search=search)  # fmt: skip
+
+    def _too_odd(self, tensor: TensorMap, why: str) -> Job:
+        """Floats where a type has no blocks for a weight's sizes."""
+        if self.is_code_source(tensor):
+            return self.float_job(tensor, "F32", "dequantized", why, float32_exact(self.scheme(tensor)))
+        if self.to_gguf:
+            return self.float_job(tensor, float_dtype(self, tensor, {"F16"}, None), "dequantized", why)
+        job = self._as_floats(tensor, None)
+        return replace(job, reason=f"{why}; {job.reason}")
 
     def _scheme_before(self, tensor: TensorMap) -> Scheme:
         return self.scheme(tensor) if self.is_code_source(tensor) else float_scheme(tensor.shape)
@@ -397,6 +405,11 @@ class Chooser(Facts):
         if not improves(storage, search):
             return "round to nearest", REFERENCE
         return BETTER if search == "best" else HALF_QUADRATIC, search
+
+    def _new_type(self) -> str:
+        """The type for new codes of a weight that no name is meant for, such as a router that the source has in codes."""
+        asked = self.options.target.type
+        return self._default_type() if self.to_gguf or asked is None or asked in FLOAT_WORDS else asked
 
     def _default_type(self) -> str:
         """The type for new codes where none is named: one of eight bits in a GGUF, the format's own default elsewhere."""

@@ -358,7 +358,7 @@ def _settled(job: Job, storage: Storage) -> Job:
 
 
 def _decide_alike(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
-    """Decide all jobs; where a checkpoint has one type alone, new codes are like those of the other weights that were kept."""
+    """Decide all jobs; where a checkpoint has one type alone, new codes are like those of the other weights, that were kept if any were."""
     jobs, target = _decide(chooser, tensors), chooser.options.target
     if not getattr(registry.format_module(target.format), "ONE_TYPE", False):
         return jobs
@@ -367,7 +367,7 @@ def _decide_alike(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     made = {job.type for job in jobs if job.kind == "requantized"}
     other_type = target.type is None and len(types) == 1 and bool(made - types)
     groups = {job.storage.group for job in jobs if job.storage is not None}
-    sizes = [job.storage.group for job in kept if job.storage is not None and job.storage.group]
+    sizes = [job.storage.group for job in kept or jobs if job.storage is not None and job.storage.group]
     other_group = "group" in registry.row(target.format).options and "group" not in target.options and len(groups) > 1 and bool(sizes)
     if not other_type and not other_group:
         return jobs

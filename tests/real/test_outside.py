@@ -216,6 +216,11 @@ def every_width(name: str) -> dict[str, Any] | None:
     return {"nbits": 4, "group_size": 64, "axis": 0} if "down" in name else {"nbits": 3, "group_size": 16, "axis": 1}
 
 
+def nested(name: str) -> dict[str, Any] | None:
+    """Quantized scales and zeros, of runs that go over the ends of rows of 96 columns."""
+    return None if name == "lm_head" else {"nbits": 4, "group_size": 64, "axis": 1, "quant_zero": True, "quant_scale": True}
+
+
 def by_names() -> Any:
     import torchao.quantization as q
 
@@ -244,6 +249,8 @@ CASES = (
     Case("embedding and head in codes", "compressed-tensors", "mistral_spm", ends, ("quanto", "torchao")),
     Case("widths and axes layer by layer", "hqq", "llama_bpe", lambda model, out: by_hqq(model, out, pick=every_width), ("torchao", "mlx"),
          torch.float16, {"hidden_size": 128, "intermediate_size": 192}, "real"),
+    Case("nested scales and zeros of runs", "hqq", "qwen3", lambda model, out: by_hqq(model, out, pick=nested), ("awq", "torchao"),
+         torch.float32, tier="real"),
     Case("configs by names", "torchao", "qwen2", lambda model, out: by_torchao(model, out, config=by_names),
          ("compressed-tensors", "bitsandbytes"), sizes=WIDE, tier="real"),
     Case("fused experts", "torchao", "mixtral", lambda model, out: by_torchao(model, out, config=fused_experts),
