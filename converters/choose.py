@@ -85,7 +85,9 @@ class Chooser(Facts):
             made = self._quantize(tensor, plain.type.lower(), why)
             return replace(made, reason=why if made.reason == why else f"{why}; {made.reason}", merged=names)
         if storage is not None:
-            parts = registry.format_module(plain.format).layout(storage, tensor.shape)
+            form = registry.format_module(plain.format)
+            storage = form.renewed(storage) if hasattr(form, "renewed") else storage
+            parts = form.layout(storage, tensor.shape)
             how, search = self._how(storage)
             return Job(tensor, "quantize", "requantized", why, storage.type, parts, False, None, storage, plain.format,
                        (how, *self.whole_in_memory(tensor)), orders=self.orders_of(tensor), merged=names, search=search)  # fmt: skip

@@ -99,6 +99,7 @@ def _in_place(checkpoint: Checkpoint, tensor: TensorMap, target: str) -> TensorM
         return TensorMap(f"{module}.{tensor.leaf}", "weight", _swapped(tensor.shape), sources, kind="experts", floats=tensor)
     if tensor.leaf != "weight" or len(tensor.shape) != 2 or _packs_experts(target) or not _inputs_as_rows(checkpoint, module):
         return tensor
+    coded = module in checkpoint.by_outputs
     turned = TensorMap(module, "weight", tensor.shape[::-1], _turned(module, "weight", tensor.shape))
     floats = replace(turned if coded else tensor, kind="conv1d")
     if target == "hf":
