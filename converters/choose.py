@@ -85,7 +85,9 @@ class Chooser(Facts):
             made = self._quantize(tensor, plain.type.lower(), why)
             return replace(made, reason=why if made.reason == why else f"{why}; {made.reason}", merged=names)
         if storage is not None:
-            parts = registry.format_module(plain.format).layout(storage, tensor.shape)
+            form = registry.format_module(plain.format)
+            storage = form.renewed(storage) if hasattr(form, "renewed") else storage
+            parts = form.layout(storage, tensor.shape)
             how, search = self._how(storage)
             return Job(tensor, "quantize", "requantized", why, storage.type, parts, False, None, storage, plain.format,
                        (how, *self.whole_in_memory(tensor)), orders=self.orders_of(tensor), merged=names, search=search)  # fmt: skip
@@ -136,13 +138,13 @@ class Chooser(Facts):
             return self.mix.types[tensor.name]
         mixed = self.mix.file_type is not None
         for pattern, name in self.options.tensor_types:
-            matrix = len(tensor.shape) > 1 and not self.is_stack(tensor)
+            matrix = len(tensor.shape) > 1 and not self.is_stack(tensor, name.lower())
             if re.search(pattern, tensor.name) and ((matrix and not mixed) or name.lower() in FLOAT_WORDS):
                 return name.lower()
         kind = None if mixed else self.options.target.type
         if kind is None or tensor.kind not in MATRIX_KINDS or len(tensor.shape) < 2:
             return None
-        if kind not in FLOAT_WORDS and self.is_stack(tensor):
+        if kind not in FLOAT_WORDS and self.is_stack(tensor, kind):
             return None
         if not dense or kind in FLOAT_WORDS:
             return kind
@@ -246,7 +248,7 @@ class Chooser(Facts):
         if kept is not None:
             return kept
         row = registry.row(self._target(named).format)
-        if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor):
+        if row.name == "hf" or named in FLOAT_WORDS or self._must_be_float(tensor, named):
             return self._dequantize(tensor, named)
         if getattr(registry.format_module(row.name), "PACKED_EXPERTS", False) and tensor.kind != "experts":
             return self._dequantize(tensor, named)
@@ -262,9 +264,9 @@ class Chooser(Facts):
             ignored = (IGNORED,) if tensor.target in self.kept and not self.options.header_only else ()
             return replace(found, notes=(*savings(self, tensor, found, storages), *ignored))
         reason = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        job = self._quantize(tensor, named or self._new_type(), reason)
         if (named is not None and not self.mix.asks) or self.options.allow_requantize:
-            return self._quantize(tensor, named or self._default_type(), reason)
-        job = self._quantize(tensor, named or self._default_type(), reason)
+            return job
         return replace(job, notes=(NEEDS_CONSENT,)) if job.kind == "requantized" else job
 
     def _as_it_was(self, tensor: TensorMap, format_name: str) -> Job | None:
@@ -323,14 +325,14 @@ class Chooser(Facts):
     def _misfit(tensor: TensorMap, storage: Storage) -> bool:
         return bool(tensor.shape[-1] % storage.k_multiple or tensor.shape[-2] % storage.n_multiple)
 
-    def _must_be_float(self, tensor: TensorMap) -> bool:
+    def _must_be_float(self, tensor: TensorMap, named: str | None) -> bool:
         """Stacks, and unless the record says otherwise embedding and output, are floats in integer checkpoint formats.
 
         From another checkpoint the output stays in codes, and the embedding where the loaders of the format take one.
         """
         ends = tensor.kind in ("embedding", "output") and self.checkpoint.gguf is not None
         ends |= self._is_embedding_of_floats(tensor)
-        return self.is_stack(tensor) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
+        return self.is_stack(tensor, named) or (not self.to_gguf and ends and tensor.target not in self.storages_of)
 
     def _is_embedding_of_floats(self, tensor: TensorMap) -> bool:
         """An embedding that the target's loaders do not take in codes."""
@@ -347,7 +349,7 @@ class Chooser(Facts):
         reason = "every weight is a float32 number" if exact else f"rounded once to {dtype}"
         if self._is_embedding_of_floats(tensor) and not named:
             reason = f"the loaders of {self.options.target.format} take no embedding in such codes; {reason}"
-        if self.is_stack(tensor) and self.options.target.format != "hf":
+        if self.is_stack(tensor, named) and self.options.target.format != "hf":
             reason = f"stacked in one tensor, for which {self.options.target.format} has no codes; {reason}"
         return self.float_job(tensor, dtype, "dequantized", reason, exact)
 
@@ -358,7 +360,12 @@ class Chooser(Facts):
         if target.type is not None and target.type in self.new_groups:
             target = replace(target, options={**target.options, "group": str(self.new_groups[target.type])})
             reason += f"; groups of {target.options['group']}, which divide every width"
-        storage = self._searchable(module.storages(target, scheme))
+        try:
+            storage = self._searchable(module.storages(target, scheme))
+        except Unsupported as error:
+            if error.code != "group-size" or "group" in target.options:
+                raise
+            return self._too_odd(tensor, error.message)
         before = self.storages_of.get(tensor.target)
         if before is not None and self.options.target.type is None and not self.options.target.options and before.type == storage.type:
             storage = before  # the group and the layout that the record says
@@ -366,18 +373,21 @@ class Chooser(Facts):
         if smaller != kind and smaller not in FLOAT_WORDS:
             return self._quantize(tensor, smaller, f"{tensor.shape[-1]} columns do not divide into {kind} blocks")
         if self._misfit(tensor, storage):
-            why = f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}"
-            if self.is_code_source(tensor):
-                return self.float_job(tensor, "F32", "dequantized", why, float32_exact(self.scheme(tensor)))
-            if self.to_gguf:
-                return self.float_job(tensor, float_dtype(self, tensor, {"F16"}, None), "dequantized", why)
-            job = self._as_floats(tensor, None)
-            return replace(job, reason=f"{why}; {job.reason}")
+            return self._too_odd(tensor, f"{tensor.shape[-2]} x {tensor.shape[-1]} does not divide into blocks of {storage.type}")
         parts = module.layout(storage, tensor.shape)
         name = storage.type.upper() if self.to_gguf else storage.type
         how, search = self._how(storage)
         return Job(tensor, "quantize", "requantized", reason, name, parts, False, None, storage, target.format,
                    (how, *self.whole_in_memory(tensor)), orders=self.orders_of(tensor), search=search)  # fmt: skip
+
+    def _too_odd(self, tensor: TensorMap, why: str) -> Job:
+        """Floats where a type has no blocks for a weight's sizes."""
+        if self.is_code_source(tensor):
+            return self.float_job(tensor, "F32", "dequantized", why, float32_exact(self.scheme(tensor)))
+        if self.to_gguf:
+            return self.float_job(tensor, float_dtype(self, tensor, {"F16"}, None), "dequantized", why)
+        job = self._as_floats(tensor, None)
+        return replace(job, reason=f"{why}; {job.reason}")
 
     def _scheme_before(self, tensor: TensorMap) -> Scheme:
         return self.scheme(tensor) if self.is_code_source(tensor) else float_scheme(tensor.shape)
@@ -397,6 +407,11 @@ class Chooser(Facts):
         if not improves(storage, search):
             return "round to nearest", REFERENCE
         return BETTER if search == "best" else HALF_QUADRATIC, search
+
+    def _new_type(self) -> str:
+        """The type for new codes of a weight that no name is meant for, such as a router that the source has in codes."""
+        asked = self.options.target.type
+        return self._default_type() if self.to_gguf or asked is None or asked in FLOAT_WORDS else asked
 
     def _default_type(self) -> str:
         """The type for new codes where none is named: one of eight bits in a GGUF, the format's own default elsewhere."""

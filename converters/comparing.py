@@ -72,7 +72,7 @@ class Measured:
 
 def pair_tensors(first: Checkpoint, second: Checkpoint) -> Pairing:
     """The tensors of ``first`` as ``second`` stores them; errors are those of ``map_tensors``."""
-    mapped = map_tensors(first, second.format)
+    mapped = map_tensors(first, second.format, lambda stack: stack.target in second.modules)
     there: list[TensorMap] = []
     missing: list[TensorMap] = []
     for tensor in mapped.tensors:

@@ -16,7 +16,9 @@ from converters.options import PlanOptions
 from converters.planes import Kept
 from qformats import registry
 from qformats.architectures.mapping import TensorMap
+from qformats.architectures.stacks import Stacks
 from qformats.checkpoint import Checkpoint
+from qformats.errors import QFormatError
 from qformats.formats.protocol import PartInfo
 from qformats.reencode import Hint
 from qformats.scheme import Scheme, Storage
@@ -90,10 +92,30 @@ class Facts:
         """The same from values that are floats once they are read."""
         return replace(self.job(tensor, "float", kind, reason, dtype), lossless=lossless)
 
-    def is_stack(self, tensor: TensorMap) -> bool:
-        """Experts in one tensor, which no integer checkpoint format has codes for."""
+    def is_stack(self, tensor: TensorMap, named: str | None = None) -> bool:
+        """Experts in one tensor, which the target, in the type ``named``, has no codes for."""
+        if self.to_gguf or len(tensor.shape) <= 2:
+            return False
         packs = getattr(registry.format_module(self.options.target.format), "PACKED_EXPERTS", False)
-        return not self.to_gguf and not packs and len(tensor.shape) > 2
+        return not packs and not self.holds_stack(tensor, named)
+
+    def holds_stack(self, tensor: TensorMap, named: str | None = None) -> bool:
+        """Whether the target has codes for a stack with outputs as rows, in the type ``named``, else that of the source's codes."""
+        target = self.options.target
+        takes = getattr(registry.format_module(target.format), "stacks", None)
+        if takes is None or len(tensor.shape) != 3 or tensor.target not in self._stack_names:
+            return False
+        kind = named or target.type or (None if self.is_code_source(tensor) else registry.row(target.format).default_type)
+        return bool(takes(replace(target, type=kind), self.scheme(tensor) if kind is None else None))
+
+    @cached_property
+    def _stack_names(self) -> frozenset[str]:
+        """Names of stacks with outputs as rows."""
+        try:
+            names = Stacks(self.checkpoint.binding).names
+        except QFormatError:  # an architecture that is not known
+            return frozenset()
+        return frozenset(start + name for both in names.items() for name in both for start in ("", "language_model."))
 
     def is_code_source(self, tensor: TensorMap) -> bool:
         """Whether the numbers come from codes as they are stored."""

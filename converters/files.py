@@ -215,7 +215,8 @@ def quantization_config(
     linear = {j.map.target for j in jobs if j.map.leaf == "weight" and len(j.map.shape) == 2 and j.map.kind in _LINEAR}
     if checkpoint.gguf is None:
         linear |= set(linear_modules(checkpoint))
-    skipped = sorted(linear - storages.keys())
+    coded = {s.module for j in jobs if j.map.target in storages and j.map.leaf == "weight" for s in j.map.sources}
+    skipped = sorted(linear - storages.keys() - (coded if checkpoint.gguf is None else set()))
     original = None
     if restore is not None and "config.json" in restore.files:
         before = json.loads(restore.files["config.json"])

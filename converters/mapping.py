@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from converters.activations import moved
 from qformats import registry
 from qformats.architectures.mapping import Mapped, SourceRows, TensorMap
+from qformats.architectures.stacks import Stacks
 from qformats.checkpoint import Checkpoint
 from qformats.errors import QFormatError, Unsupported
 
@@ -18,9 +20,18 @@ if TYPE_CHECKING:
 __all__ = ["map_tensors"]
 
 
-def map_tensors(checkpoint: Checkpoint, target: str) -> Mapped:
-    """All tensors of the format ``target`` with their source rows; what is no weight goes where the target has a place for it."""
+def map_tensors(
+    checkpoint: Checkpoint, target: str, stacks: Callable[[TensorMap], bool] | None = None, apart: Container[str] = ()
+) -> Mapped:
+    """All tensors of the format ``target`` with their source rows; what is no weight goes where the target has a place for it.
+
+    ``stacks``: of which stacks of experts with outputs as rows the target holds the codes in one tensor (none, where it is absent).
+    ``apart``: modules of single experts that a stack is taken apart into.
+    """
     mapped = _map_weights(checkpoint, target)
+    if (stacks is not None or apart) and (binding := _binding(checkpoint)) is not None:
+        tensors = mapped.tensors if stacks is None else Stacks(binding).gather(mapped.tensors, stacks)
+        mapped = replace(mapped, tensors=Stacks(binding).spread(tensors, apart))
     written: frozenset[str] = getattr(registry.format_module(target), "WRITTEN", frozenset())
     kept, dropped = [], dict(mapped.dropped)
     for (module, leaf), what in checkpoint.extras.items():
@@ -88,6 +99,7 @@ def _in_place(checkpoint: Checkpoint, tensor: TensorMap, target: str) -> TensorM
         return TensorMap(f"{module}.{tensor.leaf}", "weight", _swapped(tensor.shape), sources, kind="experts", floats=tensor)
     if tensor.leaf != "weight" or len(tensor.shape) != 2 or _packs_experts(target) or not _inputs_as_rows(checkpoint, module):
         return tensor
+    coded = module in checkpoint.by_outputs
     turned = TensorMap(module, "weight", tensor.shape[::-1], _turned(module, "weight", tensor.shape))
     floats = replace(turned if coded else tensor, kind="conv1d")
     if target == "hf":

@@ -65,6 +65,12 @@ class MergedCheckpoint(Checkpoint):
         merged = weight is not None and isinstance(weight.source, MergedSource)
         return not merged and super()._is_quantized(parts)
 
+    @cached_property
+    def by_outputs(self) -> frozenset[str]:
+        """Those of ``base``: a merged matrix has the axes of its codes."""
+        assert self.base is not None
+        return self.base.by_outputs
+
     @property
     def has_codes(self) -> bool:
         """Whether ``base`` has any: merged floats are to be codes again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from converters import absorb, activations, budget, files, provenance
 from converters.choose import IGNORED, Chooser
+from converters.facts import Facts
 from converters.importances import with_importances
 from converters.jobs import Job, storage_to_json
 from converters.kept_planes import Extra, with_extras
@@ -110,7 +111,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
     restore = _restorable(checkpoint, options)
-    mapped = map_tensors(checkpoint, target.name)
+    recorded = {} if restore is None else restore.storages
+    mapped = map_tensors(checkpoint, target.name, _stacking(checkpoint, options, recorded), recorded)
     if not options.header_only:
         checkpoint.check_extras()
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
@@ -149,6 +151,16 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     return _assembled(chooser, rest)
 
 
+def _stacking(
+    checkpoint: Checkpoint, options: PlanOptions, recorded: Mapping[str, Storage]
+) -> Callable[[TensorMap], bool] | None:
+    """Which stacks of experts a target holds in codes, None where it holds none."""
+    if not hasattr(registry.format_module(options.target.format), "stacks"):
+        return None
+    facts = Facts(checkpoint, options)
+    return lambda stack: stack.target in recorded or facts.holds_stack(stack)
+
+
 @dataclass(frozen=True)
 class _Rest:
     """What a plan is made of beside the chooser."""
@@ -183,7 +195,8 @@ def _single_experts(format_name: str, jobs: Sequence[Job]) -> list[str]:
     """transformers 5 keeps a layer's experts in one parameter; what fills it from single experts in codes is ``_FROM_SINGLE_EXPERTS``."""
     if format_name in _FROM_SINGLE_EXPERTS:
         return []
-    found = [job.name for job in jobs if ".experts." in job.name and job.map.leaf == "weight" and (job.storage or job.action == "parts")]
+    singles = [job for job in jobs if ".experts." in job.name and job.map.leaf == "weight" and len(job.map.shape) == 2]
+    found = [job.name for job in singles if job.storage or job.action == "parts"]
     if not found:
         return []
     text = f"{len(found)} experts, the first is {found[0]!r}, are written in codes one by one, as vLLM reads them"
@@ -345,7 +358,7 @@ def _settled(job: Job, storage: Storage) -> Job:
 
 
 def _decide_alike(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
-    """Decide all jobs; where a checkpoint has one type alone, new codes are like those of the other weights that were kept."""
+    """Decide all jobs; where a checkpoint has one type alone, new codes are like those of the other weights, that were kept if any were."""
     jobs, target = _decide(chooser, tensors), chooser.options.target
     if not getattr(registry.format_module(target.format), "ONE_TYPE", False):
         return jobs
@@ -354,7 +367,7 @@ def _decide_alike(chooser: Chooser, tensors: Sequence[Any]) -> list[Job]:
     made = {job.type for job in jobs if job.kind == "requantized"}
     other_type = target.type is None and len(types) == 1 and bool(made - types)
     groups = {job.storage.group for job in jobs if job.storage is not None}
-    sizes = [job.storage.group for job in kept if job.storage is not None and job.storage.group]
+    sizes = [job.storage.group for job in kept or jobs if job.storage is not None and job.storage.group]
     other_group = "group" in registry.row(target.format).options and "group" not in target.options and len(groups) > 1 and bool(sizes)
     if not other_type and not other_group:
         return jobs

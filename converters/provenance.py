@@ -234,7 +234,8 @@ def _planes(checkpoint: Checkpoint, name: str, job: Job) -> dict[str, Any]:
     if tensor.group_index is not None and name in job.orders:
         entry["group_index"] = [pack(tensor.group_index.to(torch.int32).numpy().astype("<i4").tobytes()), tensor.shape[-1]]
     zero = None if tensor.zero_point is None else tensor.zero_point.values
-    if isinstance(zero, torch.Tensor) and zero.numel() > 1 and not isinstance(job.storage and job.storage.zero_point, tuple):
+    held = isinstance(job.storage and job.storage.zero_point, tuple)
+    if isinstance(zero, torch.Tensor) and zero.dim() == 2 and zero.numel() > 1 and not held:  # 1: of runs over the ends of rows
         plane = zero.to(torch.int16)  # in the source's group order; the way back reorders it by the group index
         entry["zero_point"] = [_pack_zeros(plane), list(plane.shape)]
     return entry

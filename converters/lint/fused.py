@@ -42,7 +42,7 @@ def _layers(checkpoint: Checkpoint, kinds: Mapping[str, Any], table: Mapping[str
             if len(names) < 2:
                 continue
             made: dict[str, Any] = {"name": f"{base}{whole}", "parts": names, "differ": _difference(names, kinds), "unruled": False}
-            if rules and made["differ"] is None:
+            if rules and made["differ"] is None and ".experts." not in base:  # all experts are one layer, of their own module's name
                 made["unruled"] = any(_meant(rules, made["name"]) != _meant(rules, part) for part in names)
             yield made
 

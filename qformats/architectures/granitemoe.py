@@ -19,6 +19,7 @@ from qformats.architectures.splits import Split
 __all__ = ["GRANITEMOE"]
 
 MOE = "model.layers.{i}.block_sparse_moe."
+STACK = MOE + "experts"  # in transformers 5, which may save it so
 SHARED = "model.layers.{i}.shared_mlp."
 _COMMON = tuple(rule for rule in LLAMA.rules if ".mlp." not in rule.hf)
 
@@ -45,9 +46,12 @@ GRANITEMOE = replace(
     model_types=("granitemoe", "granitemoeshared"),
     rules=(
         _COMMON[0],
-        Rule(MOE + "input_linear", "blk.{i}.ffn_gate_exps", "EFH", "experts", split=Split("runs", "weight", 0, 2)),
-        Rule(MOE + "input_linear", "blk.{i}.ffn_up_exps", "EFH", "experts", split=Split("runs", "weight", 1, 2)),
-        Rule(MOE + "output_linear", "blk.{i}.ffn_down_exps", "EHF", "experts", split=Split("runs", "weight")),
+        Rule(MOE + "input_linear", "blk.{i}.ffn_gate_exps", "EFH", "experts", split=Split("runs", "weight", 0, 2),
+             fused=("gate_up_proj", 0, 2), stack=STACK),
+        Rule(MOE + "input_linear", "blk.{i}.ffn_up_exps", "EFH", "experts", split=Split("runs", "weight", 1, 2),
+             fused=("gate_up_proj", 1, 2), stack=STACK),
+        Rule(MOE + "output_linear", "blk.{i}.ffn_down_exps", "EHF", "experts", split=Split("runs", "weight"),
+             fused=("down_proj", 0, 1), stack=STACK),
         Rule(MOE + "router.layer", "blk.{i}.ffn_gate_inp", "EH", "router"),
         Rule(SHARED + "input_linear", "blk.{i}.ffn_gate_shexp", "sH", split=Split("runs", "weight", 0, 2), when="has_shared"),
         Rule(SHARED + "input_linear", "blk.{i}.ffn_up_shexp", "sH", split=Split("runs", "weight", 1, 2), when="has_shared"),

@@ -243,6 +243,8 @@ def _split_to_gguf(
     if found is None:
         found, leaf = sources.take(f"{name}.{leaf}", "weight"), "weight"
         packed = found is not None and (sources.by_outputs is None or found[0] in sources.by_outputs)
+    if found is None and rule.fused is not None and (made := _fused_to_gguf(rule, layer, rule.sizes(dims), sources)):
+        return made
     if found is None:
         return _one_by_one_to_gguf(rule, split, layer, dims, sources)
     shapes = [other.sizes(dims) for other in _siblings(rule, split, rules)]
@@ -292,10 +294,9 @@ def _fused_to_gguf(rule: Rule, layer: int, expected: Shape, sources: _Sources) -
     """Cut one run of rows of each expert out of ``mlp.experts.gate_up_proj`` (E, 2F, H) or take ``down_proj`` (E, H, F) whole."""
     assert rule.fused is not None
     leaf, part, parts = rule.fused
-    base = rule.hf.format(i=layer, e=0).rsplit(".", 2)[0]
-    found, used = sources.take(base, leaf), leaf
-    if found is None:
-        found, used = sources.take(f"{base}.{leaf}", "weight"), "weight"
+    bases = {rule.experts.format(i=layer), rule.stack.format(i=layer)} - {""}
+    places = [place for base in sorted(bases) for place in ((base, leaf), (f"{base}.{leaf}", "weight"))]
+    found, used = next(((taken, place[1]) for place in places if (taken := sources.take(*place)) is not None), (None, ""))
     if found is None:
         return []
     module, shape = found

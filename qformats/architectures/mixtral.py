@@ -16,6 +16,7 @@ from qformats.architectures.mapping import Rule
 __all__ = ["MIXTRAL"]
 
 MOE = "model.layers.{i}.block_sparse_moe."
+STACK = "model.layers.{i}.mlp.experts"  # in transformers 5, which saves it under the name above
 _SHARED = tuple(replace(rule, bias=False) for rule in LLAMA.rules if ".mlp." not in rule.hf)
 
 MIXTRAL = Architecture(
@@ -27,9 +28,9 @@ MIXTRAL = Architecture(
     rules=(
         _SHARED[0],
         Rule(MOE + "gate", "blk.{i}.ffn_gate_inp", "EH", "router"),
-        Rule(MOE + "experts.{e}.w1", "blk.{i}.ffn_gate_exps", "EFH", "experts", fused=("gate_up_proj", 0, 2)),
-        Rule(MOE + "experts.{e}.w2", "blk.{i}.ffn_down_exps", "EHF", "experts", fused=("down_proj", 0, 1)),
-        Rule(MOE + "experts.{e}.w3", "blk.{i}.ffn_up_exps", "EFH", "experts", fused=("gate_up_proj", 1, 2)),
+        Rule(MOE + "experts.{e}.w1", "blk.{i}.ffn_gate_exps", "EFH", "experts", fused=("gate_up_proj", 0, 2), stack=STACK),
+        Rule(MOE + "experts.{e}.w2", "blk.{i}.ffn_down_exps", "EHF", "experts", fused=("down_proj", 0, 1), stack=STACK),
+        Rule(MOE + "experts.{e}.w3", "blk.{i}.ffn_up_exps", "EFH", "experts", fused=("gate_up_proj", 1, 2), stack=STACK),
         *_SHARED[1:],
     ),
     before=ATTENTION,

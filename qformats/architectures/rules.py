@@ -20,7 +20,8 @@ class Rule:
     letters of ``Binding.dims`` and digits. ``order`` is the letter of the head count when rows are permuted for rotary embedding,
     ``qkv`` where a fused projection is regrouped. ``bias``: whether there is one, or the config flag that says so. ``when`` and
     ``unless`` name the config flag with which, or without which, the tensor exists. ``transposed``: HF keeps the weight (K, N).
-    ``fused`` names the leaf of ``….experts`` that holds all experts at once, and which of how many equal runs of rows is meant.
+    ``fused`` names the leaf of ``….experts`` that holds all experts at once, and which of how many equal runs of rows is meant;
+    ``stack`` is the owner of that leaf in transformers where it is not what ``hf`` has before ``{e}``.
     ``leaf`` and ``gguf_leaf``: the tensors' last words. ``split``: the HF tensor is several GGUF tensors; ``hf`` is its module.
     ``since`` and ``until``: letters of the first block that has the tensor, where that is not 0, and of the first that no longer has it,
     where that is not ``L``. ``optional``: the tensor may be missing. ``within``: config field that lists the blocks with this tensor,
@@ -40,6 +41,7 @@ class Rule:
     transposed: bool = False
     resizable: bool = False
     fused: tuple[str, int, int] | None = None
+    stack: str = ""
     leaf: str = "weight"
     gguf_leaf: str = "weight"
     split: Split | None = None
@@ -52,6 +54,11 @@ class Rule:
     chosen: frozenset[int] | None = None
     hf_shape: str = ""
     function: str = ""
+
+    @property
+    def experts(self) -> str:
+        """The module of all experts that this one is of, by its own name; ``stack`` where that says nothing of one."""
+        return self.hf.partition(".{e}")[0] if "{e}" in self.hf else self.stack
 
     def in_block(self, layer: int, dims: Mapping[str, int]) -> bool:
         """Whether block ``layer`` has it; ``until`` may lie beyond ``L``."""

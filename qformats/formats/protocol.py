@@ -46,6 +46,8 @@ What a format may have beside, where it needs it:
 - ``loading_warnings(storages) -> list[str]``: what its owner's own loader does not load of weights written in these storages (by module).
 - ``module_warnings(module)``, ``harmonize(storages)``: see ``converters.plan``. ``PACKED_EXPERTS``: it holds stacked experts alone.
   ``STACKS``: why it has no codes for them, where there is more to say of it.
+- ``stacks(target, scheme) -> bool``: whether such a target (``scheme``: of the source's codes where it names no type) holds experts
+  stacked in one tensor with outputs as rows, as transformers 5 has them in memory (``Stacks``); ``STACKS`` speaks of the others.
 - ``ONE_TYPE = True``: all weights of a checkpoint are of one type and group size. ``embeddings(target, scheme)
   -> bool``: whether the loaders of such a target read an embedding in such codes (False where it is absent).
 - ``BARE``: suffixes of a weight that is a parameter, not a module, and bears its module's whole name where it is floats (stacked experts).

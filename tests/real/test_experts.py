@@ -151,3 +151,34 @@ def test_torchao_itself_multiplies_float8_stacks_with_outputs_as_rows_alone(name
         else:
             with pytest.raises((NotImplementedError, AssertionError, RuntimeError)):
                 model(torch.arange(8)[None])
+
+
+@pytest.mark.parametrize("options", ["", ",tensor"])
+@pytest.mark.parametrize("name", ["granitemoe", "mixtral", "qwen3_moe"])
+def test_float8_stacks_load_in_torchao(name: str, options: str, tmp_path: Path, workshop: Workshop, figure: Any) -> None:
+    """What we write of floats, plain transformers loads as ``Float8Tensor`` with our values, and its default pass multiplies it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from qformats.checkpoint import open_checkpoint
+    from qformats.tensor import QuantizedTensor
+
+    pytest.importorskip("torchao")
+    floats = tiny_model(name, tmp_path / "floats")
+    made, _ = workshop.convert(floats, f"torchao:fp8{options}")
+    model, told = AutoModelForCausalLM.from_pretrained(made, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    stacks = 0
+    with open_checkpoint(made) as checkpoint:
+        for module in filter(checkpoint.is_quantized, checkpoint.modules):
+            bare = checkpoint.is_bare(module)
+            owned, ours = model.get_parameter(module if bare else f"{module}.weight"), checkpoint.read(module)
+            assert type(owned).__name__ == "Float8Tensor" and isinstance(ours, QuantizedTensor)
+            assert torch.equal(ours.dequantize(owned.dtype, like="torchao").reshape(owned.shape), owned.dequantize()), module
+            stacks += bare
+    assert stacks == 2 * model.config.num_hidden_layers
+    ids = torch.arange(16)[None]
+    wanted = AutoModelForCausalLM.from_pretrained(floats)(ids).logits.detach()
+    apart = float((model(ids).logits.detach() - wanted).abs().max() / (wanted.max() - wanted.min()))
+    figure(f"{stacks} float8 stacks of {name} in torchao: logits {apart:.1e} of their range from those of the floats")
+    assert apart < 0.5  # another expert may be chosen

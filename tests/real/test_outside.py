@@ -137,7 +137,7 @@ def by_torchao(model: Any, out: Path, *, config: Callable[[], Any], **more: Any)
     return {k.removesuffix(".weight"): v.dequantize() for k, v in made.state_dict().items() if type(v) not in plain}
 
 
-def by_quanto(model: Any, out: Path, *, weights: str, exclude: str | None = "lm_head") -> Values:
+def by_quanto(model: Any, out: Path, *, weights: str, exclude: str | list[str] | None = "lm_head") -> Values:
     quanto = pytest.importorskip("optimum.quanto")
     quanto.QuantizedModelForCausalLM.quantize(model, weights=getattr(quanto, weights), exclude=exclude).save_pretrained(str(out))
     return {name: layer.weight.dequantize() for name, layer in model.named_modules() if isinstance(layer, quanto.QModuleMixin)}
@@ -216,6 +216,11 @@ def every_width(name: str) -> dict[str, Any] | None:
     return {"nbits": 4, "group_size": 64, "axis": 0} if "down" in name else {"nbits": 3, "group_size": 16, "axis": 1}
 
 
+def nested(name: str) -> dict[str, Any] | None:
+    """Quantized scales and zeros, of runs that go over the ends of rows of 96 columns."""
+    return None if name == "lm_head" else {"nbits": 4, "group_size": 64, "axis": 1, "quant_zero": True, "quant_scale": True}
+
+
 def by_names() -> Any:
     import torchao.quantization as q
 
@@ -231,6 +236,21 @@ def fused_experts() -> Any:
     return q.FqnToConfig({**experts, "_default": q.Int8WeightOnlyConfig()})
 
 
+def by_names_of_layers(name: str) -> dict[str, Any] | None:
+    """One bit along columns, two in runs of 16, four in runs of 8."""
+    if name == "lm_head":
+        return None
+    if "self_attn" in name:
+        return {"nbits": 1, "group_size": 32, "axis": 0}
+    return {"nbits": 2, "group_size": 16, "axis": 1} if "down" in name else {"nbits": 4, "group_size": 8, "axis": 1}
+
+
+def embedding_apart() -> Any:
+    import torchao.quantization as q
+
+    return q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(16))
+
+
 WIDE = {"hidden_size": 96, "intermediate_size": 160}
 CASES = (
     Case("biases, rows of no whole blocks", "bitsandbytes", "qwen2", four(quant_type="nf4"), ("torchao:int8", "gptq:int4"), sizes=WIDE,
@@ -244,10 +264,23 @@ CASES = (
     Case("embedding and head in codes", "compressed-tensors", "mistral_spm", ends, ("quanto", "torchao")),
     Case("widths and axes layer by layer", "hqq", "llama_bpe", lambda model, out: by_hqq(model, out, pick=every_width), ("torchao", "mlx"),
          torch.float16, {"hidden_size": 128, "intermediate_size": 192}, "real"),
+    Case("nested scales and zeros of runs", "hqq", "qwen3", lambda model, out: by_hqq(model, out, pick=nested), ("awq", "torchao"),
+         torch.float32, tier="real"),
     Case("configs by names", "torchao", "qwen2", lambda model, out: by_torchao(model, out, config=by_names),
          ("compressed-tensors", "bitsandbytes"), sizes=WIDE, tier="real"),
     Case("fused experts", "torchao", "mixtral", lambda model, out: by_torchao(model, out, config=fused_experts),
          ("fp8", "bitsandbytes:nf4")),
+    Case("a tied embedding in codes, the head apart", "torchao", "qwen2",
+         lambda model, out: by_torchao(
+             model, out, config=embedding_apart, include_input_output_embeddings=True, untie_embedding_weights=True),
+         ("compressed-tensors", "quanto")),
+    Case("a router in codes, experts in one tensor", "bitsandbytes", "qwen2_moe", four(quant_type="nf4", use_double_quant=True),
+         ("hqq:int8", "torchao:fp8")),
+    Case("one, two and four bits on either axis", "hqq", "cohere2", lambda model, out: by_hqq(model, out, pick=by_names_of_layers),
+         ("mlx", "compressed-tensors")),
+    Case("four bits, some left out by pattern", "quanto", "gemma3",
+         lambda model, out: by_quanto(model, out, weights="qint4", exclude=["*.q_proj", "lm_head"]), ("hqq", "awq"),
+         sizes={"hidden_size": 96, "intermediate_size": 192}),
     Case("two bits, odd sizes", "quanto", "llama_bpe", lambda model, out: by_quanto(model, out, weights="qint2"), ("hqq", "torchao"),
          torch.float32, {"hidden_size": 80, "intermediate_size": 144}),
     Case("e5m2, head in codes", "quanto", "mistral_spm", lambda model, out: by_quanto(model, out, weights="qfloat8_e5m2", exclude=None),

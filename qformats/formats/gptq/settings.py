@@ -15,6 +15,7 @@ from typing import Any
 
 from qformats.errors import BadFile, Unsupported
 from qformats.formats import autoround
+from qformats.formats.gptq.fused import with_fused
 from qformats.formats.packed import bool_field, dynamic_rules, int_field, says_group, tool_version
 from qformats.formats.protocol import Match, Target
 from qformats.scheme import Storage
@@ -170,7 +171,8 @@ def config_out(
     """The ``quantization_config`` of an output.
 
     ``original`` is returned as it was if it still describes every module. Otherwise: the commonest (bits, group) become the defaults, one
-    ``dynamic`` rule for each other pair and one negative rule for the linears left dense, names escaped and joined, negatives first.
+    ``dynamic`` rule for each other pair and one negative rule for the linears left dense, names escaped and joined, negatives first. A
+    rule that holds for all parts of what vLLM fuses names that layer too.
     """
     if original is not None and _describes(original, modules, skipped):
         return dict(original)
@@ -180,13 +182,11 @@ def config_out(
         raise Unsupported("gptq-mixed-labels", f"one checkpoint cannot hold {' and '.join(sorted(labels))} zero points")
     label = labels.pop()
     dense = sorted(name for name in skipped if not _is_head(name))
-    dynamic: dict[str, Any] = {f"-:{_alternation(dense)}": {}} if dense else {}
-    others: dict[tuple[int, int], list[str]] = {}
-    for name, storage in sorted(modules.items()):
-        if storage.integers.bits != bits or not says_group(group, storage):
-            others.setdefault((storage.integers.bits, storage.group or -1), []).append(name)
+    everything = {*modules, *dense}
+    dynamic: dict[str, Any] = {f"-:{_alternation(with_fused(dense, everything))}": {}} if dense else {}
+    others = _others(modules, bits, group)
     for (width, size), names in sorted(others.items()):
-        dynamic[f"+:{_alternation(names)}"] = {"bits": width, "group_size": size}
+        dynamic[f"+:{_alternation(with_fused(names, everything))}"] = {"bits": width, "group_size": size}
     config = {
         "bits": bits,
         "group_size": group,
@@ -200,6 +200,17 @@ def config_out(
         "meta": {"quantizer": [f"qformats:{tool_version()}"]},
     }
     return config | ({"dynamic": dynamic} if dynamic else {})
+
+
+def _others(modules: Mapping[str, Storage], bits: int, group: int) -> dict[tuple[int, int], list[str]]:
+    """Modules that the defaults do not describe, by (bits, group size); rows of one group go with others where that fits them."""
+    found: dict[tuple[int, int], list[str]] = {}
+    rest = [name for name, s in sorted(modules.items()) if s.integers.bits != bits or not says_group(group, s)]
+    for name in sorted(rest, key=lambda name: modules[name].group is None):
+        storage = modules[name]
+        fitting = (pair for pair in found if pair[0] == storage.integers.bits and says_group(pair[1], storage))
+        found.setdefault(next(fitting, (storage.integers.bits, storage.group or -1)), []).append(name)
+    return {pair: sorted(names) for pair, names in found.items()}
 
 
 def harmonize(modules: Mapping[str, Storage]) -> dict[str, Storage]:

@@ -28,14 +28,14 @@ from qformats.formats.torchao.names import EXTRAS, SUFFIXES, join_name, split_na
 from qformats.formats.torchao.pickled import PICKLED_CLASSES, flatten
 from qformats.formats.torchao.settings import config_out, detect, metadata_out, module_warnings
 from qformats.formats.torchao.shapes import scheme
-from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, embeddings, layout, storage_of, storages
+from qformats.formats.torchao.targets import ROW_MULTIPLE, can_store, embeddings, layout, stacks, storage_of, storages
 from qformats.formats.torchao.weights import read, write
 
 NAME = "torchao"
 BARE = frozenset({"_qdata"})
 KEEPS_AXES = True
 STACKS = (  # torchao 0.18 in transformers 5.23 on a CPU
-    "of torchao's tensors transformers multiplies a stack in Float8Tensor alone and with outputs as rows, and such are read, not written"
+    "of torchao's tensors transformers multiplies a stack in Float8Tensor alone, and with outputs as rows"
 )
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "read",
     "scheme",
     "split_name",
+    "stacks",
     "storage_of",
     "storages",
     "write",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -76,12 +76,13 @@ def logical_name(name: str, prefix: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of the metadata: its class, its attributes, and its parts that are stored; ``text`` is the JSON verbatim."""
+    """One tensor of the metadata: its class, its attributes, and its parts that are stored; ``text``: the JSON verbatim, under ``key``."""
 
     type: str
     attributes: Mapping[str, Any]
     parts: tuple[str, ...]
     text: str
+    key: str = ""
 
 
 def entry_of(module: Module) -> Entry:
@@ -103,10 +104,11 @@ def _find_entry(module: Module) -> Entry:
     hint = "the file was saved without torchao's metadata; save it again with transformers"
     if not isinstance(metadata.get("tensor_names"), str) or not _is_list_of_names(metadata["tensor_names"]):
         raise BadFile("torchao-metadata", "the metadata has no list of tensor_names", tensor=name, hint=hint)
-    text = metadata.get(name, metadata.get(_renamed(name, metadata) or ""))
+    key = name if name in metadata else _renamed(name, metadata) or ""
+    text = metadata.get(key)
     if not isinstance(text, str):
         raise BadFile("torchao-metadata", "the metadata does not say what this tensor is", tensor=name, hint=hint)
-    entry = _parsed(text, name)
+    entry = replace(_parsed(text, name), key=key)
     stored = {leaf.removeprefix(prefix) for leaf in module.parts if leaf in SUFFIXES | EXTRAS}
     if stored != set(entry.parts):
         missing, extra = sorted(set(entry.parts) - stored), sorted(stored - set(entry.parts))

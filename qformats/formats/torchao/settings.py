@@ -95,7 +95,8 @@ def metadata_out(modules: Mapping[str, tuple[Storage, tuple[int, ...]]], tensors
     for name, (storage, shape) in modules.items():
         text = storage.options.get("entry")
         prefix = str(storage.options.get("prefix", "_weight_"))
-        found[logical_name(name, prefix)] = str(text) if text is not None else json.dumps(_entry(storage, shape, dtype))
+        own = str(storage.options.get("named") or logical_name(name, prefix))
+        found[own] = str(text) if text is not None else json.dumps(_entry(storage, shape, dtype))
     found |= {name: json.dumps({"_type": "Tensor"}) for name in tensors if split_name(name)[1] not in EXTRAS}
     return {**found, "tensor_names": json.dumps(list(found))}
 

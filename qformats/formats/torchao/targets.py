@@ -1,7 +1,8 @@
 """What torchao can hold as a target: storages, their parts, and which tensors fit them as they stand. Torch-free.
 
 A storage's ``options``: ``kind`` the class, ``prefix`` of its leaves, ``order`` and ``block`` of its scales where they are not the
-usual, ``zero`` the container dtype of zero points, ``entry`` the metadata entry of a tensor that is kept, ``padded`` the sizes of tiles.
+usual, ``zero`` the container dtype of zero points, ``entry`` the metadata entry of a tensor that is kept, under ``named`` where that is
+another name, ``padded`` the sizes of tiles.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from math import gcd, prod
 from qformats.errors import Unsupported, UsageError
 from qformats.formats.packed import CONTAINER_FLOATS, FLOATS, group_option, yes_no
 from qformats.formats.protocol import Module, PartInfo, Target
-from qformats.formats.torchao.names import entry_of, prefix_of
+from qformats.formats.torchao.names import entry_of, logical_name, prefix_of
 from qformats.formats.torchao.shapes import Form, form_of, swizzled_shape, zero_is_absent
 from qformats.scheme import Block, Factor, Float, Grid, Integer, No, Scheme, Storage, Tile, Yes, whole
 
-__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "embeddings", "form_to_write", "layout", "storage_of", "storages"]
+__all__ = ["OPTIONS", "ROW_MULTIPLE", "TYPES", "can_store", "embeddings", "form_to_write", "layout", "stacks", "storage_of", "storages"]
 
 ROW_MULTIPLE = 32  # row ranges for ``write`` start at multiples of this, of the rows under one scale, and of 128 where scales are swizzled
 OPTIONS = ("group", "channel", "tensor", "block", "sym", "asym")
@@ -33,6 +34,8 @@ def storage_of(module: Module) -> Storage:
     """The storage that reproduces ``module`` byte for byte when what ``read`` returns is written again."""
     form, entry = form_of(module), entry_of(module)
     options: dict[str, object] = {"kind": form.kind, "prefix": prefix_of(module), "entry": entry.text, "order": form.order}
+    if entry.key != logical_name(module.name, prefix_of(module)):
+        options["named"] = entry.key
     qdata = module.parts[prefix_of(module) + "qdata"]
     scale = module.parts.get(prefix_of(module) + "scale")
     if form.packing == "tiles":
@@ -103,6 +106,12 @@ def embeddings(target: Target, scheme: Scheme) -> bool:
     return not kinds[0].startswith(("mx", "nv"))
 
 
+def stacks(target: Target, scheme: Scheme | None) -> bool:
+    """Float8 alone: the class that torchao 0.18 multiplies expert by expert, as transformers 5.23 asks of experts in one parameter."""
+    kinds = [target.type] if target.type is not None else [] if scheme is None else _likely(scheme)
+    return bool(kinds) and kinds[0].startswith("fp8")
+
+
 def storages(target: Target, scheme: Scheme) -> list[Storage]:
     """The types a weight like ``scheme`` could have: those that can keep its codes first.
 
@@ -140,7 +149,8 @@ def _of_type(kind: str, target: Target, scheme: Scheme) -> list[Storage]:
     if kind.startswith("fp8"):
         grid = Float("e4m3fn" if kind == "fp8" else "e5m2")
         forms = [_form("Float8Tensor", scheme, grid, block) for block in _fp8_blocks(target, scheme)]
-        return [_storage(form, None, True, {"kind": form.kind}) for form in forms]
+        bare = {"prefix": "_"} if len(scheme.shape) > 2 else {}  # experts are a parameter of another name than weight
+        return [_storage(form, None, True, {"kind": form.kind, **bare}) for form in forms]
     if set(target.options) - {"sym"}:
         raise UsageError("option", f"{kind} has no options", hint="name the type alone")
     if kind == "nvfp4":
@@ -202,8 +212,9 @@ def _fp8_blocks(target: Target, scheme: Scheme) -> list[tuple[int, int] | None]:
     columns = scheme.shape[-1]
     if "group" in target.options or yes_no(target, "asym"):
         raise UsageError("option", "float8 has channel, tensor or block scales")
+    all_of_it = None if len(scheme.shape) == 2 else (scheme.shape[-2], columns)  # an expert of a stack is taken out with its own scales
     if yes_no(target, "tensor"):
-        return [None]
+        return [all_of_it]
     if yes_no(target, "block"):
         return [(min(_BLOCK, scheme.shape[-2]), _BLOCK)]
     known = isinstance(scheme.grid, Float) and bool(scheme.scales) and isinstance(scheme.scales[0].block, Tile)
@@ -212,7 +223,7 @@ def _fp8_blocks(target: Target, scheme: Scheme) -> list[tuple[int, int] | None]:
     tile = scheme.scales[0].block
     assert isinstance(tile, Tile)
     if tile == whole(scheme.shape):
-        return [None, (1, columns)]
+        return [all_of_it, (1, columns)]
     high = tile.sizes[-2] if len(tile.sizes) > 1 else 1
     same = gcd(high, scheme.shape[-2]) if high < scheme.shape[-2] else scheme.shape[-2], gcd(min(tile.sizes[-1], columns), columns)
     return [same] if same == (1, columns) else [same, (1, columns)]

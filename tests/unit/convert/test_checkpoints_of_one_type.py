@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import FIXTURES, converted, header, load, ready, store
+from families import family
 
 from converters.inspect import inspect_path
 from converters.verify import verify
@@ -78,3 +79,24 @@ def test_inspect_counts_the_codes_of_a_weight(path: str) -> None:
     found = inspect_path(FIXTURES / path)
     assert not any(tensor.type in ("U32", "I8", "U8") for tensor in found.tensors)
     assert all(tensor.bits_per_weight > 1.5 for tensor in found.tensors if tensor.type.startswith("int"))
+
+
+def test_blocks_of_other_sizes_become_one_group(tmp_path: Path) -> None:
+    """Runs of 64 weights do not divide rows of 96: all new codes of AWQ get the one group that does."""
+    source = family("phi3", tmp_path / "floats", num_hidden_layers=1)
+    converted(source, tmp_path / "fp4", "bitsandbytes:fp4")
+    plan = converted(tmp_path / "fp4", tmp_path / "awq", "awq", allow_requantize=True)
+    assert {job.storage.group for job in plan.jobs if job.storage is not None} == {32}
+    assert json.loads((tmp_path / "awq" / "config.json").read_text())["quantization_config"]["group_size"] == 32
+    assert verify(tmp_path / "fp4", tmp_path / "awq", replay=True).ok
+
+
+@pytest.mark.parametrize(("target", "kind"), [("compressed-tensors:fp8", "fp8"), ("hqq:int8", "int8"), ("hqq:int4", "F32")])
+def test_a_router_in_codes_gets_the_named_type(target: str, kind: str, tmp_path: Path) -> None:
+    """Not the format's own default; floats where the type has no groups for a weight of one row."""
+    source = family("qwen2_moe", tmp_path / "floats", num_hidden_layers=1)
+    gate = "model.layers.0.mlp.shared_expert_gate.weight"
+    converted(source, tmp_path / "nf4", "bitsandbytes:nf4", tensor_types=((gate, "nf4"),))
+    plan = converted(tmp_path / "nf4", tmp_path / "made", target, allow_requantize=True)
+    assert {job.name: job.type for job in plan.jobs}[gate] == kind
+    assert verify(tmp_path / "nf4", tmp_path / "made", replay=True).ok

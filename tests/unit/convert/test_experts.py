@@ -210,6 +210,71 @@ def test_experts_one_by_one_and_stacked(target: str, tmp_path: Path) -> None:
     assert verify(tmp_path / "codes", tmp_path / "a.gguf").ok and verify(tmp_path / "a.gguf", tmp_path / "back").ok
 
 
+# ---------------------------------------------------------------- float8 stacks of torchao
+
+
+STACKED = {"granitemoe": "block_sparse_moe", "mixtral": "mlp", "qwen3_moe": "mlp"}  # where transformers has the experts
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_experts_become_one_float8_tensor_for_torchao(name: str, tmp_path: Path) -> None:
+    """Whatever a checkpoint has them in; the names and entries are those that transformers saves, the values those of a way without."""
+    source = small(name, tmp_path / "source")
+    plan = converted(source, tmp_path / "codes", "torchao:fp8")
+    stacks = {job.map.target: job for job in plan.jobs if len(job.map.shape) == 3}
+    bases = {f"model.layers.{i}.{STACKED[name]}.experts" for i in range(_SMALL.get(name, {}).get("num_hidden_layers", 2))}
+    assert set(stacks) == {f"{base}.{leaf}" for base in bases for leaf in ("gate_up_proj", "down_proj")}
+    assert not any("one by one" in text or "stay in floats" in text for text in plan.warnings)
+    stored, base = load(tmp_path / "codes" / "model.safetensors"), min(bases)
+    shape = stacks[f"{base}.gate_up_proj"].map.shape
+    assert stored[f"{base}._gate_up_proj_qdata"][:2] == ("F8_E4M3", list(shape))
+    assert stored[f"{base}._gate_up_proj_scale"][:2] == ("F32", [*shape[:2], 1])
+    with open_checkpoint(tmp_path / "codes") as opened:
+        entry = json.loads(opened.match.metadata[f"{base}.gate_up_proj"])
+        assert entry["_type"] == "Float8Tensor" and entry["_data"]["block_size"] == [1, 1, shape[2]]
+        assert f"{base}.gate_up_proj" in json.loads(opened.match.metadata["tensor_names"])
+    converted(source, tmp_path / "floats.gguf", "gguf:f32")
+    converted(stripped(tmp_path / "floats.gguf", tmp_path / "b.gguf"), tmp_path / "two", "torchao:fp8")
+    assert all(load(tmp_path / "two" / "model.safetensors")[n] == entry for n, entry in stored.items() if "experts" in n)
+    converted(tmp_path / "codes", tmp_path / "codes.gguf", "gguf:f32")
+    for kind in ("gate", "up", "down"):
+        found, wanted = (gguf_values(tmp_path / f"{f}.gguf", f"blk.0.ffn_{kind}_exps") for f in ("codes", "floats"))
+        assert np.linalg.norm(found - wanted) < 0.04 * np.linalg.norm(wanted)
+    converted(tmp_path / "codes", tmp_path / "again", "hf:f32")
+    assert verify(source, tmp_path / "codes", replay=True).ok and verify(tmp_path / "codes", tmp_path / "again", replay=True).ok
+    assert {job.type for job in planned(source, "torchao:int8").jobs if len(job.map.shape) == 3} <= {"F32", "F16", "BF16"}
+
+
+@pytest.mark.parametrize(("target", "block"), [("fp8", [1, 64, 64]), ("compressed-tensors:fp8", [1, 1, 64])])
+def test_single_float8_experts_are_stacked_and_taken_apart_again(target: str, block: list[int], tmp_path: Path) -> None:
+    """The same codes and scales in one tensor, exactly, and back to the same bytes under the same config."""
+    source = small("qwen3_moe", tmp_path / "source")
+    converted(source, tmp_path / "codes", target, allow_requantize=True)
+    plan = converted(tmp_path / "codes", tmp_path / "stacks", "torchao")
+    assert {job.kind for job in plan.jobs if len(job.map.shape) == 3} == {"exact"}
+    with open_checkpoint(tmp_path / "stacks") as opened:
+        assert json.loads(opened.match.metadata["model.layers.0.mlp.experts.down_proj"])["_data"]["block_size"] == block
+    converted(tmp_path / "stacks", tmp_path / "back", target.partition(":")[0])
+    assert load(tmp_path / "back" / "model.safetensors") == load(tmp_path / "codes" / "model.safetensors")
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "codes" / "config.json").read_bytes()
+
+
+def test_stacks_under_transformers_own_names(tmp_path: Path) -> None:
+    """Granite's as torchao saves them, ``experts.gate_up_proj``, not ``input_linear``; a whole stack under one scale gets one an expert."""
+    source = small("granitemoe", tmp_path / "source")
+    tensors = load(source / "model.safetensors")
+    words = {"input_linear.weight": "experts.gate_up_proj", "output_linear.weight": "experts.down_proj"}
+    renamed = {n.replace(a, b): e for n, e in tensors.items() for a, b in [next((w for w in words.items() if w[0] in n), ("", ""))]}
+    converted(source, tmp_path / "a.gguf", "gguf:f32")
+    store(source / "model.safetensors", renamed, {"format": "pt"})
+    converted(source, tmp_path / "b.gguf", "gguf:f32")
+    with open_checkpoint(tmp_path / "a.gguf") as a, open_checkpoint(tmp_path / "b.gguf") as b:
+        assert {n: t.read() for n, t in a.raw.items()} == {n: t.read() for n, t in b.raw.items()}
+    converted(source, tmp_path / "one", "torchao:fp8,tensor")
+    stored = load(tmp_path / "one" / "model.safetensors")
+    assert stored["model.layers.0.block_sparse_moe.experts._down_proj_scale"][1] == [4, 1, 1]
+
+
 # ---------------------------------------------------------------- MXFP4 as a target
 
 

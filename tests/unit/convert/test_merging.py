@@ -191,6 +191,33 @@ def test_codes_again_in_an_integer_format(to: str, tmp_path: Path) -> None:
         assert error < 0.12 and (not line.merged or error == pytest.approx(line.error, rel=1e-3))
 
 
+def test_codes_of_gpt2_keep_their_axes(tmp_path: Path) -> None:
+    """Its floats have inputs as rows, its codes outputs: merged matrices become floats as the model has them, and codes as they were."""
+    convert(saved(float_model(base_of("gpt2")), tmp_path / "base"), tmp_path / "nf4", to="bitsandbytes:nf4", allow_requantize=True)
+    convert(tmp_path / "nf4", tmp_path / "floats", to="hf:f32")
+    where, wanted = adapter(float_model(tmp_path / "floats"), tmp_path / "adapter", target_modules=["c_attn", "c_fc"], fan_in_fan_out=True)
+    convert(tmp_path / "nf4", tmp_path / "merged", to="hf:f32", lora=[where])
+    assert_same(tensors_of(tmp_path / "merged"), wanted)
+    convert(tmp_path / "merged", tmp_path / "wanted.gguf", to="gguf:f32")
+    convert(tmp_path / "nf4", tmp_path / "merged.gguf", to="gguf:f32", lora=[where])
+    assert_same(tensors_of(tmp_path / "merged.gguf"), tensors_of(tmp_path / "wanted.gguf"))
+    convert(tmp_path / "nf4", tmp_path / "codes", to="bitsandbytes", lora=[where], allow_requantize=True)
+    convert(tmp_path / "codes", tmp_path / "again", to="hf:f32")
+    assert all(float((v - wanted[k]).norm()) <= 0.12 * float(wanted[k].norm()) for k, v in tensors_of(tmp_path / "again").items())
+
+
+def test_nested_scales_are_found_anew(tmp_path: Path) -> None:
+    """The offset of a double-quantized weight's scales follows from its codes: a merged one has another."""
+    source = ready("bitsandbytes/nf4-128-double-bf16", tmp_path)
+    where, wanted = adapter(float_model(source), tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    convert(source, tmp_path / "out", to="bitsandbytes", lora=[where], allow_requantize=True)
+    found, before = tensors_of(tmp_path / "out"), tensors_of(source)
+    changed = {name for name, value in found.items() if not torch.equal(value, before[name])}
+    assert changed and all(name.endswith(("q_proj.weight", "down_proj.weight")) for name in changed)
+    assert all(float((found[name] - wanted[name]).norm() / wanted[name].norm()) < 0.12 for name in changed)
+    assert verify(source, tmp_path / "out", lora=[where]).ok
+
+
 @pytest.mark.parametrize("name", ["gptq/moe-qwen3", "awq/gemm-moe-qwen3"])
 def test_one_expert_of_a_stack(name: str, tmp_path: Path) -> None:
     """An adapter of two experts of many: the stack gets new codes, the other experts' are made of their own values."""

@@ -203,3 +203,33 @@ def test_without_a_type_every_width_is_offered_smallest_first() -> None:
     offered = gptq.storages(Target("gptq"), scheme_of())
     assert [s.type for s in offered] == [f"int{b}" for b in (2, 3, 4, 8) for _ in range(4)]
     assert {s.options["checkpoint_format"] for s in gptq.storages(Target("gptq", None, {"format": "v2"}), scheme_of())} == {"gptq_v2"}
+
+
+def override_of(dynamic: dict[str, Any], name: str) -> object:
+    """What the first rule that matches says, as vLLM and gptqmodel look it up; False for an exclusion."""
+    for key, value in dynamic.items():
+        if re.match(key.removeprefix("-:").removeprefix("+:"), name):
+            return False if key.startswith("-:") else value
+    return None
+
+
+def test_rules_hold_for_the_layers_that_engines_fuse() -> None:
+    """Where all parts agree; single matrices are meant as without it, and a layer of parts that differ has no rule."""
+    four, eight = storage("int4,group=32,sym"), storage("int8,group=32,sym")
+    base, other, moe = "model.layers.0.", "model.layers.1.", "model.layers.2.mlp."
+    modules = {f"{base}self_attn.{p}_proj": eight for p in "qkv"} | {f"{base}mlp.{p}_proj": four for p in ("gate", "up", "down")}
+    modules |= {f"{other}self_attn.{p}_proj": eight if p == "v" else four for p in "qkvo"}
+    modules |= {f"{moe}experts.{e}.{p}_proj": eight for e in range(2) for p in ("gate", "up", "down")}
+    modules |= {f"{base}{n}": four for n in ("a", "b", "c", "d", "e", "f")}
+    dense = [f"{other}mlp.gate_proj", f"{other}mlp.up_proj", f"{moe}gate"]
+    config = gptq.config_out(Target("gptq"), modules, dense, None)
+    dynamic, mine = config["dynamic"], {"bits": 8, "group_size": 32}
+    assert config["bits"] == 4 and len(dynamic) == 2
+    assert override_of(dynamic, f"{base}self_attn.qkv_proj") == mine == override_of(dynamic, f"{moe}experts")
+    assert override_of(dynamic, f"{other}mlp.gate_up_proj") is False
+    assert override_of(dynamic, f"{base}mlp.gate_up_proj") is None is override_of(dynamic, f"{other}self_attn.qkv_proj")
+    for name, held in modules.items():
+        assert override_of(dynamic, name) == (mine if held is eight else None)
+        assert gptq.module_settings(config, name).bits == (8 if held is eight else 4)
+    assert all(override_of(dynamic, name) is False for name in dense)
+    assert override_of(dynamic, f"{moe}experts.0") is None and not any("experts.0.gate_up" in key for key in dynamic)
