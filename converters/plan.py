@@ -113,6 +113,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     mapped = map_tensors(checkpoint, target.name)
     if not options.header_only:
         checkpoint.check_extras()
+        if checkpoint.gguf is not None:
+            checkpoint.gguf.settle()
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))

@@ -225,12 +225,14 @@ class HubSource:
     def _read_small(self, offset: int, view: memoryview) -> None:
         """Out of the pieces read before, else out of a new one; the lock is held."""
         state, end = self._state, offset + len(view)
-        start, data = next(((s, d) for s, d in state.small if s <= offset < s + len(d)), (0, b""))
-        got = data[offset - start : end - start] if data else b""
-        view[: len(got)] = got
-        if len(got) == len(view):
+        at = offset
+        while at < end and (held := next(((s, d) for s, d in state.small if s <= at < s + len(d)), None)) is not None:
+            start, data = held
+            got = data[at - start : end - start]
+            view[at - offset : at - offset + len(got)] = got
+            at += len(got)
+        if at == end:
             return
-        at = offset + len(got)
         goes_on = any(s + len(d) == at for s, d in state.small)
         state.ahead = min(_MOST_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
         stop = min(self.size, max(end, at + state.ahead))
@@ -238,7 +240,7 @@ class HubSource:
         if state.whole is None:
             state.small.append((at, piece))
             state.small_nbytes += len(piece)
-            view[len(got) :] = piece[: end - at]
+            view[at - offset :] = piece[: end - at]
 
     # ------------------------------------------------------------ chunks
 

@@ -107,19 +107,23 @@ def test_inspect_of_a_gguf_reads_its_header_and_at_most_as_much_again(hub: Hub) 
         inspect_path("hf://org/gguf")
 
 
-def test_inspect_of_a_gguf_reads_the_strings_of_its_vocabulary_and_passes_over_the_numbers(hub: Hub, tmp_path: Path) -> None:
+def test_inspect_of_a_gguf_steps_across_its_vocabulary(hub: Hub, tmp_path: Path) -> None:
     metadata = {
         "general.architecture": Value("str", "llama"),
         "tokenizer.ggml.tokens": Value("[str]", [f"token{n}" for n in range(60_000)]),  # 1.1 MB
         "tokenizer.ggml.scores": Value("[f32]", [-0.5 * n for n in range(60_000)]),  # 240 kB
         "tokenizer.ggml.token_type": Value("[i32]", [n % 3 for n in range(60_000)]),
+        "tokenizer.ggml.merges": Value("[str]", [f"token {n}" for n in range(60_000)]),
         "tokenizer.ggml.add_bos_token": Value("bool", True),
     }
     layout = layout_gguf(metadata, [TensorInfo("token_embd.weight", "Q8_0", (60_000, 64))])
-    strings = len(metadata["tokenizer.ggml.tokens"].value) * 17
-    hub.add("org/gguf", {"a.gguf": layout.header + bytes(layout.size - len(layout.header))})
-    assert inspect_path("hf://org/gguf/a.gguf").types()[0]["weights"] == 60_000 * 64
-    assert sum(hub.sent.values()) <= strings + (450 << 10) < len(layout.header)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(layout.header + bytes(layout.size - len(layout.header)))
+    hub.add("org/gguf", {"a.gguf": path.read_bytes()})
+    there = CliRunner().invoke(qconvert, ["inspect", "hf://org/gguf/a.gguf", "--json", "--tensors"])
+    here = CliRunner().invoke(qconvert, ["inspect", str(path), "--json", "--tensors"])
+    assert {**json.loads(there.stdout), "path": ""} == {**json.loads(here.stdout), "path": ""}
+    assert sum(hub.sent.values()) <= 300 << 10 < len(layout.header) / 8 and len(hub.seen) <= 16
     with qformats.open("hf://org/gguf/a.gguf") as checkpoint:
         assert checkpoint.gguf is not None and checkpoint.gguf.metadata == metadata
         assert checkpoint.metadata["tokenizer.ggml.scores"].value[3:5] == (-1.5, -2.0)
