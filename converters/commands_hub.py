@@ -13,7 +13,7 @@ import click
 
 from converters.flags import Size, output_flags, output_of
 from converters.output import Output, count, size, table
-from qformats.errors import BadFile
+from qformats.errors import BadFile, QFormatError
 
 __all__ = ["pull", "push", "push_output"]
 
@@ -86,7 +86,11 @@ def push(path: Path, repo: str, report: Path | None, max_nbytes: int, as_json: b
 
 def push_output(path: Path, repo: str, output: Output, report: Mapping[str, Any], private: bool | None) -> dict[str, Any]:
     """Push what a conversion wrote; the outcome as JSON data."""
-    made = _push(path, repo, output, report, 50 * 1000**3, {"private": private})
+    try:
+        made = _push(path, repo, output, report, 50 * 1000**3, {"private": private})
+    except QFormatError:
+        output.note(f"{path} is written and stays; it was not pushed: qconvert push {path} {repo}")
+        raise
     for line in _pushed_lines(made):
         output.note(line)
     return _pushed_json(made)

@@ -87,9 +87,9 @@ def cached_file(address: Address, file: client.RemoteFile, revision: str | None 
     package = client.package()
     assert address.file is not None
     known = package.try_to_load_from_cache(address.repo, address.file, revision=address.revision)
-    with client.translated(address):
-        path = Path(package.hf_hub_download(address.repo, address.file, revision=address.revision, endpoint=client.endpoint()))
-        _remember(address, revision, path)
+    words = {"revision": address.revision, "endpoint": client.endpoint()}
+    path = Path(client.asked(address, lambda: package.hf_hub_download(address.repo, address.file, **words)))
+    _remember(address, revision, path)
     if not isinstance(known, str) and not _is_whole(path, file):
         for place in {Path(os.path.realpath(path)), path}:
             place.unlink(missing_ok=True)
@@ -236,20 +236,32 @@ def _fetch_file(found: client.Snapshot, file: client.RemoteFile, folder: Path, s
         partial = _partial_of(path)
         if partial.is_file() and partial.stat().st_size > file.size:
             partial.unlink()
-        with partial.open("ab") as out:
-            at = out.tell()
-            tick(at)
-            for piece in HubSource(found.address(), file, spool).stream(at):
-                out.write(piece)
-                tick(len(piece))
-            out.flush()
-            os.fsync(out.fileno())
-        if not _is_whole(partial, file):
+        began = _go_on(found, file, partial, spool, tick)
+        whole = _is_whole(partial, file)
+        if not whole and began:  # what an earlier run left may be of another commit
+            partial.unlink()
+            tick(-file.size)
+            _go_on(found, file, partial, spool, tick)
+            whole = _is_whole(partial, file)
+        if not whole:
             partial.unlink()
             raise _wrong_hash(found.address(file.name))
         partial.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _go_on(found: client.Snapshot, file: client.RemoteFile, partial: Path, spool: Spool, tick: Callable[[int], None]) -> int:
+    """Fetch what ``partial`` lacks; how much it had."""
+    with partial.open("ab") as out:
+        at = out.tell()
+        tick(at)
+        for piece in HubSource(found.address(), file, spool).stream(at):
+            out.write(piece)
+            tick(len(piece))
+        out.flush()
+        os.fsync(out.fileno())
+    return at
 
 
 def _is_whole(path: Path, file: client.RemoteFile) -> bool:

@@ -406,7 +406,7 @@ class HubSource:
         assert self._address.file is not None
         url = package.hf_hub_url(self._address.repo, self._address.file, revision=self._address.revision, endpoint=client.endpoint())
         headers = package.utils.build_hf_headers(library_name="qformats")
-        found = package.get_hf_file_metadata(url, headers=headers, endpoint=client.endpoint())
+        found = client.asked(self._address, lambda: package.get_hf_file_metadata(url, headers=headers, endpoint=client.endpoint()))
         if found.size != self.size or found.etag not in (self._file.sha256, self._file.blob):
             raise RemoteError("hub-changed", "is not the file that was listed", path=self._address, hint="run the same command again")
         if urlsplit(found.location).netloc != urlsplit(url).netloc:

@@ -97,6 +97,14 @@ def test_wrong_bytes_are_removed_and_fetched_anew(model: Hub, tmp_path: Path, in
     assert folder_files(folder) == model.files("org/model")
 
 
+def test_what_another_commit_left_half_is_fetched_anew(model: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".model.safetensors.partial").write_bytes(b"other bytes" * 1000)
+    ticks: list[int] = []
+    folder, _ = pull(MODEL, tmp_path / "out", progress=lambda done, total: ticks.append(done))
+    assert folder_files(folder) == model.files("org/model") and ticks[-1] == sum(map(len, model.files("org/model").values()))
+
+
 def test_no_space_is_said_before_anything_is_fetched(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match="no-space"):
