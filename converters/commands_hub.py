@@ -38,16 +38,13 @@ def pull(
 
     Every large file is checked against the SHA-256 that the hub lists. HF_HUB_OFFLINE=1 takes everything out of the cache.
     """
-    from qformats.hub import client
     from qformats.hub import pull as pulling
     from qformats.hub.names import parse_address
 
     output, address = output_of(as_json, quiet), parse_address(repo)
     if listing:
-        found = client.snapshot(address)
-        names = pulling.chosen(found.files, include, exclude)
-        data: dict[str, Any] = {"version": 1, "repo": found.repo, "commit": found.commit}
-        sizes = {name: found.files[name].size for name in names}
+        commit, sizes = pulling.listed(address, include, exclude)
+        data: dict[str, Any] = {"version": 1, "repo": address.repo, "commit": commit}
         output.result({**data, "files": sizes}, lambda: table(("file", "size"), [(n, size(b)) for n, b in sizes.items()], right=(1,)))
         return
     with output.progress(address.repo) as progress:

@@ -109,12 +109,12 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     target = registry.row(options.target.format)
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
+    if checkpoint.gguf is not None and not options.header_only:
+        checkpoint.gguf.settle()
     restore = _restorable(checkpoint, options)
     mapped = map_tensors(checkpoint, target.name)
     if not options.header_only:
         checkpoint.check_extras()
-        if checkpoint.gguf is not None:
-            checkpoint.gguf.settle()
     warnings = [*checkpoint.warnings, *([] if options.header_only else _module_warnings(checkpoint))]
     dropped = dict(mapped.dropped)
     warnings.extend(f"{name.removeprefix('config:')} {why}" for name, why in dropped.items() if name.startswith("config:"))

@@ -54,10 +54,18 @@ def _partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def check_is_local(path: Path) -> None:
+    """Refuse an address, of which ``Path`` makes a name with one slash."""
+    if path.parts[:1] == ("hf:",):
+        hint = "name a place here; a result goes up with --push ORG/NAME or qconvert push"
+        raise OutputError("unwritable", "is an address of the hub, where nothing is written to", path=path, hint=hint)
+
+
 def _check_destination(final: Path, nbytes: int | None, overwrite: bool) -> None:
     """Refuse before the first byte: a taken name, a missing or read-only parent, a full disk."""
     if final.name in ("", "..") or "\0" in str(final):
         raise OutputError("unwritable", "is no file name", path=final)
+    check_is_local(final)
     parent = final.parent
     try:
         if os.path.lexists(final) and not overwrite:

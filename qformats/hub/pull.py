@@ -17,12 +17,13 @@ from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from qformats.containers.atomic import check_is_local
 from qformats.errors import OutputError, RemoteError, Unsafe
 from qformats.hub import client
 from qformats.hub.names import Address
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "literal", "pull", "pull_source"]
+__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "held", "listed", "literal", "pull", "pull_source"]
 
 _STEP_NBYTES, _FILES_AT_ONCE = 8 << 20, 4
 Progress = Callable[[int, int], None]
@@ -73,6 +74,16 @@ def _named(found: client.Snapshot, address: Address, include: Sequence[str], exc
         wanted = address.file or ", ".join(include) or "any file"
         hint = f"it holds {few(found.files)}"
         raise RemoteError("hub-file", f"the repository has no {wanted}", path=address, hint=hint)
+    return names
+
+
+def held(address: Address, folder: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """The chosen files of ``address`` that ``folder``, its place in the cache, has; ``RemoteError('hub-offline')`` if it has none."""
+    names = chosen((p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()), include, exclude)
+    names = [name for name in names if address.file in (None, name)]
+    if not names:
+        hint = f"the cache holds {few(p.name for p in folder.iterdir())}; pull it once while online"
+        raise RemoteError("hub-offline", "is not in the cache and cannot be fetched", path=address, hint=hint)
     return names
 
 
@@ -136,8 +147,9 @@ def pull(
     """
     if destination is None:
         folder = cached(address, include, exclude)
-        return folder, chosen((p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()), include, exclude)
+        return folder, held(address, folder, include, exclude)
     folder = Path(destination)
+    check_is_local(folder)
     if client.is_offline():
         return _copied(address, folder, include, exclude)
     found = client.snapshot(address)
@@ -157,6 +169,15 @@ def pull(
             pool.shutdown(cancel_futures=True)
             raise
     return folder, names
+
+
+def listed(address: Address, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
+    """The commit that ``address`` names and its chosen files with their sizes; offline those in the cache."""
+    if client.is_offline():
+        folder = cached(address, include, exclude)
+        return folder.name, {name: (folder / name).stat().st_size for name in held(address, folder, include, exclude)}
+    found = client.snapshot(address)
+    return found.commit, {name: found.files[name].size for name in _named(found, address, include, exclude)}
 
 
 def pull_source(address: Address, destination: Path, *, progress: Progress | None = None) -> Path:
@@ -280,7 +301,7 @@ def _is_whole(path: Path, file: client.RemoteFile) -> bool:
 def _copied(address: Address, folder: Path, include: Sequence[str], exclude: Sequence[str]) -> tuple[Path, list[str]]:
     """Offline: out of the cache."""
     source = cached(address, include, exclude)
-    names = chosen((p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()), include, exclude)
+    names = held(address, source, include, exclude)
     try:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -323,6 +323,9 @@ def test_a_killed_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> N
 
 def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path, tmp_path: Path) -> None:
     model = qformats.load_model(AWQ)
+    with pytest.raises(TypeError, match="'privat'"):
+        model.push_to_hub("org/new", privat=True)
+    assert "org/new" not in hub.repos
     model.push_to_hub("org/new", commit_message="packed", private=True)
     files = hub.files("org/new")
     assert files["model.safetensors"] == (AWQ / "model.safetensors").read_bytes() and hub.repos["org/new"].messages[head(hub)] == "packed"

@@ -9,6 +9,7 @@ import random
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +17,9 @@ from container_bytes import ARRAY, F32, F32_KV, STR, U8, U32, Gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from converters.plan import PlanOptions, make_plan
+from qformats import registry
+from qformats.checkpoint import open_sources
 from qformats.containers import gguf_remote
 from qformats.containers.gguf import GGUFFile, StringArray, open_gguf, open_gguf_sources
 from qformats.containers.source import MemorySource
@@ -329,8 +333,10 @@ def test_a_file_with_two_faces_is_found_out_when_its_strings_are_read() -> None:
     assert described(there) != described(here)  # no reading of a part can tell
     with pytest.raises(BadFile, match="gguf-ambiguous"):
         there.metadata["tokenizer.ggml.tokens"].value[0]
+    checkpoint = open_sources(Path("a.gguf"), {"a.gguf": Far(data)})
+    options = PlanOptions(registry.parse_target("gguf:q8_0"))
     with pytest.raises(BadFile, match="gguf-ambiguous"):
-        there.settle()
+        make_plan(checkpoint, options)
 
 
 # ---------------------------------------------------------------- shards
