@@ -72,6 +72,7 @@ def push_to_hub(
     if is_remote_path(path):
         raise UsageError("push-source", "is a repository already", path=path, hint="pull it first: qconvert pull")
     address = check_target(repo)
+    base_model = base_model and parse_repo(base_model).repo
     target = Address(address.repo, revision or address.revision)
     with open_checkpoint(path) as checkpoint:
         files = _files(Path(path), target.repo, checkpoint)
@@ -125,9 +126,11 @@ def _files(path: Path, repo: str, checkpoint: Checkpoint) -> dict[str, Path]:
 def _inside(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         inner = path.relative_to(folder)
-        if path.is_file() and not any(word.startswith(".") for word in inner.parts) and inner.as_posix() != CARD:
-            if path.is_symlink() and not path.resolve().is_file():
-                raise BadFile("unreadable", "is a link to nothing", path=path)
+        if any(word.startswith(".") for word in inner.parts) or inner.as_posix() == CARD:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise BadFile("unreadable", "is a link to nothing", path=path, hint="remove it, or restore what it points to")
+        if path.is_file():
             yield path
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from loopback import SIGNATURE, TOKEN, Fault, Hub, folder_files
 import qformats
 from converters.api import convert
 from converters.cli import qconvert
-from qformats.errors import QFormatError, RemoteError, UsageError
+from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
 from qformats.hub import push as pushing
 from qformats.hub.card import BEGIN, END, About, Entry, entries_of, written
-from qformats.hub.names import Address
+from qformats.hub.names import Address, parse_repo
 from qformats.hub.pull import pull
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
@@ -98,6 +99,33 @@ def test_a_branch_and_a_pull_request(hub: Hub, gguf: Path) -> None:
 
 
 # ---------------------------------------------------------------- the card
+
+
+def test_a_branch_may_have_a_slash_in_its_name(hub: Hub, gguf: Path, tmp_path: Path) -> None:
+    hub.add("org/new", {"README.md": b"---\nlicense: mit\n---\nwords\n"})
+    qformats.push_to_hub(gguf, "org/new", revision="try/one")
+    qformats.push_to_hub(gguf, "org/new", create_pr=True)
+    for revision in ("try%2Fone", "refs%2Fpr%2F1"):
+        run = CliRunner().invoke(qconvert, ["inspect", f"hf://org/new@{revision}/new-Q8_0.gguf", "--json"])
+        assert run.exit_code == 0 and json.loads(run.stdout)["format"] == "gguf"
+        folder, names = pull(parse_repo(f"org/new@{revision}"), tmp_path / revision[:4])
+        assert names == ["README.md", "new-Q8_0.gguf"] and (folder / names[1]).read_bytes() == gguf.read_bytes()
+    assert hub.files("org/new").keys() == {"README.md"}
+
+
+@pytest.mark.parametrize("base", ["not a name", "org/model/file.gguf"])
+def test_a_base_that_is_no_repository_is_refused(hub: Hub, gguf: Path, base: str) -> None:
+    with pytest.raises(UsageError, match="hub-address"):
+        qformats.push_to_hub(gguf, "org/new", base_model=base)
+    assert "org/new" not in hub.repos
+
+
+def test_a_link_to_nothing_is_not_left_out_silently(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(AWQ, tmp_path / "model")
+    (tmp_path / "model" / "merges.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadFile, match="a link to nothing"):
+        qformats.push_to_hub(tmp_path / "model", "org/new")
+    assert "org/new" not in hub.repos
 
 
 def test_the_card_says_what_it_is_made_from(hub: Hub, tmp_path: Path) -> None:
