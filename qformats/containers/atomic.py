@@ -22,7 +22,7 @@ from typing import NoReturn
 from qformats.containers.source import ByteSource
 from qformats.errors import OutputError, Unsafe
 
-__all__ = ["OutputDirectory", "OutputFile", "check_not_same", "plain_file_name"]
+__all__ = ["OutputDirectory", "OutputFile", "check_is_local", "check_not_same", "hold", "plain_file_name"]
 
 MAX_WRITE_NBYTES = 1 << 30  # one pwrite call
 MAX_STALE_TRIES = 8
@@ -126,6 +126,12 @@ def _create_locked(partial: Path, final: Path, create: Callable[[Path], int], re
             return fd
         os.close(fd)
     raise OutputError("in-use", "another process writes the same destination", path=final, hint="wait for it, or choose another name")
+
+
+def hold(fd: int, partial: Path, final: Path) -> None:
+    """Lock the file that was opened as ``partial`` for this process; ``OutputError('in-use')`` where another one has it or had it."""
+    if not (_lock(fd) and _is_same(fd, partial)):
+        raise OutputError("in-use", "another process writes the same destination", path=final, hint="wait for it, or choose another name")
 
 
 def _is_same(fd: int, path: Path) -> bool:

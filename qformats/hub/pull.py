@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
-from qformats.containers.atomic import check_is_local
+from qformats.containers.atomic import check_is_local, hold
 from qformats.errors import OutputError, RemoteError, Unsafe
 from qformats.hub import client
 from qformats.hub.names import Address
@@ -255,33 +256,34 @@ def _fetch_file(found: client.Snapshot, file: client.RemoteFile, folder: Path, s
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_of(path)
-        if partial.is_file() and partial.stat().st_size > file.size:
-            partial.unlink()
-        began = _go_on(found, file, partial, spool, tick)
-        whole = _is_whole(partial, file)
-        if not whole and began:  # what an earlier run left may be of another commit
-            partial.unlink()
-            tick(-file.size)
-            _go_on(found, file, partial, spool, tick)
+        with partial.open("ab") as out:
+            hold(out.fileno(), partial, path)
+            if out.tell() > file.size:
+                out.truncate(0)
+            began = _go_on(found, file, out, spool, tick)
             whole = _is_whole(partial, file)
-        if not whole:
-            partial.unlink()
-            raise _wrong_hash(found.address(file.name))
-        partial.replace(path)
+            if not whole and began:  # what an earlier run left may be of another commit
+                out.truncate(0)
+                tick(-file.size)
+                _go_on(found, file, out, spool, tick)
+                whole = _is_whole(partial, file)
+            if not whole:
+                partial.unlink()
+                raise _wrong_hash(found.address(file.name))
+            partial.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
 
 
-def _go_on(found: client.Snapshot, file: client.RemoteFile, partial: Path, spool: Spool, tick: Callable[[int], None]) -> int:
-    """Fetch what ``partial`` lacks; how much it had."""
-    with partial.open("ab") as out:
-        at = out.tell()
-        tick(at)
-        for piece in HubSource(found.address(), file, spool).stream(at):
-            out.write(piece)
-            tick(len(piece))
-        out.flush()
-        os.fsync(out.fileno())
+def _go_on(found: client.Snapshot, file: client.RemoteFile, out: BinaryIO, spool: Spool, tick: Callable[[int], None]) -> int:
+    """Fetch what ``out`` lacks; how much it had."""
+    at = out.seek(0, os.SEEK_END)
+    tick(at)
+    for piece in HubSource(found.address(), file, spool).stream(at):
+        out.write(piece)
+        tick(len(piece))
+    out.flush()
+    os.fsync(out.fileno())
     return at
 
 

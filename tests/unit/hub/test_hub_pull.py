@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -95,6 +96,19 @@ def test_wrong_bytes_are_removed_and_fetched_anew(model: Hub, tmp_path: Path, in
     with pytest.raises(RemoteError, match="hub-wrong-hash"):
         pull(MODEL, where)
     folder, _ = pull(MODEL, where)
+    assert folder_files(folder) == model.files("org/model")
+
+
+def test_two_pulls_into_one_place_do_not_mix(model: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".model.safetensors.partial").open("ab") as other:
+        fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+        other.write(b"theirs")
+        other.flush()
+        with pytest.raises(OutputError, match="in-use"):
+            pull(MODEL, tmp_path / "out")
+        assert (tmp_path / "out" / ".model.safetensors.partial").read_bytes() == b"theirs"
+    folder, _ = pull(MODEL, tmp_path / "out")
     assert folder_files(folder) == model.files("org/model")
 
 
