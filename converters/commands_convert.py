@@ -233,9 +233,9 @@ def _run(src: Path, dst: Path, flags: dict[str, Any], *, source: str | None = No
     repo, private = flags.pop("push_repo"), flags.pop("private")
     check_report(report, src, dst)
     if repo is not None:
-        from qformats.hub.names import parse_repo
+        from qformats.hub.push import check_target
 
-        parse_repo(repo)
+        check_target(repo)
     wishes = Wishes(**flags)
     if wishes.imatrix is not None:
         from qformats.containers.atomic import check_not_same

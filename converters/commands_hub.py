@@ -13,7 +13,7 @@ import click
 
 from converters.flags import Size, output_flags, output_of
 from converters.output import Output, count, size, table
-from qformats.errors import BadFile
+from qformats.errors import BadFile, QFormatError
 
 __all__ = ["pull", "push", "push_output"]
 
@@ -38,16 +38,13 @@ def pull(
 
     Every large file is checked against the SHA-256 that the hub lists. HF_HUB_OFFLINE=1 takes everything out of the cache.
     """
-    from qformats.hub import client
     from qformats.hub import pull as pulling
     from qformats.hub.names import parse_address
 
     output, address = output_of(as_json, quiet), parse_address(repo)
     if listing:
-        found = client.snapshot(address)
-        names = pulling.chosen(found.files, include, exclude)
-        data: dict[str, Any] = {"version": 1, "repo": found.repo, "commit": found.commit}
-        sizes = {name: found.files[name].size for name in names}
+        commit, sizes = pulling.listed(address, include, exclude)
+        data: dict[str, Any] = {"version": 1, "repo": address.repo, "commit": commit}
         output.result({**data, "files": sizes}, lambda: table(("file", "size"), [(n, size(b)) for n, b in sizes.items()], right=(1,)))
         return
     with output.progress(address.repo) as progress:
@@ -86,7 +83,11 @@ def push(path: Path, repo: str, report: Path | None, max_nbytes: int, as_json: b
 
 def push_output(path: Path, repo: str, output: Output, report: Mapping[str, Any], private: bool | None) -> dict[str, Any]:
     """Push what a conversion wrote; the outcome as JSON data."""
-    made = _push(path, repo, output, report, 50 * 1000**3, {"private": private})
+    try:
+        made = _push(path, repo, output, report, 50 * 1000**3, {"private": private})
+    except QFormatError:
+        output.note(f"{path} is written and stays; it was not pushed: qconvert push {path} {repo}")
+        raise
     for line in _pushed_lines(made):
         output.note(line)
     return _pushed_json(made)

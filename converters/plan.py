@@ -110,6 +110,8 @@ def _plan(checkpoint: Checkpoint, options: PlanOptions) -> Plan:
     target = registry.row(options.target.format)
     if not target.writes:
         raise Unsupported("write", f"{target.name} cannot be written")
+    if checkpoint.gguf is not None and not options.header_only:
+        checkpoint.gguf.settle()
     restore = _restorable(checkpoint, options)
     recorded = {} if restore is None else restore.storages
     mapped = map_tensors(checkpoint, target.name, _stacking(checkpoint, options, recorded), recorded)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from qformats.tensor import QuantizedTensor
 
 __all__ = [
-    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_config", "fetched_file",
-    "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
+    "FLOAT_TYPES", "INTEGER_TYPES", "PROVENANCE_KEY", "Checkpoint", "Unwritten", "fetched", "fetched_beside", "fetched_config",
+    "fetched_file", "is_remote_path", "open_checkpoint", "open_found", "open_sources", "open_unwritten", "pickle_refusal", "small_names",
 ]  # fmt: skip
 
 PROVENANCE_KEY = "qformats.provenance"
@@ -333,7 +333,7 @@ def open_checkpoint(path: str | Path, allow_pickle: bool = False) -> Checkpoint:
         if where.is_dir():
             return _open_directory(where, allow_pickle)
         if not where.exists():
-            raise BadFile("not-found", "no such file or directory", path=path, hint=near(where))
+            raise BadFile("not-found", "no such file or directory", path=path, hint=_meant(where))
         with FileSource(where) as source:
             magic = source.pread(0, min(4, source.size))
         if magic in (b"GGUF", b"ggml", b"ggmf", b"ggjt", b"fmgg", b"tjgg") or where.suffix == ".gguf":
@@ -383,10 +383,25 @@ def fetched_file(path: str | Path) -> Path:
     return Path(path) if remote is None else Path(remote[0].fetched_file(remote[1]))
 
 
+def fetched_beside(path: str | Path, wanted: tuple[str, ...]) -> str | Path:
+    """``path``, or for an address whose repository has one of the ``wanted`` files the local directory of all but the weights."""
+    remote = _remote(path)
+    return path if remote is None else remote[0].fetched_beside(remote[1], wanted) or path
+
+
 def fetched_config(path: str | Path) -> str | Path:
     """``path``, or for the address of a repository with a config.json the local directory of its small files, without the weights."""
     remote = _remote(path)
     return path if remote is None else remote[0].fetched_config(remote[1]) or path
+
+
+def _meant(where: Path) -> str:
+    """What to do about a path that does not exist: the name beside it, or the address that looks like it."""
+    hint, words = near(where), where.parts
+    words = words[2:] if words[:2] in (("https:", "huggingface.co"), ("http:", "huggingface.co")) else words
+    if hint != "check the path" or len(words) < 2 or ":" in words[0] or Path(words[0]).exists():
+        return hint
+    return f"{hint}; a repository of the hub is written hf://{'/'.join(words)}"
 
 
 def is_remote_path(path: str | Path) -> bool:

@@ -22,7 +22,7 @@ from typing import NoReturn
 from qformats.containers.source import ByteSource
 from qformats.errors import OutputError, Unsafe
 
-__all__ = ["OutputDirectory", "OutputFile", "check_not_same", "plain_file_name"]
+__all__ = ["OutputDirectory", "OutputFile", "check_is_local", "check_not_same", "hold", "plain_file_name"]
 
 MAX_WRITE_NBYTES = 1 << 30  # one pwrite call
 MAX_STALE_TRIES = 8
@@ -54,10 +54,18 @@ def _partial_of(final: Path) -> Path:
     return final.with_name(f".{final.name}.partial")
 
 
+def check_is_local(path: Path) -> None:
+    """Refuse an address, of which ``Path`` makes a name with one slash."""
+    if path.parts[:1] == ("hf:",):
+        hint = "name a place here; a result goes up with --push ORG/NAME or qconvert push"
+        raise OutputError("unwritable", "is an address of the hub, where nothing is written to", path=path, hint=hint)
+
+
 def _check_destination(final: Path, nbytes: int | None, overwrite: bool) -> None:
     """Refuse before the first byte: a taken name, a missing or read-only parent, a full disk."""
     if final.name in ("", "..") or "\0" in str(final):
         raise OutputError("unwritable", "is no file name", path=final)
+    check_is_local(final)
     parent = final.parent
     try:
         if os.path.lexists(final) and not overwrite:
@@ -118,6 +126,12 @@ def _create_locked(partial: Path, final: Path, create: Callable[[Path], int], re
             return fd
         os.close(fd)
     raise OutputError("in-use", "another process writes the same destination", path=final, hint="wait for it, or choose another name")
+
+
+def hold(fd: int, partial: Path, final: Path) -> None:
+    """Lock the file that was opened as ``partial`` for this process; ``OutputError('in-use')`` where another one has it or had it."""
+    if not (_lock(fd) and _is_same(fd, partial)):
+        raise OutputError("in-use", "another process writes the same destination", path=final, hint="wait for it, or choose another name")
 
 
 def _is_same(fd: int, path: Path) -> bool:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qformats.containers import gguf_remote
 from qformats.containers.ggml_types import GGML_TYPES, MAX_DIMS, tensor_nbytes, type_name
 from qformats.containers.gguf_values import (
     MAX_KEY_NBYTES,
@@ -31,7 +32,7 @@ from qformats.containers.gguf_values import (
 )
 from qformats.containers.layout import Layout
 from qformats.containers.raw import RawTensor
-from qformats.containers.source import ByteSource, FileSource
+from qformats.containers.source import ByteSource, FileSource, is_remote
 from qformats.errors import BadFile, Unsupported
 
 __all__ = [
@@ -79,6 +80,12 @@ class GGUFFile:
     data_offset: int
     size: int
     shards: int
+
+    def settle(self) -> None:
+        """Read the strings that a search for the rest stepped across; raises as touching them does (``gguf_remote``)."""
+        for value in self.metadata.values():
+            if isinstance(value.value, StringArray):
+                value.value.settle()
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,14 @@ def open_gguf_sources(sources: Sequence[ByteSource]) -> GGUFFile:
 
 
 def _open_one(source: ByteSource) -> GGUFFile:
-    cursor = Cursor(source)
+    found = gguf_remote.search(source, _read_header) if is_remote(source) else None
+    return _read_header(Cursor(source)) if found is None else found
+
+
+def _read_header(cursor: Cursor) -> GGUFFile:
+    source = cursor.source
     version = _read_version(cursor)
-    n_tensors = _count(cursor, "tensors", 25 if cursor.wide else 21)
+    cursor.n_tensors = n_tensors = _count(cursor, "tensors", 25 if cursor.wide else 21)
     n_kv = _count(cursor, "keys", 13 if cursor.wide else 9)
     metadata = _read_metadata(cursor, n_kv)
     alignment = _alignment(cursor, metadata)
@@ -147,7 +159,8 @@ def _open_one(source: ByteSource) -> GGUFFile:
 
 def _read_version(cursor: Cursor) -> int:
     """Check the magic, find version and byte order, and set the cursor up for them."""
-    magic = cursor.source.pread(0, min(4, cursor.source.size))
+    cursor.need(min(4, cursor.source.size), "the magic")
+    magic = cursor.buffer[:4]
     if magic in OLD_MAGICS:
         raise Unsupported(
             "gguf-old-magic",
@@ -187,10 +200,13 @@ def _name(cursor: Cursor, what: str, limit: int) -> str:
 def _read_metadata(cursor: Cursor, count: int) -> Metadata:
     metadata: Metadata = {}
     for i in range(count):
+        cursor.keys_left = count - i - 1
+        cursor.places.append(cursor.at)
         key = _name(cursor, f"key {i}", MAX_KEY_NBYTES)
         if key in metadata:
             cursor.fail("gguf-duplicate-key", f"key {key!r} appears twice")
         metadata[key] = read_value(cursor, key)
+    cursor.places.append(cursor.at)
     return metadata
 
 

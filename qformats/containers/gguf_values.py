@@ -12,8 +12,8 @@
 Source: the GGUF specification (``docs/gguf.md`` of the ggml repository) and ``ggml/src/gguf.cpp`` (llama.cpp v0.5.0).
 Every length is checked against the bytes left in the file before anything of that size is read or built.
 
-Of a file that comes over a network, long arrays of numbers are passed over and read when they are touched. Strings have no such short
-way: where each ends is written only in front of it, so a vocabulary has to be read to find what follows it.
+Of a file that comes over a network, long arrays of numbers are passed over and read when they are touched. Where an array of strings
+ends is written nowhere: ``gguf_remote`` finds it.
 """
 
 from __future__ import annotations
@@ -92,6 +92,9 @@ class StringArray(Sequence[str]):
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    def settle(self) -> None:
+        """Read what was not read yet: nothing."""
 
     def raw(self, index: int) -> bytes:
         """The bytes of string ``index`` as stored."""
@@ -206,7 +209,8 @@ class Cursor:
 
     ``buffer`` holds the file from byte ``base`` on; ``at`` is the place in the file.
 
-    ``order`` is ``"<"`` or ``">"``; ``wide`` says that lengths and counts have 64 bits (32 in version 1).
+    ``order`` is ``"<"`` or ``">"``; ``wide`` says that lengths and counts have 64 bits (32 in version 1). ``n_tensors`` and ``keys_left``
+    say what is behind the value that is read, ``places`` where the keys began, and the tensors. ``least_nbytes``: how much is read at once.
     """
 
     def __init__(self, source: ByteSource) -> None:
@@ -215,6 +219,9 @@ class Cursor:
         self.order = "<"
         self.wide = True
         self.buffer, self.base = b"", 0
+        self.n_tensors = self.keys_left = 0
+        self.places: list[int] = []
+        self.least_nbytes = REMOTE_READ_NBYTES if is_remote(source) else FIRST_READ_NBYTES
 
     def fail(self, code: str, message: str, *, tensor: str | None = None, hint: str | None = None) -> NoReturn:
         raise BadFile(code, message, path=self.source.name, offset_bytes=self.at, tensor=tensor, hint=hint)
@@ -240,7 +247,7 @@ class Cursor:
             )
         if end > MAX_HEADER_NBYTES:
             self.fail("gguf-header-too-large", f"the header exceeds {MAX_HEADER_NBYTES} bytes at {what}")
-        step = max(REMOTE_READ_NBYTES, likely) if is_remote(self.source) else max(FIRST_READ_NBYTES, len(self.buffer))
+        step = max(self.least_nbytes, likely if is_remote(self.source) else len(self.buffer))
         target = min(self.source.size, max(end, have + step))
         self.buffer += self.source.pread(have, target - have)
 
@@ -252,6 +259,10 @@ class Cursor:
         self.at = self.base = end
         self.buffer = b""
         return True
+
+    def pass_strings(self, key: str, count: int) -> StringArray | None:
+        """Go on behind an array of strings without reading it, where a cursor can: this one cannot."""
+        return None
 
     def unpack(self, code: str, what: str) -> Any:
         """Read one number of struct ``code``."""
@@ -326,7 +337,8 @@ def _read_array(cursor: Cursor, key: str) -> Value:
     if count > MAX_ARRAY_COUNT:
         cursor.fail("gguf-array-too-long", f"array {key!r} has {count} elements, at most {MAX_ARRAY_COUNT} are accepted")
     if name == "str":
-        return Value("[str]", _read_strings(cursor, key, count))
+        passed = cursor.pass_strings(key, count)
+        return Value("[str]", _read_strings(cursor, key, count) if passed is None else passed)
     start, form = cursor.at, f"{cursor.order}{count}{code}"
     if name != "bool" and cursor.pass_over(nbytes):
         return Value(f"[{name}]", NumberArray(cursor.source, start, count, form))

@@ -23,7 +23,7 @@ from qformats.hub import client
 __all__ = ["BEGIN", "END", "About", "Entry", "entries_of", "written"]
 
 BEGIN, END = "<!-- qformats:begin -->", "<!-- qformats:end -->"
-_SECTION = re.compile(re.escape(BEGIN) + r"(.*?)" + re.escape(END), re.DOTALL)
+_SECTION = re.compile(f"{BEGIN}((?:(?!{BEGIN}).)*?){END}", re.DOTALL)  # a begin whose end somebody removed encloses nothing
 _LINES = re.compile(r"<!-- qformats:files (.*?) -->", re.DOTALL)
 _KINDS = {
     "copied": "the same bytes",
@@ -34,6 +34,9 @@ _KINDS = {
 }
 _VLLM = ("awq", "gptq", "compressed-tensors", "fp8", "bitsandbytes", "modelopt", "mxfp4", "fbgemm_fp8", "torchao", "hf")
 _NO_METADATA = "---\n{}\n---\n"
+_EMPTY_METADATA = re.compile(r"\s*---[ \t]*\r?\n---[ \t]*(?:\r?\n|$)")
+_METADATA = re.compile(r"(\s*---[ \t]*\r?\n)(.*?)((?:\r?\n)---[ \t]*(?:\r?\n|$))", re.DOTALL)
+_KEY = re.compile(r"""(["']?)([^\s"'#:-][^"':]*)\1[ \t]*:""")
 _COPIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
@@ -75,9 +78,9 @@ class About:
 def entries_of(text: str) -> list[Entry]:
     """The lines of an earlier push in a card; none where there are none or they cannot be read."""
     section = _SECTION.search(text)
-    found = _LINES.search(section[1]) if section else None
+    found = _LINES.findall(section[1] if section else text)
     try:
-        items = json.loads(found[1]) if found else []
+        items = json.loads(found[-1]) if found else []
         return [Entry(**item) for item in items if isinstance(item.get("name"), str) and isinstance(item.get("nbytes"), int)]
     except (ValueError, TypeError, AttributeError):
         return []
@@ -91,6 +94,7 @@ def written(existing: str | None, about: About, entries: Sequence[Entry]) -> str
     package = client.package()
     title = about.repo.rpartition("/")[2]
     start = existing if existing is not None else f"\n# {title}\n"
+    start = _EMPTY_METADATA.sub("", start, count=1) if _EMPTY_METADATA.match(start) else start
     try:
         card = package.ModelCard(start if start.lstrip().startswith("---") else f"{_NO_METADATA}{start}")
     except Exception as error:
@@ -104,10 +108,33 @@ def written(existing: str | None, about: About, entries: Sequence[Entry]) -> str
         body = _SECTION.sub(lambda _: section, body, count=1)
     else:
         body = body.rstrip("\n") + f"\n\n{section}\n"
-    if existing is not None and card.data.to_dict() == before and start.endswith(card.text):
-        return start[: len(start) - len(card.text)] + body
+    head = _renewed(start[: len(start) - len(card.text)], before, card.data.to_dict()) if start.endswith(card.text) else None
+    if head is not None:
+        return head + body
     card.text = body
     return str(card)
+
+
+def _renewed(head: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    """The metadata with the keys that changed at its end and all other lines as they are; None where only a rewriting says the same."""
+    block = _METADATA.fullmatch(head)
+    changed = {key: value for key, value in after.items() if key not in before or before[key] != value}
+    if block is None or not changed:
+        return head if block is not None else None
+    package = client.package()
+    kept, drops = [], False
+    for line in block[2].splitlines():
+        key = _KEY.match(line)
+        drops = key[2].strip() in changed if key else drops and not line.startswith("#")
+        kept += [] if drops else [line]
+    added = package.repocard_data.yaml_dump(changed, sort_keys=False).splitlines()
+    end = "\r\n" if block[1].endswith("\r\n") else "\n"
+    text = block[1] + end.join([*kept, *added]) + block[3]
+    try:
+        same = package.ModelCard(text).data.to_dict() == dict(after)
+    except Exception:
+        return None  # whatever is unusual about it, rewriting it keeps what it says
+    return text if same else None
 
 
 def _set_metadata(data: Any, about: About, entries: Sequence[Entry]) -> None:

@@ -8,18 +8,24 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from qformats.errors import OutputError, QFormatError, RemoteError, Unsupported, redacted
 from qformats.hub.names import Address
 
-__all__ = ["RemoteFile", "Snapshot", "api", "describe", "endpoint", "is_offline", "package", "snapshot", "translated"]
+__all__ = ["RemoteFile", "Snapshot", "api", "asked", "describe", "endpoint", "is_offline", "package", "snapshot", "translated"]
 
 _QUERY = re.compile(r"(https?://[^\s'\"<>?]+)\?[^\s'\"<>]*")
 _NO_SPACE = (28, 122)  # ENOSPC, EDQUOT
+_PASSING = (429, 500, 502, 503, 504)  # answers that another try may better
+_CUT = frozenset({"RemoteProtocolError", "ReadError", "WriteError", "ReadTimeout", "WriteTimeout"})  # of a connection that was there
+_WAITS_S = (1.0, 2.0, 4.0, 8.0)
+_MOST_WAIT_S = 60.0
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,32 @@ def translated(address: Address | str) -> Iterator[None]:
             utils.enable_progress_bars()
 
 
+def asked(address: Address | str, question: Callable[[], _Answer]) -> _Answer:
+    """The answer to what may be asked twice: again where the hub is busy or broken for a moment, or hung up; else as ``translated``."""
+    with translated(address):
+        for wait_s in _WAITS_S:
+            try:
+                return question()
+            except Exception as error:
+                told_s = _patience(error)
+                if told_s is None or told_s > _MOST_WAIT_S:
+                    raise
+            time.sleep(max(wait_s, told_s))
+        return question()
+
+
+def _patience(error: BaseException) -> float | None:
+    """How long the hub wants to be left alone before the next try; None where that would not help."""
+    for cause in _causes(error):
+        answer = getattr(cause, "response", None)
+        if answer is not None and int(answer.status_code) in _PASSING:
+            told = str(answer.headers.get("Retry-After", ""))
+            return float(told) if told.isdecimal() else 0.0
+        if any(kind.__name__ in _CUT for kind in type(cause).__mro__):
+            return 0.0
+    return None
+
+
 def describe(error: BaseException, address: Address | str) -> QFormatError:
     """What went wrong at ``address`` and what to do about it, without secrets."""
     from huggingface_hub import errors
@@ -170,6 +202,8 @@ def _of_exception(chain: list[BaseException], error: BaseException, address: Add
     if names & {"TransportError", "TimeoutException", "ConnectionError"}:
         return RemoteError("hub-connection", f"the connection failed: {said}", path=address,
                            hint="check the network and run the same command again")  # fmt: skip
+    if "UnicodeEncodeError" in names:
+        return RemoteError("hub-token", "the token holds letters that no token has", path=address, hint="copy it again, or log in anew")
     if isinstance(error, OSError) and error.errno is not None:
         return OutputError("unwritable", f"cannot be written: {error.strerror}", path=address, hint="check the place and its permissions")
     return RemoteError("hub-answer", f"the client stopped: {type(error).__name__}: {clean(str(error))}", path=address)
@@ -185,8 +219,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 def snapshot(address: Address) -> Snapshot:
     """The commit that ``address`` names now, and its files with sizes and digests: one request."""
-    with translated(address):
-        found = api().model_info(address.repo, revision=address.revision, files_metadata=True)
+    found = asked(address, lambda: api().model_info(address.repo, revision=address.revision, files_metadata=True))
     files = {}
     for entry in found.siblings or ():
         lfs = entry.lfs

@@ -15,10 +15,10 @@ from qformats.containers.source import ByteSource, FileSource
 from qformats.errors import BadFile, RemoteError, UsageError
 from qformats.hub import client
 from qformats.hub.names import Address, find_address
-from qformats.hub.pull import cached, cached_file, few, literal
+from qformats.hub.pull import cached, cached_file, few, held, literal
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["fetched", "fetched_config", "fetched_file", "find_address", "needed", "open_remote"]
+__all__ = ["fetched", "fetched_beside", "fetched_config", "fetched_file", "find_address", "needed", "open_remote"]
 
 _SIDE = (*SIDE_FILES, "README.md", "LICENSE")
 _TEXTS = (".json", ".jinja", ".txt", ".model")
@@ -31,7 +31,7 @@ def open_remote(address: Address, allow_pickle: bool = False) -> Checkpoint:
     Offline, and for files of ``torch.save``, it is the copy in the client's cache that is opened.
     """
     if client.is_offline():
-        return open_checkpoint(fetched(address), allow_pickle)
+        return replace(open_checkpoint(fetched(address), allow_pickle), origin=str(address))
     found = client.snapshot(address)
     weights = _weights(found, address)
     if not weights:
@@ -135,7 +135,8 @@ def fetched(address: Address) -> Path:
         folder = cached(address, () if address.file is None else (address.file,))
         if address.file is None:
             _check_cached(address, folder)
-        return folder if address.file is None else folder / address.file
+            return folder
+        return folder / held(address, folder)[0]
     found = client.snapshot(address)
     names = needed(found, address)
     for name in names:
@@ -174,6 +175,25 @@ def fetched_config(address: Address) -> Path | None:
     return _fetch_small(found, small_names()) if "config.json" in found.files else None
 
 
+def fetched_beside(address: Address, wanted: tuple[str, ...]) -> Path | None:
+    """The directory of the cache with what lies beside the weights, fetched without them; None where none of ``wanted`` is there.
+
+    Of a repository whose weights are GGUF files alone it is None, too: these hold what is beside others.
+    """
+    if address.file is not None and address.file.endswith(".gguf"):
+        return None
+    if client.is_offline():
+        folder = cached(address)
+        names = [path.name for path in folder.iterdir()]
+    else:
+        found = client.snapshot(address)
+        folder, names = _cache_folder(found), [name for name in found.files if "/" not in name]
+    packed = any(name.endswith(".gguf") for name in names) and not any(name.endswith((".safetensors", *_PICKLED)) for name in names)
+    if packed or not any(name in wanted for name in names):
+        return None
+    return folder if client.is_offline() else _fetch_small(found, tuple(_side(found)))
+
+
 def needed(found: client.Snapshot, address: Address) -> list[str]:
     """The files that a conversion or a model of ``address`` reads, weights first: those of one kind, configuration, tokenizer."""
     weights = _one_kind(found, _weights(found, address)) or [name for name in found.files if name.endswith(_PICKLED) and "/" not in name]
@@ -181,5 +201,8 @@ def needed(found: client.Snapshot, address: Address) -> list[str]:
         weights = [address.file]
     if not weights:
         raise BadFile("no-weights", "holds no weights", path=address, hint=f"it holds {few(found.files)}")
-    side = [name for name in found.files if name in _SIDE or (name.endswith(_TEXTS) and "/" not in name)]
-    return list(dict.fromkeys((*weights, *side)))
+    return list(dict.fromkeys((*weights, *_side(found))))
+
+
+def _side(found: client.Snapshot) -> list[str]:
+    return [name for name in found.files if name in _SIDE or (name.endswith(_TEXTS) and "/" not in name)]

@@ -16,13 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import BinaryIO
 
+from qformats.containers.atomic import check_is_local, hold
 from qformats.errors import OutputError, RemoteError, Unsafe
 from qformats.hub import client
 from qformats.hub.names import Address
 from qformats.hub.source import HubSource, Spool
 
-__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "literal", "pull", "pull_source"]
+__all__ = ["Progress", "cached", "cached_file", "chosen", "few", "held", "listed", "literal", "pull", "pull_source"]
 
 _STEP_NBYTES, _FILES_AT_ONCE = 8 << 20, 4
 Progress = Callable[[int, int], None]
@@ -76,6 +78,16 @@ def _named(found: client.Snapshot, address: Address, include: Sequence[str], exc
     return names
 
 
+def held(address: Address, folder: Path, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[str]:
+    """The chosen files of ``address`` that ``folder``, its place in the cache, has; ``RemoteError('hub-offline')`` if it has none."""
+    names = chosen((p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()), include, exclude)
+    names = [name for name in names if address.file in (None, name)]
+    if not names:
+        hint = f"the cache holds {few(p.name for p in folder.iterdir())}; pull it once while online"
+        raise RemoteError("hub-offline", "is not in the cache and cannot be fetched", path=address, hint=hint)
+    return names
+
+
 def few(names: Iterable[str]) -> str:
     """The first names, for a message."""
     listed = sorted(names)
@@ -87,9 +99,9 @@ def cached_file(address: Address, file: client.RemoteFile, revision: str | None 
     package = client.package()
     assert address.file is not None
     known = package.try_to_load_from_cache(address.repo, address.file, revision=address.revision)
-    with client.translated(address):
-        path = Path(package.hf_hub_download(address.repo, address.file, revision=address.revision, endpoint=client.endpoint()))
-        _remember(address, revision, path)
+    words = {"revision": address.revision, "endpoint": client.endpoint()}
+    path = Path(client.asked(address, lambda: package.hf_hub_download(address.repo, address.file, **words)))
+    _remember(address, revision, path)
     if not isinstance(known, str) and not _is_whole(path, file):
         for place in {Path(os.path.realpath(path)), path}:
             place.unlink(missing_ok=True)
@@ -136,8 +148,9 @@ def pull(
     """
     if destination is None:
         folder = cached(address, include, exclude)
-        return folder, chosen((p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()), include, exclude)
+        return folder, held(address, folder, include, exclude)
     folder = Path(destination)
+    check_is_local(folder)
     if client.is_offline():
         return _copied(address, folder, include, exclude)
     found = client.snapshot(address)
@@ -157,6 +170,15 @@ def pull(
             pool.shutdown(cancel_futures=True)
             raise
     return folder, names
+
+
+def listed(address: Address, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[str, dict[str, int]]:
+    """The commit that ``address`` names and its chosen files with their sizes; offline those in the cache."""
+    if client.is_offline():
+        folder = cached(address, include, exclude)
+        return folder.name, {name: (folder / name).stat().st_size for name in held(address, folder, include, exclude)}
+    found = client.snapshot(address)
+    return found.commit, {name: found.files[name].size for name in _named(found, address, include, exclude)}
 
 
 def pull_source(address: Address, destination: Path, *, progress: Progress | None = None) -> Path:
@@ -234,22 +256,35 @@ def _fetch_file(found: client.Snapshot, file: client.RemoteFile, folder: Path, s
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = _partial_of(path)
-        if partial.is_file() and partial.stat().st_size > file.size:
-            partial.unlink()
         with partial.open("ab") as out:
-            at = out.tell()
-            tick(at)
-            for piece in HubSource(found.address(), file, spool).stream(at):
-                out.write(piece)
-                tick(len(piece))
-            out.flush()
-            os.fsync(out.fileno())
-        if not _is_whole(partial, file):
-            partial.unlink()
-            raise _wrong_hash(found.address(file.name))
-        partial.replace(path)
+            hold(out.fileno(), partial, path)
+            if out.tell() > file.size:
+                out.truncate(0)
+            began = _go_on(found, file, out, spool, tick)
+            whole = _is_whole(partial, file)
+            if not whole and began:  # what an earlier run left may be of another commit
+                out.truncate(0)
+                tick(-file.size)
+                _go_on(found, file, out, spool, tick)
+                whole = _is_whole(partial, file)
+            if not whole:
+                partial.unlink()
+                raise _wrong_hash(found.address(file.name))
+            partial.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from None
+
+
+def _go_on(found: client.Snapshot, file: client.RemoteFile, out: BinaryIO, spool: Spool, tick: Callable[[int], None]) -> int:
+    """Fetch what ``out`` lacks; how much it had."""
+    at = out.seek(0, os.SEEK_END)
+    tick(at)
+    for piece in HubSource(found.address(), file, spool).stream(at):
+        out.write(piece)
+        tick(len(piece))
+    out.flush()
+    os.fsync(out.fileno())
+    return at
 
 
 def _is_whole(path: Path, file: client.RemoteFile) -> bool:
@@ -268,7 +303,7 @@ def _is_whole(path: Path, file: client.RemoteFile) -> bool:
 def _copied(address: Address, folder: Path, include: Sequence[str], exclude: Sequence[str]) -> tuple[Path, list[str]]:
     """Offline: out of the cache."""
     source = cached(address, include, exclude)
-    names = chosen((p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()), include, exclude)
+    names = held(address, source, include, exclude)
     try:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,7 @@ from qformats.hub.card import About, Entry, entries_of, written
 from qformats.hub.names import Address, parse_repo
 from qformats.hub.pull import cached_file
 
-__all__ = ["MAX_FILE_NBYTES", "Pushed", "gguf_name", "push_to_hub"]
+__all__ = ["MAX_FILE_NBYTES", "Pushed", "check_target", "gguf_name", "push_to_hub"]
 
 MAX_FILE_NBYTES = 50_000_000_000  # what the hub serves over plain HTTP (huggingface_hub 2.4, constants.MAX_HTTP_DOWNLOAD_SIZE)
 CARD = "README.md"
@@ -69,9 +69,10 @@ def push_to_hub(
 
     Raises ``RemoteError``, and ``UsageError('hub-file-size')`` for a file that the hub would not serve. A failed push changes no file.
     """
-    address = parse_repo(_with_namespace(repo))
     if is_remote_path(path):
         raise UsageError("push-source", "is a repository already", path=path, hint="pull it first: qconvert pull")
+    address = check_target(repo)
+    base_model = base_model and parse_repo(base_model).repo
     target = Address(address.repo, revision or address.revision)
     with open_checkpoint(path) as checkpoint:
         files = _files(Path(path), target.repo, checkpoint)
@@ -79,29 +80,29 @@ def push_to_hub(
         base = base_model or _base(checkpoint, report)
     _check_sizes(files)
     api = client.api()
-    with client.translated(target):
-        _check_token(target)
-        api.create_repo(target.repo, exist_ok=True, **({} if private is None else {"private": private}))
-        if target.revision is not None and not create_pr:
-            api.create_branch(target.repo, branch=target.revision, exist_ok=True)
+    client.asked(target, lambda: api.create_repo(target.repo, exist_ok=True, **({} if private is None else {"private": private})))
+    if target.revision is not None and not create_pr:
+        client.asked(target, lambda: api.create_branch(target.repo, branch=target.revision, exist_ok=True))
     about = About(target.repo, entry.tool, base, _inherited(Path(path), base, checkpoint), target.revision)
     words = message or f"Upload {entry.type or entry.format} with qformats"
     return _Push(api, target, files, entry, about, words, create_pr).run()
 
 
-def _with_namespace(repo: str) -> str:
-    """``repo`` with its owner, asked of the hub where it names none."""
-    if "/" in repo.removeprefix("hf://"):
-        return repo
-    with client.translated(repo):
-        _check_token(repo)
-        return f"{client.api().whoami()['name']}/{repo.removeprefix('hf://')}"
+def check_target(repo: str) -> Address:
+    """The repository that ``repo`` names, with its owner, asked of the hub where it names none; what can be refused before any work.
 
-
-def _check_token(where: Address | str) -> None:
+    Raises ``UsageError('hub-address')``, and ``RemoteError`` (``hub-offline``, ``hub-token``) where nothing can be written.
+    """
+    name = repo.removeprefix("hf://")
+    if "/" in name:
+        parse_repo(repo)
+    if client.is_offline():
+        hint = "unset HF_HUB_OFFLINE"
+        raise RemoteError("hub-offline", "a push needs the network, which HF_HUB_OFFLINE forbids", path=repo, hint=hint)
     if client.package().get_token() is None:
         hint = "log in with `hf auth login` or set HF_TOKEN"
-        raise RemoteError("hub-token", "there is no token, and writing needs one", path=where, hint=hint)
+        raise RemoteError("hub-token", "there is no token, and writing needs one", path=repo, hint=hint)
+    return parse_repo(repo if "/" in name else f"{client.asked(repo, client.api().whoami)['name']}/{name}")
 
 
 # ---------------------------------------------------------------- what is pushed
@@ -125,9 +126,11 @@ def _files(path: Path, repo: str, checkpoint: Checkpoint) -> dict[str, Path]:
 def _inside(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
         inner = path.relative_to(folder)
-        if path.is_file() and not any(word.startswith(".") for word in inner.parts) and inner.as_posix() != CARD:
-            if path.is_symlink() and not path.resolve().is_file():
-                raise BadFile("unreadable", "is a link to nothing", path=path)
+        if any(word.startswith(".") for word in inner.parts) or inner.as_posix() == CARD:
+            continue
+        if path.is_symlink() and not path.exists():
+            raise BadFile("unreadable", "is a link to nothing", path=path, hint="remove it, or restore what it points to")
+        if path.is_file():
             yield path
 
 
@@ -228,8 +231,7 @@ def _inherited(path: Path, base: str | None, checkpoint: Checkpoint) -> dict[str
         found["license"] = str(getattr(stored, "value", ""))
     if base is not None:
         try:
-            with client.translated(base):
-                card = client.api().model_info(base).card_data
+            card = client.asked(base, lambda: client.api().model_info(base)).card_data
         except RemoteError:
             return found  # a base that is gone or private has nothing to say; the push goes on without it
         found.update({} if card is None else {key: value for key, value in card.to_dict().items() if value})

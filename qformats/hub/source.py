@@ -225,12 +225,14 @@ class HubSource:
     def _read_small(self, offset: int, view: memoryview) -> None:
         """Out of the pieces read before, else out of a new one; the lock is held."""
         state, end = self._state, offset + len(view)
-        start, data = next(((s, d) for s, d in state.small if s <= offset < s + len(d)), (0, b""))
-        got = data[offset - start : end - start] if data else b""
-        view[: len(got)] = got
-        if len(got) == len(view):
+        at = offset
+        while at < end and (held := next(((s, d) for s, d in state.small if s <= at < s + len(d)), None)) is not None:
+            start, data = held
+            got = data[at - start : end - start]
+            view[at - offset : at - offset + len(got)] = got
+            at += len(got)
+        if at == end:
             return
-        at = offset + len(got)
         goes_on = any(s + len(d) == at for s, d in state.small)
         state.ahead = min(_MOST_NBYTES, 2 * state.ahead) if goes_on else _FIRST_NBYTES
         stop = min(self.size, max(end, at + state.ahead))
@@ -238,7 +240,7 @@ class HubSource:
         if state.whole is None:
             state.small.append((at, piece))
             state.small_nbytes += len(piece)
-            view[len(got) :] = piece[: end - at]
+            view[at - offset :] = piece[: end - at]
 
     # ------------------------------------------------------------ chunks
 
@@ -404,7 +406,7 @@ class HubSource:
         assert self._address.file is not None
         url = package.hf_hub_url(self._address.repo, self._address.file, revision=self._address.revision, endpoint=client.endpoint())
         headers = package.utils.build_hf_headers(library_name="qformats")
-        found = package.get_hf_file_metadata(url, headers=headers, endpoint=client.endpoint())
+        found = client.asked(self._address, lambda: package.get_hf_file_metadata(url, headers=headers, endpoint=client.endpoint()))
         if found.size != self.size or found.etag not in (self._file.sha256, self._file.blob):
             raise RemoteError("hub-changed", "is not the file that was listed", path=self._address, hint="run the same command again")
         if urlsplit(found.location).netloc != urlsplit(url).netloc:

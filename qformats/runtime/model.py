@@ -18,6 +18,11 @@ from qformats.runtime.state import fill
 __all__ = ["PackedModel", "packed_class"]
 
 
+_PUSH_OPTIONS = ("commit_message", "private", "revision", "create_pr", "base_model", "report")
+# transformers' own, that say how it would write and send what is written here as it came
+_IGNORED_OPTIONS = ("commit_description", "max_shard_size", "safe_serialization", "tags", "token", "use_temp_dir", "variant")
+
+
 class PackedModel:
     """Mixed in before the model's own class, whose name the result keeps."""
 
@@ -75,9 +80,13 @@ class PackedModel:
         """Save the model and put it into ``repo_id``: ``private``, ``revision``, ``create_pr``, ``commit_message`` as in transformers.
 
         One commit with the model card; other options as of ``qformats.push_to_hub``. Attached adapters go up as transformers pushes them.
+        Raises ``TypeError`` for an option that neither knows: a misspelt ``private`` would make a public repository.
         """
         if getattr(self, "_hf_peft_config_loaded", False):
             return super().push_to_hub(repo_id, **options)  # type: ignore[misc]
+        unknown = [name for name in options if name not in (*_PUSH_OPTIONS, *_IGNORED_OPTIONS)]
+        if unknown:
+            raise TypeError(f"push_to_hub() got an unexpected keyword argument {unknown[0]!r}")
         with TemporaryDirectory(prefix="qformats-push-") as folder:
             self.save_pretrained(folder)
             files = list(Path(folder).iterdir())
@@ -104,8 +113,8 @@ def _push(path: Path, repo: str, options: Mapping[str, Any]) -> Any:
         hint = "set HF_TOKEN, or log in with `hf auth login`"
         raise UsageError("token-option", "a token is not taken as an argument", path=repo, hint=hint)
     push = import_module("qformats.hub.push").push_to_hub  # a later room, asked for only here
-    names = ("private", "revision", "create_pr", "base_model", "report")
-    return push(path, repo, message=options.get("commit_message"), **{name: options[name] for name in names if name in options})
+    given = {name: options[name] for name in _PUSH_OPTIONS if name in options and name != "commit_message"}
+    return push(path, repo, message=options.get("commit_message"), **given)
 
 
 def _bare(cls: Any) -> nn.Module:

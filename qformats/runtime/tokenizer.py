@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qformats.architectures.hf_tokenizer import has_vocabulary, no_collection, tokenizer_parts
-from qformats.checkpoint import fetched, open_checkpoint
+from qformats.checkpoint import fetched_beside, open_checkpoint
 from qformats.errors import BadFile, Unsupported
 from qformats.runtime import skeleton
 
@@ -21,15 +21,17 @@ _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer at ``path``: a directory, a file in one, or a .gguf.
+    """The tokenizer at ``path``: a directory, a file in one, or a .gguf; of an address what it needs is fetched, without the weights.
 
     Raises ``BadFile('tokenizer')`` where the files are not there or transformers cannot read them.
     """
     package = skeleton.transformers()
-    source = fetched(path)
-    if source.is_dir() and any((source / name).is_file() for name in _FILES) and not any(source.glob("*.gguf")):
+    found = fetched_beside(path, _FILES)
+    source = Path(found)
+    beside = found is not path
+    if beside or (source.is_dir() and any((source / name).is_file() for name in _FILES) and not any(source.glob("*.gguf"))):
         return _load(package, source, source)  # whatever its weights are
-    with open_checkpoint(source) as checkpoint:
+    with open_checkpoint(found) as checkpoint:
         if checkpoint.gguf is None:
             directory = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
             return _load(package, directory, checkpoint.path)

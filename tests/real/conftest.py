@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 # torch's matrix tiles (AMX) must stay unused: llama.cpp configures those of a thread once and dies where another library changed them
@@ -19,6 +22,7 @@ from make_checkpoints import BASES, FULL, REAL
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _FIGURES: list[str] = []
+LOOPBACK = Path(__file__).resolve().parents[1] / "unit" / "hub" / "loopback.py"
 
 
 def made(*, only: str = "", without: str = "-whole") -> list[Any]:
@@ -137,3 +141,31 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if _FIGURES:
         terminalreporter.section("figures")
         terminalreporter.write_line("\n".join(_FIGURES))
+
+
+@pytest.fixture(scope="session")
+def loopback() -> ModuleType:
+    """The hub on the loopback interface, of the unit tests."""
+    spec = importlib.util.spec_from_file_location("loopback", LOOPBACK)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["loopback"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def hub(loopback: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A running hub that the client of this process is turned to, logged in, its cache empty."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    with loopback.Hub() as running:
+        words = {"ENDPOINT": running.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": True}
+        words["HUGGINGFACE_CO_URL_TEMPLATE"] = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in words.items():
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr("huggingface_hub.utils._xet.is_xet_available", lambda: False, raising=False)
+        monkeypatch.setenv("HF_TOKEN", loopback.TOKEN)
+        close_session()
+        yield running
+        close_session()

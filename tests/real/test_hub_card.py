@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,37 +13,10 @@ from lab import SMOLLM_GGUF, why_missing
 import qformats
 from qformats.hub.names import Address
 
-LOOPBACK = Path(__file__).resolve().parents[1] / "unit" / "hub" / "loopback.py"
 pytestmark = [
     pytest.mark.real,
     pytest.mark.skipif(bool(why_missing("models", SMOLLM_GGUF)), reason=str(why_missing("models", SMOLLM_GGUF))),
 ]
-
-
-@pytest.fixture(scope="module")
-def loopback() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("loopback", LOOPBACK)
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["loopback"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def hub(loopback: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from huggingface_hub import constants
-    from huggingface_hub.utils import close_session
-
-    with loopback.Hub() as running:
-        words = {"ENDPOINT": running.url, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": True}
-        words["HUGGINGFACE_CO_URL_TEMPLATE"] = running.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for name, value in words.items():
-            monkeypatch.setattr(constants, name, value)
-        monkeypatch.setattr("huggingface_hub.utils._xet.is_xet_available", lambda: False, raising=False)
-        monkeypatch.setenv("HF_TOKEN", loopback.TOKEN)
-        close_session()
-        yield running
-        close_session()
 
 
 def chosen_by_llamacpp(files: list[str], words: str) -> str:

@@ -162,7 +162,7 @@ class _Handler(BaseHTTPRequestHandler):
     # ------------------------------------------------------------ the way of a request
 
     def _serve(self) -> None:
-        hub, path = self.hub, unquote(urlsplit(self.path).path)
+        hub, path = self.hub, unquote(urlsplit(self.path).path.replace("%2F", "%252F"))  # a slash of a revision stays spelled
         self.fault = self._next_fault(path)
         if self.fault is not None and self.fault.call is not None:
             self.fault.call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from loopback import Fault, Hub, folder_files
 
 import qformats
+from converters.api import convert
 from converters.cli import qconvert
 from converters.inspect import inspect_path
 from qformats.errors import OutputError, RemoteError, Unsafe
@@ -97,6 +99,27 @@ def test_wrong_bytes_are_removed_and_fetched_anew(model: Hub, tmp_path: Path, in
     assert folder_files(folder) == model.files("org/model")
 
 
+def test_two_pulls_into_one_place_do_not_mix(model: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".model.safetensors.partial").open("ab") as other:
+        fcntl.flock(other.fileno(), fcntl.LOCK_EX)
+        other.write(b"theirs")
+        other.flush()
+        with pytest.raises(OutputError, match="in-use"):
+            pull(MODEL, tmp_path / "out")
+        assert (tmp_path / "out" / ".model.safetensors.partial").read_bytes() == b"theirs"
+    folder, _ = pull(MODEL, tmp_path / "out")
+    assert folder_files(folder) == model.files("org/model")
+
+
+def test_what_another_commit_left_half_is_fetched_anew(model: Hub, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".model.safetensors.partial").write_bytes(b"other bytes" * 1000)
+    ticks: list[int] = []
+    folder, _ = pull(MODEL, tmp_path / "out", progress=lambda done, total: ticks.append(done))
+    assert folder_files(folder) == model.files("org/model") and ticks[-1] == sum(map(len, model.files("org/model").values()))
+
+
 def test_no_space_is_said_before_anything_is_fetched(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
     with pytest.raises(OutputError, match="no-space"):
@@ -147,6 +170,57 @@ def test_a_model_runs_from_its_repository_and_is_fetched_once(hub: Hub) -> None:
     hub.forget()
     model = qformats.load_model("hf://org/llama")
     assert model.num_parameters() > 0 and sum(hub.sent.values()) == 0
+
+
+def test_a_tokenizer_comes_without_the_weights(hub: Hub, tmp_path: Path) -> None:
+    files = folder_files(AWQ)
+    convert(AWQ, tmp_path / "a.gguf", to="gguf:q8_0", allow_requantize=True)
+    hub.add("org/model", files)
+    hub.add("org/pickled", {**{n: d for n, d in files.items() if not n.endswith(".safetensors")}, "pytorch_model.bin": b"x" * 1000})
+    hub.add("org/gguf", {"a-Q8_0.gguf": (tmp_path / "a.gguf").read_bytes() + bytes(8 << 20), "README.md": b"words"})
+    for address, most in (("org/model", 20_000), ("org/pickled", 20_000), ("hf://org/gguf/a-Q8_0.gguf", 200_000), ("org/gguf", 200_000)):
+        hub.forget()
+        tokenizer = qformats.load_tokenizer(address)
+        assert tokenizer("a b").input_ids and sum(hub.sent.values()) <= most
+        assert not any(name.endswith((".safetensors", ".bin", ".gguf")) for _, name in hub.seen if "gguf" not in address)
+
+
+def test_offline_a_tokenizer_comes_out_of_the_cache(model: Hub, request: pytest.FixtureRequest) -> None:
+    qformats.load_tokenizer("org/model")
+    request.getfixturevalue("offline")
+    model.forget()
+    assert qformats.load_tokenizer("org/model")("a").input_ids and not model.seen
+
+
+def test_offline_a_file_that_is_not_in_the_cache_is_said_so(model: Hub, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    pull(MODEL)
+    request.getfixturevalue("offline")
+    missing, config = Address("org/model", None, "none.gguf"), Address("org/model", None, "config.json")
+    for call in (lambda: pull(missing), lambda: pull(missing, tmp_path / "out"), lambda: qformats.open(str(missing))):
+        with pytest.raises(RemoteError, match="hub-offline"):
+            call()
+    assert pull(config, tmp_path / "one")[1] == ["config.json"] and set(folder_files(tmp_path / "one")) == {"config.json"}
+    run = CliRunner().invoke(qconvert, ["pull", "org/model", "--list", "--json"])
+    assert json.loads(run.stdout)["files"] == {name: len(data) for name, data in model.files("org/model").items()}
+    assert inspect_path("hf://org/model").path == "hf://org/model"
+
+
+def test_nothing_is_written_to_an_address(model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hf:" / "org").mkdir(parents=True)
+    for words in (["pull", "org/model", "hf://org/copy"], ["convert", str(AWQ), "hf://org/a.gguf", "--to", "gguf"]):
+        run = CliRunner().invoke(qconvert, words)
+        assert run.exit_code == 4 and "address of the hub" in run.output
+    assert not list((tmp_path / "hf:" / "org").iterdir())
+
+
+@pytest.mark.parametrize("text", ["org/model", "org/model/a.gguf", "https://huggingface.co/org/model"])
+def test_a_path_like_an_address_is_told_how_one_is_written(
+    model: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = CliRunner().invoke(qconvert, ["inspect", text])
+    assert run.exit_code == 5 and "hf://org/model" in run.output
 
 
 def test_the_command(model: Hub, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,10 +19,10 @@ from loopback import SIGNATURE, TOKEN, Fault, Hub, folder_files
 import qformats
 from converters.api import convert
 from converters.cli import qconvert
-from qformats.errors import QFormatError, RemoteError, UsageError
+from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
 from qformats.hub import push as pushing
 from qformats.hub.card import BEGIN, END, About, Entry, entries_of, written
-from qformats.hub.names import Address
+from qformats.hub.names import Address, parse_repo
 from qformats.hub.pull import pull
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
@@ -100,6 +101,33 @@ def test_a_branch_and_a_pull_request(hub: Hub, gguf: Path) -> None:
 # ---------------------------------------------------------------- the card
 
 
+def test_a_branch_may_have_a_slash_in_its_name(hub: Hub, gguf: Path, tmp_path: Path) -> None:
+    hub.add("org/new", {"README.md": b"---\nlicense: mit\n---\nwords\n"})
+    qformats.push_to_hub(gguf, "org/new", revision="try/one")
+    qformats.push_to_hub(gguf, "org/new", create_pr=True)
+    for revision in ("try%2Fone", "refs%2Fpr%2F1"):
+        run = CliRunner().invoke(qconvert, ["inspect", f"hf://org/new@{revision}/new-Q8_0.gguf", "--json"])
+        assert run.exit_code == 0 and json.loads(run.stdout)["format"] == "gguf"
+        folder, names = pull(parse_repo(f"org/new@{revision}"), tmp_path / revision[:4])
+        assert names == ["README.md", "new-Q8_0.gguf"] and (folder / names[1]).read_bytes() == gguf.read_bytes()
+    assert hub.files("org/new").keys() == {"README.md"}
+
+
+@pytest.mark.parametrize("base", ["not a name", "org/model/file.gguf"])
+def test_a_base_that_is_no_repository_is_refused(hub: Hub, gguf: Path, base: str) -> None:
+    with pytest.raises(UsageError, match="hub-address"):
+        qformats.push_to_hub(gguf, "org/new", base_model=base)
+    assert "org/new" not in hub.repos
+
+
+def test_a_link_to_nothing_is_not_left_out_silently(hub: Hub, tmp_path: Path) -> None:
+    shutil.copytree(AWQ, tmp_path / "model")
+    (tmp_path / "model" / "merges.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(BadFile, match="a link to nothing"):
+        qformats.push_to_hub(tmp_path / "model", "org/new")
+    assert "org/new" not in hub.repos
+
+
 def test_the_card_says_what_it_is_made_from(hub: Hub, tmp_path: Path) -> None:
     base = b"---\nlicense: other\nlicense_name: tiny\nlicense_link: LICENSE\nlanguage: en\n---\n# Base\n"
     hub.add("org/base", {**folder_files(AWQ), "README.md": base})
@@ -157,6 +185,33 @@ def test_what_others_wrote_stays(hub: Hub, gguf: Path) -> None:
     assert again.endswith(f"{END}\n\nAfter.\n")
 
 
+def test_a_section_whose_end_was_removed_takes_nothing_with_it(hub: Hub, gguf: Path, tmp_path: Path) -> None:
+    qformats.push_to_hub(gguf, "org/new")
+    broken = hub.files("org/new")["README.md"].decode().replace(END, "") + "\nMy own words.\n"
+    hub.add("org/new", {"README.md": broken.encode()})
+    convert(AWQ, tmp_path / "Other-Q4_1.gguf", to="gguf:q4_1")
+    for _ in range(2):
+        qformats.push_to_hub(tmp_path / "Other-Q4_1.gguf", "org/new")
+        text = hub.files("org/new")["README.md"].decode()
+        assert "\nMy own words.\n" in text and {entry.name for entry in entries_of(text)} == {"new-Q8_0.gguf", "Other-Q4_1.gguf"}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_metadata_keeps_its_comments_and_its_order(end: str) -> None:
+    lines = ["---", "# why it is here", 'license: "mit"  # for all', "tags: [mine,", "  yours]"]
+    lines += ["model-index:", "- name: x", "  results: []", "# end"]
+    text = written(end.join([*lines, "---", "Body", ""]), About("org/new", "t", "org/base"), [Entry("a-Q4_0.gguf", "gguf", "Q4_0", 1)])
+    head = text.split(f"{end}---{end}")[0].split(end)
+    assert head[:3] == lines[:3] and head[3:7] == lines[5:] and "base_model: org/base" in head
+    assert ModelCard(text).data.to_dict()["tags"] == ["mine", "yours", "qformats", "gguf"]
+    assert written(text, About("org/new", "t", "org/base"), entries_of(text)) == text
+
+
+def test_empty_metadata_is_filled() -> None:
+    text = written("---\n---\nBody\n", About("org/new", "t"), [])
+    assert text.startswith("---\nlibrary_name") and text.count("---\n") == 2 and "\nBody\n" in text
+
+
 def test_metadata_that_cannot_be_read_is_not_thrown_away(hub: Hub, gguf: Path) -> None:
     hub.add("org/new", {"README.md": b"---\n- a\n- b\n---\nwords\n"})
     before = head(hub)
@@ -180,6 +235,29 @@ def test_without_a_token(hub: Hub, gguf: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RemoteError, match="hub-token"):
         qformats.push_to_hub(gguf, "org/new")
     assert "org/new" not in hub.repos
+
+
+@pytest.mark.parametrize("code", ["hub-token", "hub-offline", "hub-address"])
+def test_a_push_that_cannot_be_is_refused_before_the_conversion(
+    hub: Hub, tmp_path: Path, request: pytest.FixtureRequest, code: str
+) -> None:
+    if code == "hub-token":
+        request.getfixturevalue("monkeypatch").delenv("HF_TOKEN")
+    if code == "hub-offline":
+        request.getfixturevalue("offline")
+    repo = "no name/x" if code == "hub-address" else "org/new"
+    run = CliRunner().invoke(qconvert, ["convert", str(AWQ), str(tmp_path / "a.gguf"), "--to", "gguf", "--push", repo])
+    assert f"[{code}]" in run.output and not (tmp_path / "a.gguf").exists() and not hub.seen
+
+
+def test_a_conversion_that_was_not_pushed_stays(hub: Hub, tmp_path: Path) -> None:
+    hub.faults = [Fault("/commit/", "POST", times=None, status=403)]
+    words = ["convert", str(AWQ), str(tmp_path / "a.gguf"), "--to", "gguf", "--push", "Mine-GGUF"]
+    run = CliRunner().invoke(qconvert, words)
+    assert run.exit_code == 8 and f"qconvert push {tmp_path / 'a.gguf'} Mine-GGUF" in run.output and (tmp_path / "a.gguf").is_file()
+    hub.faults.clear()
+    assert CliRunner().invoke(qconvert, ["push", str(tmp_path / "a.gguf"), "Mine-GGUF"]).exit_code == 0
+    assert "Mine-Q5_0.gguf" in hub.files("org/Mine-GGUF")
 
 
 def test_somebody_else_was_quicker(hub: Hub, gguf: Path) -> None:
@@ -273,6 +351,9 @@ def test_a_killed_push_sends_only_what_is_missing(hub: Hub, tmp_path: Path) -> N
 
 def test_a_model_on_packed_weights_pushes_the_files_it_came_from(hub: Hub, gguf: Path, tmp_path: Path) -> None:
     model = qformats.load_model(AWQ)
+    with pytest.raises(TypeError, match="'privat'"):
+        model.push_to_hub("org/new", privat=True)
+    assert "org/new" not in hub.repos
     model.push_to_hub("org/new", commit_message="packed", private=True)
     files = hub.files("org/new")
     assert files["model.safetensors"] == (AWQ / "model.safetensors").read_bytes() and hub.repos["org/new"].messages[head(hub)] == "packed"

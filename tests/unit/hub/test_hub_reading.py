@@ -19,6 +19,7 @@ from qformats.containers.source import FileSource
 from qformats.errors import BadFile, QFormatError, RemoteError, UsageError
 from qformats.hub import client
 from qformats.hub.names import Address, find_address, parse_address
+from qformats.hub.pull import pull
 from qformats.hub.source import CHUNK_NBYTES, HubSource, Spool
 
 FIXTURES = Path(__file__).resolve().parents[3] / "fixtures"
@@ -107,19 +108,23 @@ def test_inspect_of_a_gguf_reads_its_header_and_at_most_as_much_again(hub: Hub) 
         inspect_path("hf://org/gguf")
 
 
-def test_inspect_of_a_gguf_reads_the_strings_of_its_vocabulary_and_passes_over_the_numbers(hub: Hub, tmp_path: Path) -> None:
+def test_inspect_of_a_gguf_steps_across_its_vocabulary(hub: Hub, tmp_path: Path) -> None:
     metadata = {
         "general.architecture": Value("str", "llama"),
         "tokenizer.ggml.tokens": Value("[str]", [f"token{n}" for n in range(60_000)]),  # 1.1 MB
         "tokenizer.ggml.scores": Value("[f32]", [-0.5 * n for n in range(60_000)]),  # 240 kB
         "tokenizer.ggml.token_type": Value("[i32]", [n % 3 for n in range(60_000)]),
+        "tokenizer.ggml.merges": Value("[str]", [f"token {n}" for n in range(60_000)]),
         "tokenizer.ggml.add_bos_token": Value("bool", True),
     }
     layout = layout_gguf(metadata, [TensorInfo("token_embd.weight", "Q8_0", (60_000, 64))])
-    strings = len(metadata["tokenizer.ggml.tokens"].value) * 17
-    hub.add("org/gguf", {"a.gguf": layout.header + bytes(layout.size - len(layout.header))})
-    assert inspect_path("hf://org/gguf/a.gguf").types()[0]["weights"] == 60_000 * 64
-    assert sum(hub.sent.values()) <= strings + (450 << 10) < len(layout.header)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(layout.header + bytes(layout.size - len(layout.header)))
+    hub.add("org/gguf", {"a.gguf": path.read_bytes()})
+    there = CliRunner().invoke(qconvert, ["inspect", "hf://org/gguf/a.gguf", "--json", "--tensors"])
+    here = CliRunner().invoke(qconvert, ["inspect", str(path), "--json", "--tensors"])
+    assert {**json.loads(there.stdout), "path": ""} == {**json.loads(here.stdout), "path": ""}
+    assert sum(hub.sent.values()) <= 300 << 10 < len(layout.header) / 8 and len(hub.seen) <= 16
     with qformats.open("hf://org/gguf/a.gguf") as checkpoint:
         assert checkpoint.gguf is not None and checkpoint.gguf.metadata == metadata
         assert checkpoint.metadata["tokenizer.ggml.scores"].value[3:5] == (-1.5, -2.0)
@@ -212,11 +217,31 @@ def test_a_cut_connection_goes_on_where_it_ended(hub: Hub) -> None:
     assert source.nbytes_read == len(data)
 
 
-@pytest.mark.parametrize("fault", [Fault("/cdn/", times=2, status=500), Fault("/cdn/", times=2, status=429, headers={"Retry-After": "1"})])
-def test_errors_that_pass_are_waited_for(awq: Hub, fault: Fault) -> None:
-    awq.faults = [fault]
-    assert inspect_path("hf://org/model").format == "awq"
-    assert fault.times == 0
+@pytest.mark.parametrize(
+    "fault",
+    [
+        Fault("/cdn/", times=2, status=500), Fault("/cdn/", times=2, status=429, headers={"Retry-After": "1"}),
+        Fault("/api/models", times=2, status=500), Fault("/api/models", times=3, status=429, headers={"Retry-After": "1"}),
+        Fault("/resolve/", "HEAD", times=2, status=503), Fault("/resolve/", "HEAD", status=429), Fault("/resolve/", times=2, status=502),
+    ],
+    ids=lambda fault: f"{fault.method}{fault.path}{fault.status}",
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["inspect", "pull", "pull into the cache"])
+def test_errors_that_pass_are_waited_for(awq: Hub, tmp_path: Path, fault: Fault, command: str) -> None:
+    awq.faults = [met := Fault(**vars(fault))]
+    if command == "inspect":
+        assert inspect_path("hf://org/model").format == "awq"
+        assert met.times == 0
+    else:
+        folder, _ = pull(Address("org/model"), tmp_path / "out" if command == "pull" else None)
+        assert folder_files(folder) == awq.files("org/model")
+
+
+def test_a_hub_that_asks_for_more_than_a_minute_is_not_waited_for(awq: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    awq.faults = [Fault("/api/models", times=None, status=429, headers={"Retry-After": "3600"})]
+    with pytest.raises(RemoteError, match="hub-rate"):
+        inspect_path("hf://org/model")
+    assert len(awq.seen) == 1
 
 
 def test_an_address_whose_time_is_over_is_asked_for_again(hub: Hub) -> None:
@@ -299,6 +324,13 @@ def test_what_does_not_pass_is_one_error_without_secrets(
 
 def test_a_wrong_token_is_said_so_and_not_shown(awq: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "w" * 34)
+    with pytest.raises(RemoteError) as caught:
+        qformats.open("hf://org/model")
+    assert caught.value.code == "hub-token" and wrong not in str(caught.value)
+
+
+def test_a_token_of_impossible_letters_is_said_so_and_not_shown(awq: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", wrong := "hf_" + "é" * 34)
     with pytest.raises(RemoteError) as caught:
         qformats.open("hf://org/model")
     assert caught.value.code == "hub-token" and wrong not in str(caught.value)
