@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qformats.kernels.triton.weights import EMULATED, of, rounded, stored, tile
+from qformats.kernels.triton.weights import EMULATED, of, of_units, parameters, rounded, stored, tile
 
 __all__ = ["dequantize", "gemv", "reduce", "tiles"]
 
@@ -26,26 +26,14 @@ def gemv(
     Program (i, s): ROWS rows, STEPS steps of UNITS units of columns. Weights and products in float32, without tensor cores.
     """
     width: tl.constexpr = of(S, "width")
-    phases: tl.constexpr = of(S, "phases")
-    columns: tl.constexpr = of(S, "columns")
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     rows = (start + place).to(tl.int64)
     sums = ()
     for m in tl.static_range(MOST):
-        sums = sums + (tl.zeros([UNITS, ROWS, width], tl.float32),)
+        sums = sums + (tl.zeros([UNITS, ROWS, width // of(S, "chain")], tl.float32),)
     for step in range(0, STEPS):
         units = (tl.program_id(1) * STEPS + step) * UNITS + tl.arange(0, UNITS)
-        for phase in tl.static_range(phases):
-            col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
-            xs = ()
-            for m in tl.static_range(MOST):
-                line = x + tl.minimum(m, count - 1) * columns
-                xs = xs + (tl.load(line + col, mask=col < columns, other=0.0, eviction_policy="evict_last").to(tl.float32),)
-            w = tile(planes, S, rows, units, phase, ROWS, UNITS, tl.float32)
-            more = ()
-            for m in tl.static_range(MOST):
-                more = more + (tl.fma(w, tl.broadcast_to(xs[m], [UNITS, ROWS, width]), sums[m]),)
-            sums = more
+        sums = of_units(x, count, planes, S, rows, units, sums, MOST, ROWS, UNITS)
     for m in tl.static_range(MOST):
         total = tl.sum(tl.sum(sums[m], 2), 0)  # (ROWS,)
         line = (tl.program_id(1) * count + m).to(tl.int64) * (stop - start)
@@ -92,7 +80,9 @@ def tiles(
         for step in range(0, STEPS):
             units = (tl.program_id(1) * STEPS + step) * UNITS + tl.arange(0, UNITS)
             for phase in tl.static_range(phases):
-                w = tile(planes, S, rows, units, phase, ROWS, UNITS, x.dtype.element_ty)
+                if phase % of(S, "span") == 0:
+                    params = parameters(planes, S, rows, units, phase, ROWS, UNITS, 1, of(S, "wide"))
+                w = tile(planes, S, rows, units, params, phase, ROWS, UNITS, x.dtype.element_ty)
                 col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
                 if EVEN:
                     held = tl.load(x + line + col)
@@ -135,7 +125,9 @@ def dequantize(
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     line = place.to(tl.int64)[None, :, None] * columns
     for phase in tl.static_range(of(S, "phases")):
-        w = tile(planes, S, rows, units, phase, ROWS, UNITS, out.dtype.element_ty)
+        if phase % of(S, "span") == 0:
+            params = parameters(planes, S, rows, units, phase, ROWS, UNITS, 1, of(S, "wide"))
+        w = tile(planes, S, rows, units, params, phase, ROWS, UNITS, out.dtype.element_ty)
         col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
         inside = (place[None, :, None] < count) & (col < columns)
         if ORDERED:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from qformats.kernels.triton.spec import FLOATS
 
-__all__ = ["EMULATED", "of", "rounded", "stored", "tile"]
+__all__ = ["EMULATED", "of", "of_units", "parameters", "rounded", "stored", "tile"]
 
 EMULATED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 _FLOATS = tl.constexpr(FLOATS)
@@ -47,6 +47,12 @@ def lowest(items):
 def below(widths, number):
     """Bits of the planes before one."""
     return sum(widths[:number])
+
+
+@triton.constexpr_function
+def mirrored(number, count):
+    """The bits of a number below ``count``, a power of two, in the other direction."""
+    return sum((number >> i & 1) * (count >> i + 1) for i in range(count.bit_length() - 1))
 
 
 @triton.constexpr_function
@@ -212,9 +218,12 @@ def _codes(
     planes, S: tl.constexpr, row, unit, PHASE: tl.constexpr, BOOK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
 ):  # fmt: skip
     """The 16 codes of one phase of units, (units, rows, 16) int32; ``row`` (1, rows, 1) int64, ``unit`` (units, 1, 1)."""
-    code = _plane_codes(planes, S, 0, row, unit, PHASE, BOOK, ROWS, UNITS)
-    for i in tl.static_range(1, size(of(S, "widths"))):
-        code |= _plane_codes(planes, S, i, row, unit, PHASE, BOOK, ROWS, UNITS) << below(of(S, "widths"), i)
+    if of(S, "bits") <= 8 and BOOK == 0:
+        code = _spread(_words(planes, S, row, unit, PHASE, 0), 0, 0, ROWS, UNITS).to(tl.int32, bitcast=True)
+    else:
+        code = _plane_codes(planes, S, 0, row, unit, PHASE, BOOK, ROWS, UNITS)
+        for i in tl.static_range(1, size(of(S, "widths"))):
+            code |= _plane_codes(planes, S, i, row, unit, PHASE, BOOK, ROWS, UNITS) << below(of(S, "widths"), i)
     return code
 
 
@@ -223,45 +232,85 @@ def _plane_codes(
     planes, S: tl.constexpr, PLANE: tl.constexpr, row, unit,
     PHASE: tl.constexpr, BOOK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """One plane's part of the codes."""
+    """One plane's part of the codes of a book."""
     narrow: tl.constexpr = lowest(of(S, "widths"))
     bits: tl.constexpr = pick(of(S, "widths"), PLANE)
     each: tl.constexpr = 8 // bits  # phases of a run
     row_nbytes: tl.constexpr = pick(of(S, "row_nbytes"), PLANE)
     start: tl.constexpr = BOOK * (of(S, "columns") // of(S, "v")) * bits // 8
     shift: tl.constexpr = bits * (PHASE % each)
-    run = unit * (bits // narrow) + PHASE // each
     if start % 16 == 0:
-        run = tl.minimum(run + start // 16, row_nbytes // 16 - 1)
-        found = _run(planes[PLANE] + row * row_nbytes, run, shift, (1 << bits) - 1, ROWS, UNITS)
+        found = _spread(_plane_words(planes, S, PLANE, row, unit, PHASE, start // 16, 0), 0, 0, ROWS, UNITS).to(tl.int32, bitcast=True)
     else:
+        run = unit * (bits // narrow) + PHASE // each
         byte = tl.minimum(run * 16 + start + tl.arange(0, 16)[None, None, :], row_nbytes - 1)
         found = (tl.load(planes[PLANE] + row * row_nbytes + byte).to(tl.int32) >> shift) & ((1 << bits) - 1)
     return found
 
 
 @triton.jit
-def _run(line, run, SHIFT: tl.constexpr, MASK: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """A field of each of the 16 bytes of runs, (units, rows, 16): four words a run, from each word four bytes."""
-    word = run * 4 + tl.arange(0, 4)[None, None, :]
-    held = tl.load(line.to(tl.pointer_type(tl.int32)) + word)  # (units, rows, 4)
-    parts = (held[:, :, :, None] >> (tl.arange(0, 4) * 8 + SHIFT)[None, None, None, :]) & MASK
-    return tl.reshape(parts, [UNITS, ROWS, 16])
+def _words(planes, S: tl.constexpr, row, unit, PHASE: tl.constexpr, UP: tl.constexpr):
+    """The codes of at most 8 bits of one phase as the bytes of words, (units, rows, 4) uint32, each ``UP`` bits up its byte."""
+    code = _plane_words(planes, S, 0, row, unit, PHASE, 0, UP)
+    for i in tl.static_range(1, size(of(S, "widths"))):
+        code |= _plane_words(planes, S, i, row, unit, PHASE, 0, UP + below(of(S, "widths"), i))
+    return code
 
 
 @triton.jit
-def _special(NAME: tl.constexpr, code, value):
-    """The bit patterns of a small float that its formula does not give."""
+def _plane_words(
+    planes, S: tl.constexpr, PLANE: tl.constexpr, row, unit, PHASE: tl.constexpr, AFTER: tl.constexpr, UP: tl.constexpr
+):  # fmt: skip
+    """A plane's field of each of the 16 bytes of runs, ``AFTER`` runs later, ``UP`` bits up its byte: one shift and mask for four."""
+    narrow: tl.constexpr = lowest(of(S, "widths"))
+    bits: tl.constexpr = pick(of(S, "widths"), PLANE)
+    each: tl.constexpr = 8 // bits
+    row_nbytes: tl.constexpr = pick(of(S, "row_nbytes"), PLANE)
+    down: tl.constexpr = bits * (PHASE % each) - UP
+    run = tl.minimum(unit * (bits // narrow) + PHASE // each + AFTER, row_nbytes // 16 - 1)
+    line = (planes[PLANE] + row * row_nbytes).to(tl.pointer_type(tl.uint32))
+    held = tl.load(line + run * 4 + tl.arange(0, 4)[None, None, :], eviction_policy="evict_first")
+    if down > 0:
+        held = held >> down
+    if down < 0:
+        held = held << -down
+    if bits < 8:
+        held = held & (((1 << bits) - 1 << UP) * 0x01010101)
+    return held
+
+
+@triton.jit
+def _spread(words, PLACE: tl.constexpr, TOP: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """A word of each byte of words (units, rows, 4) uint32: it is the ``PLACE``th byte (0 or 3), ``TOP`` the third; (units, rows, 16)."""
+    byte = tl.arange(0, 4)[None, None, None, :]
+    wide = tl.broadcast_to(words[:, :, :, None], [UNITS, ROWS, 4, 4])
+    if EMULATED:
+        made = (((wide >> (8 * byte).to(tl.uint32)) & 0xFF) << (8 * PLACE)) | (TOP << 24)
+    elif PLACE == 3:
+        chosen = tl.broadcast_to(0x0444 + byte * 0x1000, [UNITS, ROWS, 4, 4])
+        made = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [wide, chosen], tl.uint32, True, 1)
+    elif TOP == 0x4B:
+        chosen = tl.broadcast_to(0x7440 + byte, [UNITS, ROWS, 4, 4])
+        made = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0x4B000000, $2;", "=r,r,r", [wide, chosen], tl.uint32, True, 1)
+    else:
+        chosen = tl.broadcast_to(0x4440 + byte, [UNITS, ROWS, 4, 4])
+        made = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [wide, chosen], tl.uint32, True, 1)
+    return tl.reshape(made, [UNITS, ROWS, 16])
+
+
+@triton.jit
+def _special(NAME: tl.constexpr, value):
+    """The infinities and NaN of a small float, whose formula gives a finite ``value`` for them."""
     nan = float("nan")
     if NAME == "e4m3fn":
-        made = tl.where((code & 0x7F) == 0x7F, nan, value)
+        made = tl.where(tl.abs(value) > 448.0, nan, value)
     elif NAME == "e4m3fnuz" or NAME == "e5m2fnuz":
-        made = tl.where(code == 0x80, nan, value)
+        made = tl.where(value.to(tl.uint32, bitcast=True) == 0x80000000, nan, value)
     elif NAME == "ue4m3":
-        made = tl.where(code == 0x7F, 0.0, value)
+        made = tl.where(value > 448.0, 0.0, value)
     elif NAME == "e5m2":
-        end = (0x7F800000 | ((code & 3) << 21) | ((code & 0x80) << 24)).to(tl.float32, bitcast=True)
-        made = tl.where((code & 0x7C) == 0x7C, end, value)
+        end = tl.where(tl.abs(value) == 65536.0, value * float("inf"), nan)
+        made = tl.where(tl.abs(value) > 57344.0, end, value)
     else:
         made = value
     return made
@@ -282,7 +331,7 @@ def _float_of(NAME: tl.constexpr, code):
         if sign:
             bits = value.to(tl.int32, bitcast=True) | ((code & sign) << pick(_float_rule(NAME), 4))
             value = bits.to(tl.float32, bitcast=True)
-        made = _special(NAME, code, value)
+        made = _special(NAME, value)
     return made
 
 
@@ -301,29 +350,75 @@ def _value_of(planes, S: tl.constexpr, code, zero):
     else:
         if of(S, "kind") == "learned":
             code = tl.minimum(code, of(S, "entries") - 1)
-        made = tl.load(planes[of(S, "table")] + code).to(tl.float32)
+        made = tl.load(planes[of(S, "table")] + code.to(tl.uint32, bitcast=True)).to(tl.float32)
     return made
 
 
 @triton.jit
-def _grid_values(planes, S: tl.constexpr, row, unit, zero, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """The values of a phase, (units, rows, width), float32; float64 sums of a learned grid's books in a wide spec."""
+def _halves(planes, S: tl.constexpr, row, unit, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """Small floats that are the upper byte of a float16 with another bias, which ``lift`` makes good: four at a time, then two."""
+    bits: tl.constexpr = of(S, "bits")
+    words = _words(planes, S, row, unit, PHASE, 8 - bits)
+    if bits < 8:
+        low: tl.constexpr = ((1 << bits - 1) - 1) << of(S, "half_up")
+        words = (words & 0x80808080) | ((words >> (8 - bits - of(S, "half_up"))) & (low * 0x01010101))
+    pair = tl.arange(0, 2)[None, None, None, :]
+    wide = tl.broadcast_to(words[:, :, :, None], [UNITS, ROWS, 4, 2])
+    if EMULATED:
+        byte = (wide >> (16 * pair).to(tl.uint32)) & 0xFFFF
+        pairs = ((byte & 0xFF) << 8) | ((byte & 0xFF00) << 16)
+    else:
+        chosen = tl.broadcast_to(0x1404 + pair * 0x2020, [UNITS, ROWS, 4, 2])
+        pairs = tl.inline_asm_elementwise("prmt.b32 $0, $1, 0, $2;", "=r,r,r", [wide, chosen], tl.uint32, True, 1)
+    return tl.reshape(tl.join(_half(pairs, tl.float16), _half(pairs >> 16, tl.float16)), [UNITS, ROWS, 16])
+
+
+@triton.jit
+def _phase_values(planes, S: tl.constexpr, row, unit, zero, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """``_value_of`` for the codes of a phase, one column each, (units, rows, 16) float32."""
+    if of(S, "kind") == "integer":
+        words = _words(planes, S, row, unit, PHASE, 0)
+        if of(S, "flip"):
+            words = words ^ 0x80808080
+        made = _spread(words, 0, 0x4B, ROWS, UNITS).to(tl.float32, bitcast=True) - (zero + (8388608.0 + of(S, "low")))
+    elif of(S, "kind") == "float" and of(S, "half_up") >= 0:
+        made = _halves(planes, S, row, unit, PHASE, ROWS, UNITS)
+    elif of(S, "kind") == "float" and of(S, "name") != "e8m0":
+        mask: tl.constexpr = pick(_float_rule(of(S, "name")), 0)
+        up: tl.constexpr = pick(_float_rule(of(S, "name")), 1)
+        power: tl.constexpr = 2.0 ** pick(_float_rule(of(S, "name")), 2)
+        sign: tl.constexpr = pick(_float_rule(of(S, "name")), 3)
+        down: tl.constexpr = 32 - of(S, "bits") - up  # from the top of a word to its exponent
+        left = _spread(_words(planes, S, row, unit, PHASE, 8 - of(S, "bits")), 3, 0, ROWS, UNITS).to(tl.int32, bitcast=True)
+        bits = (left >> down) & ((mask << up) - (0x80000000 if sign else 0))
+        made = _special(of(S, "name"), bits.to(tl.float32, bitcast=True) * power)
+    else:
+        made = _value_of(planes, S, _codes(planes, S, row, unit, PHASE, 0, ROWS, UNITS), zero)
+    return made
+
+
+@triton.jit
+def _grid_values(
+    planes, S: tl.constexpr, row, unit, zero, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """The values of a phase, (units, rows, width), float32; float64 if WIDE, as are the sums of a learned grid's books."""
     v: tl.constexpr = of(S, "v")
     held = row // of(S, "v_out") if of(S, "v_out") > 1 else row
     if v == 1 and of(S, "books") == 1 and of(S, "v_out") == 1:
-        made = _value_of(planes, S, _codes(planes, S, held, unit, PHASE, 0, ROWS, UNITS), zero)
-        if of(S, "wide"):
+        made = _phase_values(planes, S, held, unit, zero, PHASE, ROWS, UNITS)
+        if WIDE:
             made = made.to(tl.float64)
     else:
-        made = tl.zeros([UNITS, ROWS, 16, v], tl.float64 if of(S, "wide") else tl.float32)
+        sums: tl.constexpr = tl.float64 if WIDE or of(S, "books") > 2 else tl.float32
         for book in tl.static_range(of(S, "books")):
             code = _codes(planes, S, held, unit, PHASE, book, ROWS, UNITS)
             if of(S, "kind") == "learned":
                 code = tl.minimum(code, of(S, "entries") - 1) + book * of(S, "entries")
                 code = code * of(S, "v_out") + (row % of(S, "v_out")).to(tl.int32)
             entry = planes[of(S, "table")] + code[:, :, :, None] * v + tl.arange(0, v)[None, None, None, :]
-            made += tl.load(entry).to(made.dtype)
-        made = tl.reshape(made, [UNITS, ROWS, 16 * v])
+            found = tl.load(entry).to(sums)
+            made = found if book == 0 else made + found
+        made = tl.reshape(made if WIDE else made.to(tl.float32), [UNITS, ROWS, 16 * v])
     return made
 
 
@@ -394,12 +489,16 @@ def _coded(planes, F: tl.constexpr, prow, pcol):
 
 
 @triton.jit
-def _field(planes, S: tl.constexpr, F: tl.constexpr, row, first, ROWS: tl.constexpr, UNITS: tl.constexpr):
-    """A parameter on a tile whose units start at the columns ``first`` (units, 1, 1): float32 that broadcasts to (units, rows, width)."""
-    width: tl.constexpr = of(S, "width")
-    run: tl.constexpr = of(F, "run")
+def _field(
+    planes, S: tl.constexpr, F: tl.constexpr, row, first, ROWS: tl.constexpr, UNITS: tl.constexpr, EVERY: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """A parameter of every ``EVERY``th column of a tile whose units start at the columns ``first`` (units, 1, 1): float32, or float64 if
+    WIDE, that broadcasts to (units, rows, width / EVERY). ``EVERY`` divides the parameter's run.
+    """
+    width: tl.constexpr = of(S, "width") // EVERY
+    run: tl.constexpr = of(F, "run") // EVERY
     across: tl.constexpr = width // run
-    col = tl.minimum(first + run * tl.arange(0, across)[None, None, :], of(S, "columns") - 1)
+    col = tl.minimum(first + of(F, "run") * tl.arange(0, across)[None, None, :], of(S, "columns") - 1)
     prow, pcol = _place(planes, of(S, "index"), of(S, "index_rows"), S, F, row, col)
     if of(F, "inner") is None:
         found = _plain(planes, F, prow, pcol)
@@ -409,7 +508,7 @@ def _field(planes, S: tl.constexpr, F: tl.constexpr, row, first, ROWS: tl.conste
     if across > 1 and run > 1 and not one_column:
         wide = tl.broadcast_to(found, [UNITS, ROWS, across])
         found = tl.reshape(tl.broadcast_to(wide[:, :, :, None], [UNITS, ROWS, across, run]), [UNITS, ROWS, width])
-    if of(S, "wide"):
+    if WIDE:
         found = found.to(tl.float64)
     return found
 
@@ -419,62 +518,208 @@ def _signed(planes, S: tl.constexpr, row, first, value, ROWS: tl.constexpr, UNIT
     """``value`` with the sign flipped where its bit is set."""
     eighths: tl.constexpr = of(S, "width") // 8
     byte = tl.minimum(first // 8 + tl.arange(0, eighths)[None, None, :], of(S, "sign_nbytes") - 1)
-    found = tl.load(planes[of(S, "signs")] + row * of(S, "sign_nbytes") + byte).to(tl.int32)
-    bits = (found[:, :, :, None] >> tl.arange(0, 8)[None, None, None, :]) & 1
+    found = tl.load(planes[of(S, "signs")] + row * of(S, "sign_nbytes") + byte).to(tl.uint32)
+    bits = (found[:, :, :, None] << (31 - tl.arange(0, 8)).to(tl.uint32)[None, None, None, :]) & 0x80000000
     flip = tl.reshape(bits, [UNITS, ROWS, of(S, "width")])
-    return tl.where(flip == 1, -value, value)
+    if value.dtype == tl.float64:
+        made = (value.to(tl.uint64, bitcast=True) ^ (flip.to(tl.uint64) << 32)).to(tl.float64, bitcast=True)
+    else:
+        made = (value.to(tl.uint32, bitcast=True) ^ flip).to(tl.float32, bitcast=True)
+    return made
 
 
 # ---------------------------------------------------------------- weights
 
 
 @triton.jit
+def parameters(
+    planes, S: tl.constexpr, rows, units, PHASE: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, EVERY: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The factors, then the zero point, the divisor and the offset if there are such, of ``span`` phases: see ``_field``."""
+    row = tl.minimum(rows, of(S, "rows") - 1)[None, :, None]
+    first = units[:, None, None] * of(S, "unit") + PHASE * of(S, "width")
+    made = ()
+    for i in tl.static_range(size(of(S, "factors"))):
+        made = made + (_field(planes, S, pick(of(S, "factors"), i), row, first, ROWS, UNITS, EVERY, WIDE),)
+    if of(S, "zero") is not None:
+        made = made + (_field(planes, S, of(S, "zero"), row, first, ROWS, UNITS, 1 if of(S, "whole_zero") else EVERY, WIDE),)
+    if of(S, "divisor") is not None:
+        made = made + (_field(planes, S, of(S, "divisor"), row, first, ROWS, UNITS, EVERY, WIDE),)
+    if of(S, "offset") is not None:
+        made = made + (_field(planes, S, of(S, "offset"), row, first, ROWS, UNITS, EVERY, WIDE),)
+    return made
+
+
+@triton.jit
 def tile(
-    planes, S: tl.constexpr, rows, units, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr
+    planes, S: tl.constexpr, rows, units, params, PHASE: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr
 ):  # fmt: skip
     """Weights (UNITS, ROWS, width) of one phase: the exact value rounded once to DTYPE (see ``rounded``).
 
-    ``rows`` (ROWS,) int64 and ``units`` (UNITS,) int32 may lie past the end.
+    ``rows`` (ROWS,) int64 and ``units`` (UNITS,) int32 may lie past the end. ``params``: ``parameters`` of every column, WIDE as S is.
     """
     row = tl.minimum(rows, of(S, "rows") - 1)[None, :, None]
     unit = units[:, None, None]
     first = unit * of(S, "unit") + PHASE * of(S, "width")
-    care: tl.constexpr = of(S, "wide") or (DTYPE != tl.float32 and not of(S, "exact"))
+    wide: tl.constexpr = of(S, "wide")
+    care: tl.constexpr = wide or (DTYPE != tl.float32 and not of(S, "exact"))
     last: tl.constexpr = size(of(S, "factors")) - 1
-    # parameters before codes: the compiler gives a value the layout of the load that comes last
-    factors = ()
-    for i in tl.static_range(last + 1):
-        factors = factors + (_field(planes, S, pick(of(S, "factors"), i), row, first, ROWS, UNITS),)
-    if of(S, "zero") is not None:
-        zero = _field(planes, S, of(S, "zero"), row, first, ROWS, UNITS)
-    if of(S, "divisor") is not None:
-        divisor = _field(planes, S, of(S, "divisor"), row, first, ROWS, UNITS)
-    if of(S, "offset") is not None:
-        added = _field(planes, S, of(S, "offset"), row, first, ROWS, UNITS)
-    elif of(S, "fold"):
-        added = -(zero * factors[0])
+    at: tl.constexpr = of(S, "places")
     if of(S, "zero") is not None and of(S, "whole_zero"):
-        value = _grid_values(planes, S, row, unit, zero.to(tl.float32), PHASE, ROWS, UNITS)
+        value = _grid_values(planes, S, row, unit, params[pick(at, 0)].to(tl.float32), PHASE, ROWS, UNITS, wide)
     else:
-        value = _grid_values(planes, S, row, unit, 0.0, PHASE, ROWS, UNITS)
+        value = _grid_values(planes, S, row, unit, 0.0, PHASE, ROWS, UNITS, wide)
+    if of(S, "lift") != 1.0:
+        value = value * of(S, "lift")
     if of(S, "zero") is not None and not of(S, "fold") and not of(S, "whole_zero"):
-        value -= zero
+        value -= params[pick(at, 0)]
     if of(S, "signs") >= 0:
         value = _signed(planes, S, row, first, value, ROWS, UNITS)
     for i in tl.static_range(last + 1):
         if care and i == last and of(S, "ends_in_product"):
-            value = _odd_product(value, factors[i])
+            value = _odd_product(value, params[i])
         else:
-            value = value * factors[i]
+            value = value * params[i]
     if of(S, "divisor") is not None:
         if care:
-            value = _odd_quotient(value, divisor)
-        elif of(S, "wide"):
-            value = value / divisor
+            value = _odd_quotient(value, params[pick(at, 1)])
+        elif wide:
+            value = value / params[pick(at, 1)]
         else:
-            value = tl.div_rn(value, tl.broadcast_to(divisor, value.shape))
-    if of(S, "offset") is not None or of(S, "fold"):
+            value = tl.div_rn(value, tl.broadcast_to(params[pick(at, 1)], value.shape))
+    if of(S, "offset") is not None:
+        value = _odd_sum(value, params[pick(at, 2)]) if care else value + params[pick(at, 2)]
+    elif of(S, "fold"):
+        added = -(params[pick(at, 0)] * params[0])
         value = _odd_sum(value, added) if care else value + added
-    if of(S, "wide"):
+    if wide:
         value = value.to(tl.float32) if DTYPE == tl.float32 else _odd_single(value)
     return rounded(value, DTYPE)
+
+
+# ---------------------------------------------------------------- sums of products
+
+
+@triton.jit
+def _each(found, COUNT: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr):
+    """The (units, rows, lanes) tensors of (units, rows, lanes, COUNT), a power of two: those of even numbers first, and so of each half."""
+    if COUNT == 1:
+        made = (tl.reshape(found, [UNITS, ROWS, LANES]),)
+    else:
+        even, odd = tl.split(tl.reshape(found, [UNITS, ROWS, LANES, COUNT // 2, 2]))
+        made = _each(even, COUNT // 2, LANES, ROWS, UNITS) + _each(odd, COUNT // 2, LANES, ROWS, UNITS)
+    return made
+
+
+@triton.jit
+def _fused(a, b, c):
+    """a * b + c rounded once, in the shape of c."""
+    return tl.fma(tl.broadcast_to(a, c.shape), tl.broadcast_to(b, c.shape), c)
+
+
+@triton.jit
+def _half(bits, DTYPE: tl.constexpr):
+    """The float32 of a 16-bit number in the low half of a word."""
+    if DTYPE == tl.bfloat16:
+        made = (bits << 16).to(tl.float32, bitcast=True)
+    else:
+        made = (bits & 0xFFFF).to(tl.uint16).to(DTYPE, bitcast=True).to(tl.float32)
+    return made
+
+
+@triton.jit
+def _columns(line, S: tl.constexpr, unit, PHASE: tl.constexpr, UNITS: tl.constexpr):
+    """A row of x at one phase, zero past its end: ``chain`` tensors (units, 1, lanes) float32, neighbouring columns one after the other.
+
+    A thread has the columns of one weight's vector of codes: numbers of 16 bits come as words of two.
+    """
+    chain: tl.constexpr = of(S, "chain")
+    lanes: tl.constexpr = of(S, "width") // chain
+    each: tl.constexpr = 2 if line.dtype.element_ty.primitive_bitwidth == 16 and of(S, "columns") % 2 == 0 and chain > 1 else 1
+    many: tl.constexpr = chain // each if chain // each < 4 else 4  # of a vector
+    first = unit * (of(S, "unit") // each) + PHASE * (of(S, "width") // each)
+    first = (first + (chain // each) * tl.arange(0, lanes)[None, None, :])[:, :, :, None]
+    made = ()
+    for i in tl.static_range(chain // each // many):
+        at = first + (i * many + tl.arange(0, many))[None, None, None, :]
+        inside = at < of(S, "columns") // each
+        if each == 2:
+            held = tl.load(line.to(tl.pointer_type(tl.uint32)) + at, mask=inside, other=0, eviction_policy="evict_last")
+        else:
+            held = tl.load(line + at, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        found = _each(held, many, lanes, 1, UNITS)
+        for j in tl.static_range(many):
+            if each == 2:
+                word = found[mirrored(j, many)]
+                made = made + (_half(word, line.dtype.element_ty), _half(word >> 16, line.dtype.element_ty))
+            else:
+                made = made + (found[mirrored(j, many)],)
+    return made
+
+
+@triton.jit
+def of_units(
+    x, count, planes, S: tl.constexpr, rows, units, sums, MOST: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr
+):  # fmt: skip
+    """``sums``, MOST of (UNITS, ROWS, lanes) float32, each with the products of units and one of the ``count`` rows of x added.
+
+    Columns under the same parameters, ``chain`` neighbours in each of ``span`` phases, are summed as values of codes, then take the
+    parameters: no weight is rounded. A code that a float is to be taken off, or that an offset follows, is counted from the middle of its
+    range.
+    """
+    row = tl.minimum(rows, of(S, "rows") - 1)[None, :, None]
+    unit = units[:, None, None]
+    chain: tl.constexpr = of(S, "chain")
+    lanes: tl.constexpr = of(S, "width") // chain
+    middle: tl.constexpr = of(S, "middle")
+    at: tl.constexpr = of(S, "places")
+    for phase in tl.static_range(of(S, "phases")):
+        xs = ()
+        for m in tl.static_range(MOST):
+            xs = xs + _columns(x + tl.minimum(m, count - 1) * of(S, "columns"), S, unit, phase, UNITS)
+        if phase % of(S, "span") == 0:
+            params = parameters(planes, S, rows, units, phase, ROWS, UNITS, chain, False)
+            totals = ()
+            for m in tl.static_range(MOST):
+                totals = totals + (tl.zeros([UNITS, ROWS, lanes], tl.float32), tl.zeros([UNITS, 1, lanes], tl.float32))
+        if of(S, "zero") is not None and of(S, "whole_zero"):
+            value = _grid_values(planes, S, row, unit, params[pick(at, 0)], phase, ROWS, UNITS, False)
+        else:
+            value = _grid_values(planes, S, row, unit, middle, phase, ROWS, UNITS, False)
+        if of(S, "signs") >= 0:
+            value = _signed(planes, S, row, unit * of(S, "unit") + phase * of(S, "width"), value, ROWS, UNITS)
+        values = _each(tl.reshape(value, [UNITS, ROWS, lanes, chain]), chain, lanes, ROWS, UNITS)
+        more = ()
+        for m in tl.static_range(MOST):
+            total = totals[2 * m]
+            whole = totals[2 * m + 1]
+            for i in tl.static_range(chain):
+                total = _fused(values[mirrored(i, chain)], xs[m * chain + i], total)
+                whole += xs[m * chain + i]
+            more = more + (total, whole)
+        totals = more
+        if (phase + 1) % of(S, "span") == 0:
+            sums = _parametrized(S, params, totals, sums, MOST)
+    return sums
+
+
+@triton.jit
+def _parametrized(S: tl.constexpr, params, totals, sums, MOST: tl.constexpr):
+    """``sums`` with the sums of values times x, and of x alone, under their parameters added."""
+    at: tl.constexpr = of(S, "places")
+    scale = tl.full([1, 1, 1], 1.0, tl.float32)
+    for i in tl.static_range(size(of(S, "factors"))):
+        scale = scale * params[i]
+    made = ()
+    for m in tl.static_range(MOST):
+        total = totals[2 * m] * of(S, "lift")
+        if of(S, "zero") is not None and not of(S, "whole_zero"):
+            total = _fused(of(S, "middle") - params[pick(at, 0)], totals[2 * m + 1], total)
+        if of(S, "divisor") is not None:
+            total = tl.div_rn(total, tl.broadcast_to(params[pick(at, 1)], total.shape))
+        new = _fused(scale, total, sums[m])
+        if of(S, "offset") is not None:
+            new = _fused(params[pick(at, 2)] + scale * of(S, "middle"), totals[2 * m + 1], new)
+        made = made + (new,)
+    return made
