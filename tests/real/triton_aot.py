@@ -94,9 +94,9 @@ def compiled(shape: str, lowered: Lowered, spec: Spec, block: tuning.Block, step
     types = {"x": dtype, "out": dtype, "experts": "*i32", "firsts": "*i32", "lasts": "*i32", "ids": "*i64", "order": "*i32"}
     constants: dict[str, Any] = {"S": spec, "ROWS": block.rows, "UNITS": block.units}
     if shape == "gemv":
-        constants |= {"MOST": count, "STEPS": steps, "SPLITS": 1}
+        constants |= {"MOST": count, "STEPS": steps, "SPLITS": 1, "FULL": True}
     elif shape in ("tiles", "experts"):
-        constants |= {"BATCH": block.batch, "STEPS": steps, "GROUP": 8, "GROUPED": shape == "experts", "EVEN": True}
+        constants |= {"BATCH": block.batch, "STEPS": steps, "GROUP": 8, "GROUPED": shape == "experts", "EVEN": True, "FULL": True}
     else:
         constants |= {"CHOSEN": False, "ORDERED": False}
     kernel = {"gemv": products.gemv, "tiles": products.tiles, "experts": products.tiles, "dequantize": products.dequantize}[shape]

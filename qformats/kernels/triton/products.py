@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qformats.kernels.triton.weights import EMULATED, of, of_units, parameters, rounded, stored, tile
+from qformats.kernels.triton.rounding import EMULATED, of, rounded, stored
+from qformats.kernels.triton.sums import of_units
+from qformats.kernels.triton.weights import parameters, tile
 
 __all__ = ["dequantize", "gemv", "reduce", "tiles"]
 
@@ -20,14 +22,19 @@ __all__ = ["dequantize", "gemv", "reduce", "tiles"]
 def gemv(
     x, planes, out, count, start, stop,
     S: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """``out`` (SPLITS, count, stop - start) = ``x`` (count, K) times rows ``start:stop``; ``count`` <= MOST, a power of two.
 
-    Program (i, s): ROWS rows, STEPS steps of UNITS units of columns. Weights and products in float32, without tensor cores.
+    Program (i, s): ROWS rows, STEPS steps of UNITS units of columns. Values and products in float32, without tensor cores. FULL: ROWS
+    divides the rows; then those of a thread lie at constant distances, which loads take without arithmetic.
     """
     width: tl.constexpr = of(S, "width")
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = (start + place).to(tl.int64)
+    if FULL:
+        rows = ((start + tl.program_id(0) * ROWS).to(tl.int64), tl.arange(0, ROWS))
+    else:
+        rows = (start.to(tl.int64), tl.minimum(place, stop - start - 1))
     sums = ()
     for m in tl.static_range(MOST):
         sums = sums + (tl.zeros([UNITS, ROWS, width // of(S, "chain")], tl.float32),)
@@ -45,13 +52,13 @@ def gemv(
 def tiles(
     x, planes, out, experts, firsts, lasts, count, start, stop,
     S: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
-    GROUPED: tl.constexpr, EVEN: tl.constexpr,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """``out`` (splits, count, stop - start) = ``x`` (count, K) times rows ``start:stop``, on tensor cores, the weights as left operand.
 
     Program (i, s): a tile of ROWS rows and BATCH rows of x, tiles in groups of GROUP along the rows; STEPS steps of UNITS units of columns.
     GROUPED: tile j of x is its rows ``firsts[j]:lasts[j]`` and takes the matrix ``experts[j]``, ``start:stop`` being that of the first.
-    EVEN: the steps are all columns, no more.
+    EVEN: the steps are all columns, no more. FULL: ROWS divides the rows.
     """
     dtype: tl.constexpr = tl.float32 if EMULATED else x.dtype.element_ty
     width: tl.constexpr = of(S, "width")
@@ -64,15 +71,20 @@ def tiles(
     wide = tl.minimum(across - group * GROUP, GROUP)
     inside = tl.program_id(0) - group * (GROUP * down)
     j = inside // wide
-    place = (group * GROUP + inside % wide) * ROWS + tl.arange(0, ROWS)
+    i = (group * GROUP + inside % wide) * ROWS
+    place = i + tl.arange(0, ROWS)
     if GROUPED:
         first = tl.load(firsts + j)
         last = tl.load(lasts + j)
-        rows = tl.load(experts + j).to(tl.int64) * height + start + tl.minimum(place, height - 1)
+        base = tl.load(experts + j).to(tl.int64) * height + start
     else:
         first = j * BATCH
         last = count
-        rows = (start + place).to(tl.int64)
+        base = start.to(tl.int64)
+    if FULL:
+        rows = (base + i, tl.arange(0, ROWS))
+    else:
+        rows = (base, tl.minimum(place, height - 1))
     m = first + tl.arange(0, BATCH)
     line = tl.minimum(m, count - 1).to(tl.int64)[None, :, None] * columns
     if first < last:
@@ -119,9 +131,10 @@ def dequantize(
     columns: tl.constexpr = of(S, "columns")
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if CHOSEN:
-        rows = tl.maximum(tl.load(ids + tl.minimum(place, count - 1)).to(tl.int64), 0)
+        chosen = tl.load(ids + tl.minimum(place, count - 1)).to(tl.int64)
+        rows = (0, tl.minimum(tl.maximum(chosen, 0), of(S, "rows") - 1))
     else:
-        rows = (start + place).to(tl.int64)
+        rows = (start.to(tl.int64), tl.minimum(place, count - 1))
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     line = place.to(tl.int64)[None, :, None] * columns
     for phase in tl.static_range(of(S, "phases")):

@@ -19,7 +19,7 @@ from qformats.kernels.lower import Lowered, lower
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret or "qformats.kernels.triton.weights" in sys.modules:
+if not triton.knobs.runtime.interpret or "qformats.kernels.triton.rounding" in sys.modules:
     pytest.skip("Triton was imported to compile, not to interpret", allow_module_level=True)
 
 from qformats.kernels.triton import launch, tuning  # noqa: E402
