@@ -89,7 +89,8 @@ def _vector(spec: Spec, most: int, height: int, single: bool) -> Block:
         rows = {1: 4, 2: 2}.get(most, 1)
         return Block(rows, units, splits=_parts(-(-height // rows)), warps=4)
     nested = any(field is not None and field.inner is not None for field in (*spec.factors, spec.offset))
-    many = spec.phases == 8 or (most >= 4 and (nested or spec.kind == "table"))  # numbers at a time: no more than 168 registers
+    # no more than 168 registers
+    many = spec.phases == 8 or (most >= 4 and ((nested and spec.phases > 2) or spec.kind == "table"))
     rows = (8 if most < 4 else 4) // (2 if many else 1)
     units = next((u for u in (128, 64) if -(-spec.units // u) * u <= 1.07 * spec.units), 32)
     return Block(rows, units, splits=_parts(-(-height // rows)), warps=units // 32)
