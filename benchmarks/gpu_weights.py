@@ -55,7 +55,7 @@ def _super(n: int, k: int, device: str, bits: int, group: int, scale_bits: int, 
 
 def _table(n: int, k: int, device: str, name: str, group: int, dtype: torch.dtype = torch.float32) -> QuantizedTensor:
     scale = Param(_numbers((n, k // group), device, dtype), Tile((1, group)))
-    return QuantizedTensor((n, k), _codes((n, k), 16, device), Table(name), (scale,))
+    return QuantizedTensor((n, k), _codes((n, k), 256 if name == "dynamic" else 16, device), Table(name), (scale,))
 
 
 def _nested_table(n: int, k: int, device: str) -> QuantizedTensor:
@@ -109,6 +109,8 @@ CLASSES: dict[str, Callable[[int, int, str], QuantizedTensor]] = {
     "int2 g64": lambda n, k, d: _integers(n, k, d, 2, 64, "codes"),
     "int3 g64": lambda n, k, d: _integers(n, k, d, 3, 64, "codes"),
     "int5 g32": lambda n, k, d: _integers(n, k, d, 5, 32, "offset"),
+    "int6 g64": lambda n, k, d: _integers(n, k, d, 6, 64, "codes"),
+    "int7 g64": lambda n, k, d: _integers(n, k, d, 7, 64, "codes"),
     "int8 g32": lambda n, k, d: _integers(n, k, d, 8, 32, "middle"),
     "hqq4 g64": lambda n, k, d: _integers(n, k, d, 4, 64, "float"),
     "int8 rows": _rows,
@@ -118,6 +120,8 @@ CLASSES: dict[str, Callable[[int, int, str], QuantizedTensor]] = {
     "q5_k": lambda n, k, d: _super(n, k, d, 5, 32, 6, True),
     "q6_k": lambda n, k, d: _super(n, k, d, 6, 16, 8, False),
     "nf4": lambda n, k, d: _table(n, k, d, "nf4", 64),
+    "fp4": lambda n, k, d: _table(n, k, d, "fp4", 64),
+    "dynamic8": lambda n, k, d: _table(n, k, d, "dynamic", 64),
     "nf4 nested": _nested_table,
     "iq4_nl": lambda n, k, d: _table(n, k, d, "iq4_nl", 32, torch.float16),
     "mxfp4": lambda n, k, d: _small(n, k, d, "e8m0", 32),

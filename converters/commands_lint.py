@@ -19,13 +19,18 @@ _PATH = click.Path(path_type=Path)
 
 @click.command(
     short_help="Say which engines will load a checkpoint.",
-    epilog="Examples: qconvert lint llama-gptq/ --engine vllm · qconvert lint llama.gguf · qconvert lint hf://org/model",
+    epilog="Examples: qconvert lint llama-gptq/ --engine vllm --tensor-parallel 4 --gpu sm_89 · qconvert lint llama.gguf · "
+    "qconvert lint hf://org/model",
 )
 @click.argument("path", type=_PATH)
 @click.option("--engine", "engines", type=click.Choice(ENGINES), multiple=True, help="Only this one; may be given again (default: all).")
+@click.option("--tensor-parallel", type=click.IntRange(1), default=1, metavar="N", help="Parts that every matrix is cut into.")
+@click.option("--gpu", metavar="CAPABILITY", help="The GPU's compute capability: sm_90, 9.0.")
 @source_flags
 @output_flags
-def lint(path: Path, engines: Sequence[str], allow_pickle: bool, as_json: bool, quiet: bool) -> int:
+def lint(
+    path: Path, engines: Sequence[str], tensor_parallel: int, gpu: str | None, allow_pickle: bool, as_json: bool, quiet: bool
+) -> int:
     """Say whether vLLM, SGLang, transformers, llama.cpp and Ollama will load PATH, why not, and what to do.
 
     Every reason names the project, version and file it was read in. Ends with 0 if every engine that was asked loads it, else with 6.
@@ -33,7 +38,7 @@ def lint(path: Path, engines: Sequence[str], allow_pickle: bool, as_json: bool, 
     from converters.lint import ENGINES as known
     from converters.lint import lint_path
 
-    found = lint_path(path, tuple(engines) or known, allow_pickle=allow_pickle)
+    found = lint_path(path, tuple(engines) or known, allow_pickle=allow_pickle, tensor_parallel=tensor_parallel, gpu=gpu)
     output_of(as_json, quiet).result(found.to_json(), found.to_text)
     return 0 if found.loads else DOES_NOT_LOAD
 

@@ -14,6 +14,8 @@ The facts, all optional for a rule (an absent one is null):
 - ``files``: ``single`` (model.safetensors), ``count``, ``names``, ``missing`` (named by the index, not there), ``wrong`` (tensors in
   another file than the index says), ``unlisted``, ``total`` (``total_size`` is wrong), ``index`` (there is one), ``unmarked`` (no
   ``format`` in the metadata), ``broken``.
+- ``tensor_parallel`` (parts that every matrix is cut into, 1 if the user does not say), ``capability`` (of the GPU; null if he does not),
+  ``heads``, ``kv_heads``; for engines whose JSON says how they cut, ``shards`` (see ``shards``) and ``least_capability`` (of the method).
 - ``tokenizer``: ``any json model settings template``. ``generation``: generation_config.json is there.
 - ``gguf``: ``architecture tokenizer pre template merges tokens types keys_missing embedding big_endian shards``.
 """
@@ -25,6 +27,7 @@ from typing import Any
 
 from converters.inspect import scheme_label
 from converters.lint.reading import Found
+from converters.lint.shards import heads_of
 from qformats import registry
 from qformats.checkpoint import Checkpoint
 from qformats.containers.safetensors import tensor_nbytes
@@ -38,10 +41,11 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _HYPERPARAMETERS = ("context_length", "embedding_length", "block_count")
 
 
-def facts_of(found: Found) -> dict[str, Any]:
+def facts_of(found: Found, tensor_parallel: int = 1, capability: int | None = None) -> dict[str, Any]:
     """The facts of the module's docstring; reads headers, configs and the parameters named there, no codes."""
     checkpoint = found.checkpoint
     facts: dict[str, Any] = {"path": found.path, "container": "none", "modules": [], "bits": [], "groups": [], "types": []}
+    facts.update(tensor_parallel=tensor_parallel, capability=capability, heads=None, kv_heads=None, quantization={})
     if found.problem is not None:
         facts["problem"] = {"code": found.problem.code, "message": found.problem.message}
         if checkpoint is None and (found.path.endswith(".gguf") or found.problem.code.startswith("gguf")):
@@ -79,11 +83,14 @@ def _said(config: Mapping[str, Any], checkpoint: Checkpoint | None) -> dict[str,
     if not isinstance(quantization, dict):
         quantization = {}
     classes = config.get("architectures")
+    heads, kv_heads = heads_of(config)
     return {
         "config": dict(config),
         "stated": stated is not None,
         "method": str((stated or {}).get("quant_method") or "").lower() if isinstance(stated, dict) else "",
         "quantization": quantization,
+        "heads": heads,
+        "kv_heads": kv_heads or heads,
         "architecture": classes[0] if isinstance(classes, list) and classes and isinstance(classes[0], str) else None,
         "model_type": config.get("model_type"),
         "remote_code": bool(config.get("auto_map")),

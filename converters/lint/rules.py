@@ -15,10 +15,11 @@ A rule in the table::
     source = "project version, file, function"
 
 A condition is ``[fact, operator, value]``; a fact is a name with dots into the facts; a value ``"@name"`` is a list of the engine's JSON,
-``"@engine:name"`` one of another's.
-Operators: ``is``, ``is not``, ``in``, ``not in``, ``missing`` (absent or null), ``present``, ``above``, ``matches`` (regular expression on
-the whole text), ``within`` (a list that has nothing beyond the value), ``beyond`` (one that has), ``meets`` (one with something of it),
-``holds``, ``lacks`` (of a list). A fact that is absent makes every operator but ``missing``, ``is not`` and ``not in`` false.
+``"@engine:name"`` one of another's, ``"=name"`` another fact.
+Operators: ``is``, ``is not``, ``in``, ``not in``, ``missing`` (absent or null), ``present``, ``above``, ``below``, ``no multiple of``
+(numbers; only positive ones have multiples), ``matches`` (regular expression on the whole text), ``within`` (a list that has nothing
+beyond the value), ``beyond`` (one that has), ``meets`` (one with something of it), ``holds``, ``lacks`` (of a list). A fact that is absent
+makes every operator but ``missing``, ``is not`` and ``not in`` false.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ __all__ = ["ENGINES", "SEVERITIES", "Rule", "engine_lists", "load_rules", "look_
 
 ENGINES = ("vllm", "sglang", "transformers", "llama.cpp", "ollama")
 SEVERITIES = ("error", "warning", "note")
-OPERATORS = ("is", "is not", "in", "not in", "missing", "present", "above", "matches", "within", "beyond", "meets", "holds", "lacks")
+OPERATORS = (
+    "is", "is not", "in", "not in", "missing", "present", "above", "below", "no multiple of", "matches", "within", "beyond", "meets",
+    "holds", "lacks",
+)  # fmt: skip
 Condition = tuple[str, str, Any]
 
 
@@ -110,6 +114,8 @@ def look_up(facts: Mapping[str, Any], name: str) -> Any:
 def _holds(facts: Mapping[str, Any], condition: Condition) -> bool:
     name, operator, value = condition
     found = look_up(facts, name)
+    if isinstance(value, str) and value.startswith("="):
+        value = look_up(facts, value[1:])
     if operator in ("missing", "present"):
         return (found is None) == (operator == "missing")
     if operator == "is not":
@@ -123,6 +129,8 @@ _TESTS: dict[str, Callable[[Any, Any], bool]] = {
     "is": lambda found, value: bool(found == value) and isinstance(found, bool) == isinstance(value, bool),
     "in": lambda found, value: isinstance(found, (str, int, float, bool)) and found in value,
     "above": lambda found, value: isinstance(found, (int, float)) and found > value,
+    "below": lambda found, value: isinstance(found, (int, float)) and isinstance(value, (int, float)) and found < value,
+    "no multiple of": lambda found, value: isinstance(found, int) and isinstance(value, int) and value > 0 and found % value != 0,
     "matches": lambda found, value: isinstance(found, str) and re.fullmatch(value, found) is not None,
     "within": lambda found, value: isinstance(found, (list, tuple)) and set(found) <= set(value),
     "beyond": lambda found, value: isinstance(found, (list, tuple)) and not set(found) <= set(value),

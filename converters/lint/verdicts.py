@@ -11,6 +11,7 @@ from converters.lint.facts import facts_of
 from converters.lint.fused import fused_layers
 from converters.lint.reading import Found, read
 from converters.lint.rules import ENGINES, SEVERITIES, Rule, engine_lists, load_rules, look_up
+from converters.lint.shards import capability_of, shards
 from converters.output import count, table
 from qformats.errors import UsageError, printable
 
@@ -59,6 +60,8 @@ class Lint:
     path: str
     format: str
     verdicts: tuple[Verdict, ...]
+    tensor_parallel: int = 1
+    capability: int | None = None
 
     @property
     def loads(self) -> bool:
@@ -71,11 +74,14 @@ class Lint:
             {"engine": v.engine, "version": v.version, "verdict": v.word, "loads": v.loads, "findings": [asdict(f) for f in v.findings]}
             for v in self.verdicts
         ]
-        return {"version": 1, "path": self.path, "format": self.format, "loads": self.loads, "engines": engines}
+        asked = {"tensor_parallel": self.tensor_parallel, "capability": self.capability}
+        return {"version": 1, "path": self.path, "format": self.format, **asked, "loads": self.loads, "engines": engines}
 
     def to_text(self) -> Iterator[str]:
         """Lines for a terminal."""
-        yield f"{self.path}: {self.format}"
+        parts = f", in {self.tensor_parallel} parts" if self.tensor_parallel > 1 else ""
+        gpu = f", on sm_{self.capability}" if self.capability is not None else ""
+        yield f"{self.path}: {self.format}{parts}{gpu}"
         rows = [(v.engine, v.version, v.word, _counted(v)) for v in self.verdicts]
         yield from table(("engine", "rules of", "verdict", ""), rows)
         for verdict in self.verdicts:
@@ -101,17 +107,30 @@ def _places(names: Sequence[str]) -> str:
     return f" ({', '.join(printable(name, 100) for name in names[:_SHOWN])}{more})"
 
 
-def lint_path(path: str | Path, engines: Sequence[str] = ENGINES, *, allow_pickle: bool = False) -> Lint:
+def lint_path(
+    path: str | Path,
+    engines: Sequence[str] = ENGINES,
+    *,
+    allow_pickle: bool = False,
+    tensor_parallel: int = 1,
+    gpu: str | None = None,
+) -> Lint:
     """Hold the checkpoint at ``path`` (a file, a directory, ``hf://org/name``) against the rules of ``engines``.
 
-    Raises ``UsageError('unknown-engine')``, and what ``reading.read`` raises where there is nothing to lint.
+    ``tensor_parallel``: parts that every matrix is cut into. ``gpu``: its compute capability (``sm_90``, ``9.0``).
+
+    Raises ``UsageError`` (``unknown-engine``, ``gpu-capability``, ``tensor-parallel``), and what ``reading.read`` raises where there
+    is nothing to lint.
     """
     for engine in engines:
         if engine not in ENGINES:
             raise UsageError("unknown-engine", f"there are no rules for {engine!r}", hint=f"engines: {', '.join(ENGINES)}")
+    if tensor_parallel < 1:
+        raise UsageError("tensor-parallel", f"{tensor_parallel} parts of a matrix", hint="1 or more")
+    capability = capability_of(gpu)
     found = read(path, allow_pickle)
     try:
-        return lint_facts(found, facts_of(found), engines)
+        return lint_facts(found, facts_of(found, tensor_parallel, capability), engines)
     finally:
         found.close()
 
@@ -121,12 +140,15 @@ def lint_facts(found: Found, facts: Mapping[str, Any], engines: Sequence[str]) -
     verdicts = []
     for engine in dict.fromkeys(engines):
         version, rules = load_rules(engine)
-        own = dict(facts)
-        if found.checkpoint is not None and "fused" in (lists := engine_lists(engine)):
+        own, lists = dict(facts), engine_lists(engine)
+        own["shards"] = shards(facts, lists)
+        own["least_capability"] = lists.get("least_capability", {}).get(facts.get("method"))
+        if found.checkpoint is not None and "fused" in lists:
             own["fused"] = fused_layers(found.checkpoint, list(facts["modules"]), lists["fused"], facts.get("architecture"))
         findings = [finding for rule in rules if (finding := _finding(rule, own)) is not None]
         verdicts.append(Verdict(engine, version, tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity)))))
-    return Lint(str(facts["path"]), str(facts.get("format") or "unknown"), tuple(verdicts))
+    asked = (facts["tensor_parallel"], facts["capability"])
+    return Lint(str(facts["path"]), str(facts.get("format") or "unknown"), tuple(verdicts), *asked)
 
 
 def _finding(rule: Rule, facts: Mapping[str, Any]) -> Finding | None:

@@ -77,8 +77,9 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 def matmul(x: Tensor, lowered: Lowered, start: int, stop: int, compute: str) -> Tensor | None:
     """``x`` (..., K) times the transposed rows ``start:stop``, (..., stop - start), in the dtype of ``x``.
 
-    float16, bfloat16 or float32 with float32 sums. The weights are exact up to one rounding: to float32 for up to 4 rows, else to the
-    dtype of ``x``. Every way of computing is served as "exact" is.
+    float16, bfloat16 or float32 with float32 sums. For up to 4 rows no weight is rounded: values of codes are multiplied and summed in
+    float32, and what columns share (scales, offsets) takes their sum. For more, each weight is exact up to one rounding to the dtype of
+    ``x``. Every way of computing is served as "exact" is.
     """
     count = x.numel() // max(1, x.shape[-1])
     if not count or stop == start:

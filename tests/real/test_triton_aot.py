@@ -22,14 +22,24 @@ from qformats.kernels.lower import lower
 from qformats.kernels.triton import tuning
 from qformats.kernels.triton.spec import spec_of
 
-COLUMNS = 4096
+COLUMNS = 16384  # more than one step
 SOME = ("int4 g128", "q4_k", "nf4", "mxfp4", "iq2_xxs")
-BOUNDS = {  # instructions of a step for each weight, gemv and tiles: what was reached, and a tenth
-    "int4 g32": (7.0, 7.5), "int4 g128": (7.4, 8.0), "int2 g64": (8.5, 7.9), "int3 g64": (10.9, 10.9), "int5 g32": (11.8, 13.9),
-    "int8 g32": (6.3, 7.3), "hqq4 g64": (8.4, 11.1), "int8 rows": (6.6, 15.2), "q2_k": (11.4, 12.8), "q3_k": (11.9, 14.2),
-    "q4_k": (10.2, 14.4), "q5_k": (14.2, 19.0), "q6_k": (11.0, 12.6), "nf4": (8.5, 11.8), "nf4 nested": (9.0, 12.7),
-    "iq4_nl": (8.6, 9.0), "mxfp4": (8.7, 9.5), "nvfp4": (10.2, 13.0), "fp8 blocks": (11.7, 17.7), "iq2_xxs": (12.1, 17.7),
-    "iq2_s": (14.6, 15.0), "iq3_s": (17.3, 15.9), "iq1_s": (16.9, 13.4), "aqlm 1x16": (7.6, 8.6), "aqlm 2x8": (15.9, 20.9),
+REGISTERS = 168  # three blocks of 128 threads on a processor; 255 for the tiles of a block of 256
+LANES, BANDWIDTH = 30e12, 3.0e12
+"""Of an H100: operations of single lanes and bytes a second. A weight of b bits may take LANES / (BANDWIDTH * 8 / b) instructions."""
+
+# Instructions of a step for each weight where they are above that, and a twentieth. One row of x: a weight takes 3 in any case (to a float,
+# less its zero point, times x), more than 2 or 3 bits may take; those of grids and books of several columns take 2 more for signs and are
+# read by other threads than their codes. 16 rows may take 1.15 of the time of one: a weight is rounded once to x's dtype there, which costs
+# a product, and 3 more where float32 does not hold the exact value (K-quants with offsets, float32 scales).
+VECTOR_ABOVE = {
+    "int2 g64": 4.0, "int3 g64": 5.1, "q2_k": 5.5, "q3_k": 6.1, "iq2_xxs": 11.5, "iq2_s": 16.5, "iq3_s": 13.7, "iq1_s": 16.6,
+    "aqlm 1x16": 5.9, "aqlm 2x8": 8.7,
+}  # fmt: skip
+TILES_ABOVE = {
+    "int2 g64": 5.5, "int3 g64": 6.6, "int5 g32": 9.9, "hqq4 g64": 9.0, "q2_k": 10.7, "q3_k": 10.3, "q4_k": 10.5, "q5_k": 12.1,
+    "nf4": 8.1, "fp4": 8.1, "nf4 nested": 8.5, "mxfp4": 7.6, "nvfp4": 10.7, "fp8 blocks": 14.5, "iq2_xxs": 13.0, "iq2_s": 13.8,
+    "iq3_s": 13.8, "iq1_s": 12.3, "aqlm 1x16": 7.3, "aqlm 2x8": 19.2,
 }  # fmt: skip
 
 
@@ -42,11 +52,17 @@ def code(name: str, shape: str, count: int, dtype: str = "*bf16") -> Code:
     return compiled(shape, lowered, spec, block, max(1, spec.units // block.units), count, dtype)
 
 
-def check(found: Code) -> None:
-    assert found.stack == 0, "registers are spilled"
-    assert found.registers <= 255
+SPILLED = {("aqlm 2x8", "tiles", 64): 24, ("aqlm 2x8", "tiles", 256): 304}
+"""Bytes of a thread: two books are summed in float64 beside the sums of 64 or 128 rows; fewer at a time would decode them more often."""
+
+
+def check(found: Code, registers: int = 255, spilled: int = 0) -> None:
+    """No spilled registers nor local memory, no more registers and shared memory than there are; in the loop neither integers made floats
+    nor integer divisions (which take MUFU.RCP)."""
+    assert found.stack <= spilled and (spilled or not found.count("LDL") + found.count("STL")), "registers are spilled"
+    assert found.registers <= registers
     assert found.shared <= 227 << 10
-    assert found.count("I2F.U8", loop=True) + found.count("I2F.S8", loop=True) == 0
+    assert not found.count("I2F", loop=True) + found.count("MUFU", loop=True) + found.count("F2I", loop=True)
 
 
 def wide_loads(found: Code) -> int:
@@ -68,14 +84,50 @@ def test_every_kind_compiles_to_what_the_machine_can_feed(name: str, shape: str,
     judge(name, shape, count)
 
 
+def budget(name: str, shape: str) -> float:
+    """Instructions for each weight."""
+    lowered = lower(CLASSES[name](256, 4096, "cpu"))
+    nbytes = sum(plane.nbytes for part, plane in lowered.planes.items() if part != "codebook")
+    allowed = LANES / (BANDWIDTH / (nbytes / (256 * 4096)))
+    return VECTOR_ABOVE.get(name, allowed) if shape == "gemv" else TILES_ABOVE.get(name, 1.15 * allowed)
+
+
 def judge(name: str, shape: str, count: int) -> None:
     found = code(name, shape, count)
-    check(found)
+    few = (shape, count) in (("gemv", 1), ("tiles", 16)) and not name.startswith(("iq", "aqlm"))
+    check(found, REGISTERS if few else 255, SPILLED.get((name, shape, count), 0))
     assert wide_loads(found) > 0
     if shape == "tiles":
         assert found.count("HGMMA") > 0
     if count in (1, 16):
-        assert found.per_weight <= BOUNDS[name][shape == "tiles"], found.names().most_common(12)
+        assert found.per_weight <= budget(name, shape), found.names().most_common(12)
+
+
+@pytest.mark.real
+def test_codes_come_as_vectors_and_scales_once_a_group() -> None:
+    """A thread has 8 rows of a unit of 32 columns: 8 vectors of codes, 8 scales, 8 zero points, nothing through shared memory."""
+    found = code("int4 g128", "gemv", 1)
+    assert found.count("LDG.E.EF.128", loop=True) == 8
+    assert found.count("LDG.E.U16", loop=True) == found.count("LDG.E.U8", loop=True) == 8
+    assert not found.count("LDS", loop=True) + found.count("STS", loop=True) + found.count("BAR", loop=True)
+    assert found.count("PRMT", loop=True) <= found.step_weights + 8
+
+
+@pytest.mark.real
+def test_rows_of_x_are_fetched_ahead() -> None:
+    """Copies to shared memory that nothing waits for at once."""
+    found = code("int4 g128", "tiles", 16)
+    assert found.count("LDGSTS", loop=True) > 0 and found.count("LDGDEPBAR", loop=True) > 0
+    assert found.count("WARPGROUP", loop=True) > 0
+
+
+@pytest.mark.real
+def test_rows_that_do_not_fill_a_block_compile() -> None:
+    lowered = lower(CLASSES["int4 g128"](128, COLUMNS, "cpu"))
+    spec = spec_of(lowered.layout)
+    assert spec is not None
+    block = tuning.block("gemv", spec, torch.device("cpu"), 1, 14336)
+    check(compiled("gemv", lowered, spec, block, 2, 1, full=False), REGISTERS)
 
 
 @pytest.mark.real

@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("triton")
 
 
-def sweep(every: int) -> None:
-    script = Path(__file__).with_name("triton_sweep.py")
+def sweep(every: int, name: str = "triton_sweep.py") -> None:
+    script = Path(__file__).with_name(name)
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-W", "ignore", str(script), str(every)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
@@ -27,3 +27,13 @@ def test_some_fixtures_have_exact_weights() -> None:
 @pytest.mark.real_full
 def test_all_fixtures_have_exact_weights() -> None:
     sweep(1)
+
+
+@pytest.mark.real
+def test_products_with_some_kinds_are_right_and_repeatable() -> None:
+    sweep(6, "triton_products.py")
+
+
+@pytest.mark.real_full
+def test_products_with_all_kinds_are_right_and_repeatable() -> None:
+    sweep(1, "triton_products.py")

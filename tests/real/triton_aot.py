@@ -89,14 +89,17 @@ def _source(kernel: Any, pointers: tuple[torch.Tensor, ...], types: dict[str, st
     return ASTSource(kernel, signature, constexprs=constexprs, attrs=attributes)
 
 
-def compiled(shape: str, lowered: Lowered, spec: Spec, block: tuning.Block, steps: int, count: int, dtype: str = "*bf16") -> Code:
-    """``shape`` of ``qformats.kernels.triton.tuning.block``, for sm_90, ``count`` rows of x of ``dtype``."""
+def compiled(
+    shape: str, lowered: Lowered, spec: Spec, block: tuning.Block, steps: int, count: int, dtype: str = "*bf16", full: bool = True
+) -> Code:
+    """``shape`` of ``qformats.kernels.triton.tuning.block``, for sm_90, ``count`` rows of x of ``dtype``. ``full``: rows of the
+    weight fill the blocks."""
     types = {"x": dtype, "out": dtype, "experts": "*i32", "firsts": "*i32", "lasts": "*i32", "ids": "*i64", "order": "*i32"}
     constants: dict[str, Any] = {"S": spec, "ROWS": block.rows, "UNITS": block.units}
     if shape == "gemv":
-        constants |= {"MOST": count, "STEPS": steps, "SPLITS": 1}
+        constants |= {"MOST": count, "STEPS": steps, "SPLITS": 1, "FULL": full}
     elif shape in ("tiles", "experts"):
-        constants |= {"BATCH": block.batch, "STEPS": steps, "GROUP": 8, "GROUPED": shape == "experts", "EVEN": True}
+        constants |= {"BATCH": block.batch, "STEPS": steps, "GROUP": 8, "GROUPED": shape == "experts", "EVEN": True, "FULL": full}
     else:
         constants |= {"CHOSEN": False, "ORDERED": False}
     kernel = {"gemv": products.gemv, "tiles": products.tiles, "experts": products.tiles, "dequantize": products.dequantize}[shape]

@@ -38,7 +38,11 @@ def served(lowered: Lowered, dtype: torch.dtype) -> Spec | None:
 
 @lru_cache(maxsize=64)
 def _table(name: str, device: torch.device) -> Tensor:
-    return grids.table_values(name).to(torch.float32).to(device)
+    """A grid's values at a multiple of 256 bytes: kernels put a code in the place of an address's lowest byte."""
+    values = grids.table_values(name).to(torch.float32)
+    room = torch.empty(values.numel() + 64, dtype=torch.float32, device=device)
+    start = -(room.data_ptr() // 4) % 64
+    return room[start : start + values.numel()].view(values.shape).copy_(values)
 
 
 def pointers(lowered: Lowered) -> tuple[Tensor, ...]:
@@ -66,9 +70,12 @@ def _splits(spec: Spec, block: tuning.Block) -> tuple[int, int]:
 
 
 def _ordered(x: Tensor, lowered: Lowered) -> Tensor:
-    """The rows of x, contiguous, in the order of the planes' columns."""
+    """The rows of x, contiguous, in the order of the planes' columns, at an address that vectors of 16 bytes can be read from."""
     flat = x.reshape(-1, x.shape[-1])
-    return flat.contiguous() if lowered.layout.index != "order" else flat.index_select(1, lowered.planes["order"])
+    if lowered.layout.index == "order":
+        return flat.index_select(1, lowered.planes["order"])
+    flat = flat.contiguous()
+    return flat if flat.data_ptr() % 16 == 0 else flat.clone()
 
 
 def _reduced(parts: Tensor, out: Tensor, splits: int) -> Tensor:
@@ -93,6 +100,7 @@ def vector_product(x: Tensor, lowered: Lowered, spec: Spec, start: int, stop: in
     out, parts = _space(x, stop - start, splits)
     grid = (triton.cdiv(stop - start, block.rows), splits)
     constants = {"S": spec, "MOST": most, "ROWS": block.rows, "UNITS": block.units, "STEPS": steps, "SPLITS": splits}
+    constants["FULL"] = (stop - start) % block.rows == 0
     _launch(products.gemv, grid, (x, pointers(lowered), parts, len(x), start, stop), constants, block)
     return _reduced(parts, out, splits)
 
@@ -105,14 +113,14 @@ def tile_product(x: Tensor, lowered: Lowered, spec: Spec, start: int, stop: int)
     out, parts = _space(x, stop - start, splits)
     grid = (triton.cdiv(stop - start, block.rows) * triton.cdiv(len(x), block.batch), splits)
     arguments = (x, pointers(lowered), parts, x, x, x, len(x), start, stop)
-    _launch(products.tiles, grid, arguments, _tile_constants(spec, block, steps, False), block)
+    _launch(products.tiles, grid, arguments, _tile_constants(spec, block, steps, stop - start, False), block)
     return _reduced(parts, out, splits)
 
 
-def _tile_constants(spec: Spec, block: tuning.Block, steps: int, grouped: bool) -> dict[str, Any]:
+def _tile_constants(spec: Spec, block: tuning.Block, steps: int, height: int, grouped: bool) -> dict[str, Any]:
     sizes = {"ROWS": block.rows, "BATCH": block.batch, "UNITS": block.units, "STEPS": steps, "GROUP": 8}
     covered = -(-spec.units // (steps * block.units)) * steps * block.units * spec.unit
-    return {"S": spec, **sizes, "GROUPED": grouped, "EVEN": covered == spec.columns}
+    return {"S": spec, **sizes, "GROUPED": grouped, "EVEN": covered == spec.columns, "FULL": height % block.rows == 0}
 
 
 def experts(x: Tensor, lowered: Lowered, spec: Spec, offsets: Tensor, height: int) -> Tensor:
@@ -130,7 +138,7 @@ def experts(x: Tensor, lowered: Lowered, spec: Spec, offsets: Tensor, height: in
     expert, first, last = _tiles_of(offsets, tiles, block.batch)
     grid = (triton.cdiv(height, block.rows) * tiles, 1)
     arguments = (x, pointers(lowered), out, expert, first, last, len(x), 0, height)
-    _launch(products.tiles, grid, arguments, _tile_constants(spec, block, steps, True), block)
+    _launch(products.tiles, grid, arguments, _tile_constants(spec, block, steps, height, True), block)
     return out
 
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from qformats.kernels.triton.weights import EMULATED, of, rounded, stored, tile
+from qformats.kernels.triton.rounding import EMULATED, of, rounded, stored
+from qformats.kernels.triton.sums import of_units
+from qformats.kernels.triton.weights import parameters, tile
 
 __all__ = ["dequantize", "gemv", "reduce", "tiles"]
 
@@ -20,32 +22,25 @@ __all__ = ["dequantize", "gemv", "reduce", "tiles"]
 def gemv(
     x, planes, out, count, start, stop,
     S: tl.constexpr, MOST: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """``out`` (SPLITS, count, stop - start) = ``x`` (count, K) times rows ``start:stop``; ``count`` <= MOST, a power of two.
 
-    Program (i, s): ROWS rows, STEPS steps of UNITS units of columns. Weights and products in float32, without tensor cores.
+    Program (i, s): ROWS rows, STEPS steps of UNITS units of columns. Values and products in float32, without tensor cores. FULL: ROWS
+    divides the rows; then those of a thread lie at constant distances, which loads take without arithmetic.
     """
     width: tl.constexpr = of(S, "width")
-    phases: tl.constexpr = of(S, "phases")
-    columns: tl.constexpr = of(S, "columns")
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    rows = (start + place).to(tl.int64)
+    if FULL:
+        rows = ((start + tl.program_id(0) * ROWS).to(tl.int64), tl.arange(0, ROWS))
+    else:
+        rows = (start.to(tl.int64), tl.minimum(place, stop - start - 1))
     sums = ()
     for m in tl.static_range(MOST):
-        sums = sums + (tl.zeros([UNITS, ROWS, width], tl.float32),)
+        sums = sums + (tl.zeros([UNITS, ROWS, width // of(S, "chain")], tl.float32),)
     for step in range(0, STEPS):
         units = (tl.program_id(1) * STEPS + step) * UNITS + tl.arange(0, UNITS)
-        for phase in tl.static_range(phases):
-            col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
-            xs = ()
-            for m in tl.static_range(MOST):
-                line = x + tl.minimum(m, count - 1) * columns
-                xs = xs + (tl.load(line + col, mask=col < columns, other=0.0, eviction_policy="evict_last").to(tl.float32),)
-            w = tile(planes, S, rows, units, phase, ROWS, UNITS, tl.float32)
-            more = ()
-            for m in tl.static_range(MOST):
-                more = more + (tl.fma(w, tl.broadcast_to(xs[m], [UNITS, ROWS, width]), sums[m]),)
-            sums = more
+        sums = of_units(x, count, planes, S, rows, units, sums, MOST, ROWS, UNITS)
     for m in tl.static_range(MOST):
         total = tl.sum(tl.sum(sums[m], 2), 0)  # (ROWS,)
         line = (tl.program_id(1) * count + m).to(tl.int64) * (stop - start)
@@ -57,13 +52,13 @@ def gemv(
 def tiles(
     x, planes, out, experts, firsts, lasts, count, start, stop,
     S: tl.constexpr, ROWS: tl.constexpr, BATCH: tl.constexpr, UNITS: tl.constexpr, STEPS: tl.constexpr, GROUP: tl.constexpr,
-    GROUPED: tl.constexpr, EVEN: tl.constexpr,
+    GROUPED: tl.constexpr, EVEN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """``out`` (splits, count, stop - start) = ``x`` (count, K) times rows ``start:stop``, on tensor cores, the weights as left operand.
 
     Program (i, s): a tile of ROWS rows and BATCH rows of x, tiles in groups of GROUP along the rows; STEPS steps of UNITS units of columns.
     GROUPED: tile j of x is its rows ``firsts[j]:lasts[j]`` and takes the matrix ``experts[j]``, ``start:stop`` being that of the first.
-    EVEN: the steps are all columns, no more.
+    EVEN: the steps are all columns, no more. FULL: ROWS divides the rows.
     """
     dtype: tl.constexpr = tl.float32 if EMULATED else x.dtype.element_ty
     width: tl.constexpr = of(S, "width")
@@ -76,15 +71,20 @@ def tiles(
     wide = tl.minimum(across - group * GROUP, GROUP)
     inside = tl.program_id(0) - group * (GROUP * down)
     j = inside // wide
-    place = (group * GROUP + inside % wide) * ROWS + tl.arange(0, ROWS)
+    i = (group * GROUP + inside % wide) * ROWS
+    place = i + tl.arange(0, ROWS)
     if GROUPED:
         first = tl.load(firsts + j)
         last = tl.load(lasts + j)
-        rows = tl.load(experts + j).to(tl.int64) * height + start + tl.minimum(place, height - 1)
+        base = tl.load(experts + j).to(tl.int64) * height + start
     else:
         first = j * BATCH
         last = count
-        rows = (start + place).to(tl.int64)
+        base = start.to(tl.int64)
+    if FULL:
+        rows = (base + i, tl.arange(0, ROWS))
+    else:
+        rows = (base, tl.minimum(place, height - 1))
     m = first + tl.arange(0, BATCH)
     line = tl.minimum(m, count - 1).to(tl.int64)[None, :, None] * columns
     if first < last:
@@ -92,7 +92,9 @@ def tiles(
         for step in range(0, STEPS):
             units = (tl.program_id(1) * STEPS + step) * UNITS + tl.arange(0, UNITS)
             for phase in tl.static_range(phases):
-                w = tile(planes, S, rows, units, phase, ROWS, UNITS, x.dtype.element_ty)
+                if phase % of(S, "span") == 0:
+                    params = parameters(planes, S, rows, units, phase, ROWS, UNITS, 1, of(S, "wide"))
+                w = tile(planes, S, rows, units, params, phase, ROWS, UNITS, x.dtype.element_ty)
                 col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
                 if EVEN:
                     held = tl.load(x + line + col)
@@ -129,13 +131,16 @@ def dequantize(
     columns: tl.constexpr = of(S, "columns")
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if CHOSEN:
-        rows = tl.maximum(tl.load(ids + tl.minimum(place, count - 1)).to(tl.int64), 0)
+        chosen = tl.load(ids + tl.minimum(place, count - 1)).to(tl.int64)
+        rows = (0, tl.minimum(tl.maximum(chosen, 0), of(S, "rows") - 1))
     else:
-        rows = (start + place).to(tl.int64)
+        rows = (start.to(tl.int64), tl.minimum(place, count - 1))
     units = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
     line = place.to(tl.int64)[None, :, None] * columns
     for phase in tl.static_range(of(S, "phases")):
-        w = tile(planes, S, rows, units, phase, ROWS, UNITS, out.dtype.element_ty)
+        if phase % of(S, "span") == 0:
+            params = parameters(planes, S, rows, units, phase, ROWS, UNITS, 1, of(S, "wide"))
+        w = tile(planes, S, rows, units, params, phase, ROWS, UNITS, out.dtype.element_ty)
         col = units[:, None, None] * of(S, "unit") + phase * width + tl.arange(0, width)[None, None, :]
         inside = (place[None, :, None] < count) & (col < columns)
         if ORDERED:

@@ -113,6 +113,48 @@ class Spec:
         return self.divisor is None and self.offset is None and not self.fold
 
     @property
+    def middle(self) -> float:
+        """What a vector kernel takes off an integer code whose zero point or offset follows later: half its range."""
+        later = self.offset is not None or (self.zero is not None and not self.whole_zero)
+        return float(1 << (self.bits - 1)) if self.kind == "integer" and later and not self.low and not self.whole_zero else 0.0
+
+    @property
+    def chain(self) -> int:
+        """Neighbouring columns, a power of two, that have the same parameters; a vector kernel adds their products first."""
+        zero = None if self.whole_zero else self.zero
+        runs = [field.run for field in (*self.factors, self.divisor, zero, self.offset) if field is not None]
+        return min([RUN if self.v == 1 else self.v, *runs])
+
+    @property
+    def span(self) -> int:
+        """Phases, a power of two, that have the same parameters column by column of a phase's lanes."""
+        fields = [field for field in (*self.factors, self.divisor, self.zero, self.offset) if field is not None]
+        return min([self.phases, *(self._span(field) for field in fields)])
+
+    def _span(self, field: Field) -> int:
+        if field.grouped or field.kind != "tile" or (field.ck > 1 and field.tk % self.width):
+            return 1
+        phases = self.phases if field.ck == 1 else field.tk // self.width
+        return min(self.phases, phases & -phases)
+
+    @property
+    def places(self) -> tuple[int, int, int]:
+        """Of the zero point, the divisor and the offset among a tile's parameters."""
+        zero = len(self.factors)
+        divisor = zero + (self.zero is not None)
+        return zero, divisor, divisor + (self.divisor is not None)
+
+    @property
+    def half_up(self) -> int:
+        """Where the magnitude of a small float begins in the upper byte of a float16; -1 if it does not fit there."""
+        return {"e2m1": 1, "e3m2": 0, "e5m2": 0}.get(self.name, -1) if self.kind == "float" else -1
+
+    @property
+    def lift(self) -> float:
+        """What the values that a kernel makes of a phase's codes are to be multiplied by."""
+        return {"e2m1": 2.0**14, "e3m2": 2.0**12}.get(self.name, 1.0) if self.kind == "float" else 1.0
+
+    @property
     def width(self) -> int:
         return RUN * self.v
 

@@ -83,10 +83,22 @@ def _fitted(found: Block, spec: Spec) -> Block:
 
 
 def _vector(spec: Spec, most: int, height: int, single: bool) -> Block:
-    units = max(1, (1024 if spec.v == 1 or spec.phases == 1 else 512) // spec.width)  # so many weights of a phase and row
-    rows = {1: 4, 2: 2}.get(most, 1) * (1 if spec.wide or spec.v > 1 else 2)
-    programs = -(-height // rows)
-    return Block(rows, units, splits=_power(max(1, min(8, _PROGRAMS // programs))), warps=4)
+    """One thread to a unit: the loads of its rows then lie at constant distances, and no number changes threads before the last sum."""
+    if spec.v > 1:
+        units = max(1, (1024 if spec.phases == 1 else 512) // spec.width)
+        rows = {1: 4, 2: 2}.get(most, 1)
+        return Block(rows, units, splits=_parts(-(-height // rows)), warps=4)
+    nested = any(field is not None and field.inner is not None for field in (*spec.factors, spec.offset))
+    # no more than 168 registers
+    many = spec.phases == 8 or (most >= 4 and ((nested and spec.phases > 2) or spec.kind == "table"))
+    rows = (8 if most < 4 else 4) // (2 if many else 1)
+    units = next((u for u in (128, 64) if -(-spec.units // u) * u <= 1.07 * spec.units), 32)
+    return Block(rows, units, splits=_parts(-(-height // rows)), warps=units // 32)
+
+
+def _parts(programs: int) -> int:
+    """Parts of K for so many programs without it."""
+    return _power(max(1, min(8, _PROGRAMS // programs)))
 
 
 def _tile(spec: Spec, count: int, height: int, single: bool) -> Block:
@@ -98,8 +110,7 @@ def _tile(spec: Spec, count: int, height: int, single: bool) -> Block:
     held = units * spec.unit * batch * (4 if single else 2)
     stages = 1 if spec.kind in ("table", "learned") else min(3, 1 + _SHARED // held)
     programs = -(-height // rows) * -(-count // batch)
-    splits = _power(max(1, min(8, _PROGRAMS // programs)))
-    return Block(rows, units, batch, splits, warps=8 if rows == 128 else 4, stages=stages)
+    return Block(rows, units, batch, _parts(programs), warps=8 if rows == 128 else 4, stages=stages)
 
 
 def _plain(spec: Spec, count: int, height: int, single: bool) -> Block:

@@ -291,6 +291,30 @@ CASES: list[tuple[str, Make, tuple[str, ...]]] = [
 ]  # fmt: skip
 
 
+def fp8_experts(tmp: Path, _: Path) -> Path:
+    """Experts of 32 inputs under blocks of 128."""
+    converted(ready("awq/gemm-moe-qwen3", tmp), tmp / "f", "fp8", allow_requantize=True)
+    return tmp / "f"
+
+
+MOE = "awq/gemm-moe-qwen3"
+# the same of what the user says: parts of matrices and the GPU
+SHARDS: list[tuple[str, Make, dict[str, Any], tuple[str, ...]]] = [
+    ("heads in 3 parts", plain(GPTQ), {"tensor_parallel": 3}, ("vllm tp-heads", "sglang tp-heads", "vllm tp-uneven", "sglang tp-uneven")),
+    ("half a group", plain("awq/gemm-g64"), {"tensor_parallel": 4}, ("vllm tp-groups", "sglang tp-groups", "sglang awq-marlin-shape")),
+    ("half a group of GPTQ", plain(GPTQ), {"tensor_parallel": 4}, ("vllm tp-groups",)),
+    ("half a group packed", plain(CT), {"tensor_parallel": 2}, ("vllm tp-groups", "sglang tp-groups")),
+    ("half a block", plain(FP8), {"tensor_parallel": 2},
+     ("vllm tp-fp8-inputs", "sglang tp-fp8-inputs", "vllm tp-fp8-outputs", "sglang tp-fp8-outputs")),
+    ("experts of other blocks", fp8_experts, {}, ("vllm moe-fp8-blocks", "sglang moe-fp8-blocks")),
+    ("small experts", plain(MOE), {}, ("vllm moe-marlin", "sglang moe-marlin")),
+    ("Pascal", plain(GPTQ), {"gpu": "sm_52"}, ("vllm gpu", "sglang gpu", "vllm gpu-marlin")),
+    ("Volta, packed", plain(CT), {"gpu": "7.0"}, ("vllm gpu-ct-packed", "sglang gpu-ct-packed")),
+    ("Ampere, FP8", plain(FP8), {"gpu": "sm_86"}, ("vllm gpu-fp8-marlin",)),
+    ("Ampere, packed FP8", plain("compressed-tensors/fp8-channel"), {"gpu": "80"}, ("vllm gpu-ct-fp8-marlin", "sglang gpu-ct-fp8-weights")),
+]  # fmt: skip
+
+
 def small_groups(tmp: Path) -> Path:
     converted(ready("dense/llama", tmp), tmp / "g16", "gptq:int4,group=16,sym")
     return tmp / "g16"
@@ -301,9 +325,9 @@ def ternary(tmp: Path) -> Path:
     return tmp / "t.gguf"
 
 
-def rules_found(path: Path) -> dict[str, str]:
+def rules_found(path: Path, **said: Any) -> dict[str, str]:
     """``engine id`` of every rule that is true of ``path``, with its message."""
-    return {f"{v.engine} {f.rule}": f.message for v in lint_path(path).verdicts for f in v.findings}
+    return {f"{v.engine} {f.rule}": f.message for v in lint_path(path, **said).verdicts for f in v.findings}
 
 
 @pytest.mark.parametrize(("make", "wanted"), [pytest.param(make, wanted, id=name) for name, make, wanted in CASES])
@@ -311,9 +335,28 @@ def test_a_broken_copy_meets_its_rules(make: Make, wanted: tuple[str, ...], tmp_
     assert set(wanted) - rules_found(make(tmp_path, gguf)).keys() == set()
 
 
+@pytest.mark.parametrize(("make", "said", "wanted"), [pytest.param(*rest, id=name) for name, *rest in SHARDS])
+def test_parts_and_gpus_meet_their_rules(make: Make, said: dict[str, Any], wanted: tuple[str, ...], tmp_path: Path, gguf: Path) -> None:
+    found = rules_found(make(tmp_path, gguf), **said)
+    assert set(wanted) - found.keys() == set()
+
+
+def test_what_is_not_said_is_not_judged(tmp_path: Path) -> None:
+    """One part, or parts that are whole groups, on no GPU or a new one."""
+    path = ready(GPTQ, tmp_path)
+    for said in ({}, {"tensor_parallel": 2}, {"gpu": "sm_90a"}, {"tensor_parallel": 2, "gpu": "10.0"}):
+        assert not [rule for rule in rules_found(path, **said) if " tp-" in rule or " gpu" in rule]
+
+
+def test_heads_of_keys_are_copied_where_they_are_fewer_than_the_parts(tmp_path: Path) -> None:
+    """4 heads and 2 of keys in 4 parts: every part has a head of keys, nothing is uneven."""
+    found = rules_found(ready(GPTQ, tmp_path), tensor_parallel=4)
+    assert "vllm tp-heads" not in found and "vllm tp-uneven" not in found
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_rule_has_a_broken_copy(engine: str) -> None:
-    covered = {rule for _, _, wanted in CASES for rule in wanted}
+    covered = {rule for *_, wanted in (*CASES, *SHARDS) for rule in wanted}
     assert {f"{engine} {rule.id}" for rule in load_rules(engine)[1]} - covered == set()
 
 
@@ -369,6 +412,18 @@ def test_the_exit_code_says_whether_every_engine_loads_it(tmp_path: Path, gguf: 
     assert run("lint", path, "--engine", "llama.cpp").exit_code == 6
     assert run("lint", gguf, "--engine", "llama.cpp").exit_code == 0
     assert run("lint", path, "--engine", "nobody").exit_code == 2
+
+
+def test_parts_and_a_gpu_are_said_on_the_command_line(tmp_path: Path) -> None:
+    path = ready("awq/gemm-g64", tmp_path)
+    found = run("lint", path, "--engine", "vllm", "--tensor-parallel", 4, "--gpu", "sm_90", "--json")
+    data = json.loads(found.stdout)
+    assert found.exit_code == 6 and (data["tensor_parallel"], data["capability"]) == (4, 90)
+    assert "awq, in 2 parts, on sm_90" in run("lint", path, "--tensor-parallel", 2, "--gpu", "9.0").stdout
+    assert run("lint", path, "--engine", "vllm").exit_code == 0
+    assert run("lint", path, "--tensor-parallel", 0).exit_code == 2
+    wrong = run("lint", path, "--gpu", "H100")
+    assert wrong.exit_code == 2 and "compute capability" in wrong.output + wrong.stderr
 
 
 def test_json_and_text_say_the_same(tmp_path: Path) -> None:

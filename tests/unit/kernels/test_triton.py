@@ -16,10 +16,11 @@ from test_gallery import GALLERY
 
 from qformats.kernels import dispatch, gpu, reference
 from qformats.kernels.lower import Lowered, lower
+from qformats.tensor import constant
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 triton = pytest.importorskip("triton")
-if not triton.knobs.runtime.interpret or "qformats.kernels.triton.weights" in sys.modules:
+if not triton.knobs.runtime.interpret or "qformats.kernels.triton.rounding" in sys.modules:
     pytest.skip("Triton was imported to compile, not to interpret", allow_module_level=True)
 
 from qformats.kernels.triton import launch, tuning  # noqa: E402
@@ -76,11 +77,27 @@ def product(name: str, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, to
     return found, x.double() @ w[1:].double().t(), x.double().abs() @ w[1:].double().abs().t()
 
 
-@pytest.mark.parametrize("name", ["int4_zero_of_16", "q4_k", "nf4_nested", "3_bits", "iq2_s", "sorted_order", "aqlm_tall_entries"])
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "name", ["int4_zero_of_16", "q4_k", "nf4_nested", "3_bits", "iq2_s", "sorted_order", "aqlm_tall_entries", "float_zero"]
+)
 def test_a_vector_product_is_that_of_the_weights(name: str, count: int) -> None:
-    found, wanted, size = product(name, count, torch.float32)
-    assert bool(((found.double() - wanted).abs() <= 2e-6 * size).all())
+    dtype = torch.float32 if count == 1 else HALF[len(name) % 2]
+    found, wanted, size = product(name, count, dtype)
+    tiny = torch.finfo(dtype).tiny
+    assert bool(((found.double() - wanted).abs() <= 2e-6 * size + wanted.abs() * torch.finfo(dtype).eps + tiny).all())
+
+
+def test_a_row_of_zeros_sums_to_zero_and_any_address_will_do() -> None:
+    """Codes that are their zero points are exact zeros in sums too; x may begin at any number."""
+    t = integers(4)
+    lowered = lower(t.replace(codes=torch.full_like(t.codes, 5), zero_point=constant(5, t.shape)))
+    x = torch.randn(151, generator=torch.Generator().manual_seed(6)).to(torch.bfloat16)[1:].view(1, 150)
+    found = gpu.matmul(x, lowered, 0, 5, "exact")
+    assert found is not None and bool((found == 0).all())
+    plain = lower(t)
+    shifted, again = gpu.matmul(x, plain, 0, 5, "exact"), gpu.matmul(x.clone(), plain, 0, 5, "exact")
+    assert shifted is not None and again is not None and torch.equal(shifted, again)
 
 
 @pytest.mark.parametrize("name", ["int4_zero_of_16", "q4_k", "5_bits", "aqlm_two_books", "sorted_order", "nvfp4_reciprocal_global_scale"])
