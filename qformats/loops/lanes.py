@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import binding, ir
-from numba.core import cgutils, types
+from numba.core import cgutils, codegen, config, types
 from numba.extending import intrinsic
 
 from qformats.loops.vectors import LANES, floats
@@ -46,7 +46,17 @@ __all__ = [
 _I8, _I32, _F32, _F64 = ir.IntType(8), ir.IntType(32), ir.FloatType(), ir.DoubleType()
 _FLOATS, _DOUBLES, _INTS, _BYTES = (ir.VectorType(kind, LANES) for kind in (_F32, _F64, _I32, _I8))
 _LONG = ir.VectorType(_I8, 4 * LANES)
-_FEATURES = binding.get_host_cpu_features()
+
+
+def _features() -> dict[str, bool]:
+    """What numba compiles for: the CPU of this machine, or what its settings NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, NUMBA_ENABLE_AVX say."""
+    text = config.CPU_FEATURES
+    if text is None:
+        text = "" if config.CPU_NAME else codegen.get_host_cpu_features()
+    return {name[1:]: True for name in text.split(",") if name.startswith("+")}
+
+
+_FEATURES = _features()
 _X86 = "x86_64" in binding.get_default_triple()
 
 FUSED = not _X86 or bool(_FEATURES.get("fma"))

@@ -35,3 +35,12 @@ def test_a_change_in_another_file_is_seen(tmp_path: Path) -> None:
     os.utime(loops / "helper.py", ns=(1, 1))
     assert run(tmp_path) == "15 0"
     assert run(tmp_path) == "15 1"
+
+
+def test_settings_of_the_compiler_decide_which_instructions_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qformats.loops import lanes
+
+    monkeypatch.setattr(lanes.config, "CPU_NAME", "generic")
+    assert lanes._features() == {}
+    monkeypatch.setattr(lanes.config, "CPU_FEATURES", "+avx2,-fma,+ssse3")
+    assert lanes._features() == {"avx2": True, "ssse3": True}
