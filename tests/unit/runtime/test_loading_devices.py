@@ -72,7 +72,7 @@ def test_experts_in_one_launch_are_those_one_by_one(case: str, tmp_path: Path, m
     with torch.no_grad():
         assert torch.equal(layer(hidden, index, weights), layer.grouped(hidden, index, weights))
         if importlib.util.find_spec("triton"):
-            monkeypatch.setattr(dispatch, "multiply_grouped", lambda x, w, offsets, outputs, compute, known: gpu.experts(x, w, offsets, outputs))
+            monkeypatch.setattr(dispatch, "multiply_grouped", lambda x, w, offsets, outputs, *_: gpu.experts(x, w, offsets, outputs))
             assert torch.allclose(layer.grouped(hidden, index, weights), wanted, **close)
 
 
