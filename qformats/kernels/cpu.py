@@ -1,8 +1,9 @@
 """Products with lowered weights on the CPU by compiled loops (``qformats.loops.products``), where a plan serves the layout.
 
 The weights are exact, each rounded once to float32, and sums are float32: ``qformats.kernels.reference`` with another order of sums. Few
-inputs are multiplied row by row while a row is in cache, more of them by blocks of rows. Work is shared among as many threads as torch
-has; results do not depend on their number.
+inputs are multiplied row by row while a row is in cache, more of them by blocks of rows. A CPU with a matrix unit multiplies more than a
+few inputs there (``qformats.kernels.cpu_matrix``), most weights without any rounding of their own. Work is shared among as many threads
+as torch has; results do not depend on their number.
 """
 
 from __future__ import annotations
