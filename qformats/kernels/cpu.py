@@ -147,7 +147,10 @@ def _warn(text: str) -> None:
 
 
 def rounded_inputs(x: Tensor) -> Tensor:
-    """What ``compute="int8"`` multiplies with for ``x`` (M, K) float32: in each 128 columns whole multiples of the largest / 127."""
+    """What ``compute="int8"`` multiplies with for ``x`` (M, K) float32: in each 128 columns whole multiples of the largest / 127.
+
+    More than a few inputs are rounded to bfloat16 instead where the CPU has a matrix unit, which is nearer.
+    """
     count, columns = x.shape
     blocks = torch.nn.functional.pad(x, (0, -columns % 128)).view(count, -(-columns // 128), 128)
     largest = blocks.abs().amax(-1, keepdim=True)

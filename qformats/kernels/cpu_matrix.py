@@ -105,38 +105,35 @@ def _lined(shape: tuple[int, ...], dtype: type[np.generic]) -> Array:
     return held[first : len(held) - 16 + first].reshape(shape)
 
 
-def _sums(x: Array, by: Array | None, each: int) -> Array:
-    """The sums of the inputs (16 n, padded) of each group, (n, groups, 16) float32; ``by``: what they count in each strip."""
+def _sums(x: Array, each: int) -> Array:
+    """The sums of the inputs (16 n, padded) of each group, (n, groups, 16) float32."""
     blocks, strips = len(x) // 16, x.shape[1] // 128
-    sums = torch.from_numpy(x).view(blocks, 16, strips * each, 128 // each).sum(-1).transpose(1, 2).contiguous()
-    return sums.numpy() if by is None else sums.numpy() * by.repeat(each, axis=1)
+    return torch.from_numpy(x).view(blocks, 16, strips * each, 128 // each).sum(-1).transpose(1, 2).contiguous().numpy()
 
 
 def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, narrow: bool, rounds: bool) -> Tensor | None:
     """``x`` (M, K) float32 times the transposed rows ``start:stop``, (M, stop - start) float32; None for inputs that are not served.
 
-    ``narrow``: the inputs are bfloat16 numbers. ``rounds``: they are rounded to whole multiples of a number for each 128 columns.
+    ``narrow``: the inputs are bfloat16 numbers. ``rounds``: they are rounded to such; none is then further off than as a byte.
     """
     way = _WAYS.get(plan)
     if way is None:
         way = _WAYS[plan] = _way(plan, lowered)
     inputs, count, padded = len(x), stop - start, plan.padded
-    if not rounds and not float(x.abs().max()) < _LARGEST:
+    if not float(x.abs().max()) < _LARGEST:
         return None
     loops, blocks, strips, each = find("matrix"), -(-inputs // 16), padded // 128, max(1, way.each)
-    laid, by = np.zeros((16 * blocks, padded), np.float32), np.zeros((blocks, strips, 16) if rounds else (1, 1, 16), np.float32)
-    laid[:inputs, : x.shape[1]] = x.numpy()
-    if rounds:
-        loops.whole(laid, laid, by)
+    laid = np.zeros((16 * blocks, padded), np.float32)
+    laid[:inputs, : x.shape[1]] = (x.to(torch.bfloat16).to(torch.float32) if rounds and not narrow else x).numpy()
     three = 2 * (way.form > 1) + (0 if rounds or narrow else 1)
     tiles = _lined((3 if three & 1 else 1, blocks, strips, 4, 16, 16), np.uint32)
     loops.lay(len(tiles), way.strips)(laid, tiles)
-    sums = _sums(laid, by if rounds else None, each) if way.beside else np.zeros((1, 1, 16), np.float32)
-    pieces = loops.pieces(three, each, int(way.each > 0), way.beside, int(rounds)).address
+    sums = _sums(laid, each) if way.beside else np.zeros((1, 1, 16), np.float32)
+    pieces = loops.pieces(three, each, int(way.each > 0), way.beside).address
     decoded = 0 if way.form == 2 else loops.decoded(way.widths, way.kind, way.form).address
     out = torch.empty((inputs, count))
     made = (find("rows").decoder() if way.form == 2 else find("factors").row_factors()).address
     how = plan.head, plan.slots, plan.constants, made, decoded, pieces, way.form, way.each, way.table, way.numbers, way.zero
-    given = loops.shapes(way.each), tiles, sums, by, start, out.numpy()
+    given = loops.shapes(way.each), tiles, sums, start, out.numpy()
     share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4, step=_BLOCK)
     return out

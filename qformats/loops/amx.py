@@ -280,20 +280,17 @@ def keep_tiles(typing: Any, to: Any, each: Any, room: Any) -> Any:
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator,unused-ignore]
 def settle(
-    typing: Any, each: Any, scaled: Any, beside: Any, rounded: Any, room: Any, scales: Any, rests: Any, row: Any, sums: Any, by: Any,
-    total: Any,
-) -> Any:  # fmt: skip
+    typing: Any, each: Any, scaled: Any, beside: Any, room: Any, scales: Any, rests: Any, row: Any, sums: Any, total: Any
+) -> Any:
     """Add what ``keep_tiles`` left in ``room`` to the tile of float32 at ``total``.
 
-    ``scales``, ``rests``: float32 (16, at most two), ``row`` bytes apart. A sum counts its scale where ``scaled`` is set; the strip's
-    count ``by`` (16 float32) where ``rounded`` is; rests times ``sums`` (at most two, 16) are added where ``beside`` is.
+    ``scales``, ``rests``: float32 (16, at most two), ``row`` bytes apart. A sum counts its scale where ``scaled`` is set; rests times
+    ``sums`` (at most two, 16) are added where ``beside`` is.
     """
     groups = min(2, each.literal_value)
-    scales_, beside_, rounded_ = (bool(flag.literal_value) for flag in (scaled, beside, rounded))
+    scales_, beside_ = bool(scaled.literal_value), bool(beside.literal_value)
 
-    def made(b: Any, _1: Any, _2: Any, _3: Any, _4: Any, *args: Any) -> None:
-        room, scales, rests, row, sums, by, total = args
-        factor = _load(b, by, _FLOATS) if rounded_ else None
+    def made(b: Any, _1: Any, _2: Any, _3: Any, room: Any, scales: Any, rests: Any, row: Any, sums: Any, total: Any) -> None:
         added = [_load(b, _far(b, sums, LINE * j), _FLOATS) for j in range(groups)] if beside_ else []
 
         def number(start: Any, r: int, j: int) -> Any:
@@ -302,22 +299,15 @@ def settle(
 
         for r in range(16):
             at = _at(b, _far(b, total, r * LINE), _FLOATS)
-            before = b.load(at, align=64)
-            sum_ = None if rounded_ else before
+            sum_ = b.load(at, align=64)
             for j in range(groups):
                 line = _load(b, _far(b, room, j * TILE + r * LINE), _FLOATS)
-                if scales_:
-                    one = number(scales, r, j)
-                    sum_ = b.fmul(line, one) if sum_ is None else _fma(b, line, one, sum_)
-                else:
-                    sum_ = line if sum_ is None else b.fadd(line, sum_)
-            if rounded_:
-                sum_ = _fma(b, sum_, factor, before)
+                sum_ = _fma(b, line, number(scales, r, j), sum_) if scales_ else b.fadd(line, sum_)
             for j, one in enumerate(added):
                 sum_ = _fma(b, number(rests, r, j), one, sum_)
             b.store(sum_, at, align=64)
 
-    return _by_address(types.void, (each, scaled, beside, rounded, *(types.intp,) * 7), made)
+    return _by_address(types.void, (each, scaled, beside, *(types.intp,) * 6), made)
 
 
 @intrinsic  # type: ignore[untyped-decorator,unused-ignore]

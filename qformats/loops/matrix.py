@@ -3,7 +3,7 @@
 Rows are decoded once for all inputs, sixteen to a tile. Codes whose values are bfloat16 numbers are multiplied as they are and each
 group's sum is scaled in float32; ``value = scale (number - zero) + offset`` adds ``offset - zero scale`` times the sum of the group's
 inputs. Weights of any other kind are decoded to float32 and taken as three bfloat16 each. Inputs are float32 numbers, three bfloat16 each,
-or bfloat16 numbers, or whole multiples of a number for each strip, one each. Sums are float32; their order depends on the shape alone.
+or bfloat16 numbers, one each. Sums are float32; their order depends on the shape alone.
 Definition: ``qformats.kernels.reference.matmul``.
 """
 
@@ -36,7 +36,7 @@ from qformats.loops.lanes import alive, as_floats, call, floats_at, pointer, put
 from qformats.loops.rows import GROUPS, PADDED, ROW, TARGET, WIDTH, decoding, workspace
 from qformats.loops.strips import STRIP, planes_of, strip, value
 
-__all__ = ["decoded", "lay", "multiply", "pieces", "shapes", "whole"]
+__all__ = ["decoded", "lay", "multiply", "pieces", "shapes"]
 
 Array = np.ndarray[Any, Any]
 f32, u8, u16, u32 = np.float32, np.uint8, np.uint16, np.uint32
@@ -75,28 +75,6 @@ def lay(parts: int, strips: bool) -> Any:
 
 
 @compiled
-def whole(x: Array, numbers: Array, by: Array) -> None:
-    """Inputs (M, padded) float32 as whole ``numbers`` of each strip, and what one counts to ``by`` (inputs / 16, strips, 16).
-
-    What one counts is the largest magnitude / 127. A strip with an infinity or NaN counts NaN; its numbers are zero,
-    as are those of a strip too small to be divided by.
-    """
-    for m in range(len(x)):
-        for k in range(x.shape[1] // STRIP):
-            line, to, worst = x[m, k * STRIP : (k + 1) * STRIP], numbers[m, k * STRIP : (k + 1) * STRIP], u32(0)
-            for i in range(STRIP):  # magnitudes are ordered like their bits, infinities and NaN above all
-                worst = max(worst, u32(f32(line[i]).view(u32) & u32(0x7FFFFFFF)))
-            largest, finite = u32(worst).view(f32), worst < u32(0x7F800000)
-            by[m >> 4, k, m & 15] = largest / f32(127) if finite else f32(np.nan)
-            factor = f32(127) / largest if finite and worst > u32(0) else f32(0)
-            if factor < f32(np.inf):
-                for i in range(STRIP):
-                    to[i] = np.rint(line[i] * factor)
-            if not 0 < factor < f32(np.inf):
-                to[:] = f32(0)
-
-
-@compiled
 def _numbers(head: Array, p: Any, step: Any, each: Any, strips: Any, scales: Any, rests: Any) -> None:
     """A row's scales, and what its groups' sums count, to two addresses, ``each`` for a strip; ``factors`` left its numbers at ``p``."""
     width, part, last = head[WIDTH], STRIP // each, head[GROUPS] - 1
@@ -122,10 +100,10 @@ def _numbers(head: Array, p: Any, step: Any, each: Any, strips: Any, scales: Any
 _FRAME = 40
 _WHERE, _COUNT, _STRIP, _WEIGHTS, _DOWN, _PART, _NAMES, _NUMBERS, _ZERO = range(9)
 # and of the products: blocks of inputs, the strip's tiles of inputs, how far blocks and parts are apart, room for four tiles, totals,
-# scales, rests, how far apart they are of two rows, sums and counts of the strip, how far those of two blocks are apart
-_BLOCKS, _INPUTS, _ACROSS, _X_PART, _ROOM, _TOTALS, _SCALES, _RESTS, _ROW, _SUMS, _SUMS_STEP, _BY, _BY_STEP = range(9, 22)
-# the pieces under way: which comes next, and for the last two scales, rests, sums, counts, totals
-_TURN, _LAST, _BEFORE = 22, 23, 28
+# scales, rests, how far apart they are of two rows, sums of the strip, how far those of two blocks are apart
+_BLOCKS, _INPUTS, _ACROSS, _X_PART, _ROOM, _TOTALS, _SCALES, _RESTS, _ROW, _SUMS, _SUMS_STEP = range(9, 20)
+# the pieces under way: which comes next, and for the last two scales, rests, sums, totals
+_TURN, _LAST, _BEFORE = 20, 21, 25
 
 
 @cache
@@ -158,7 +136,7 @@ def decoded(widths: tuple[int, int, int], kind: int, form: int) -> Any:
 
 
 @cache
-def pieces(three: int, each: int, scaled: int, beside: int, rounded: int) -> Any:
+def pieces(three: int, each: int, scaled: int, beside: int) -> Any:
     """A strip of a block of rows times all inputs, for ``multiply``; ``_STRIP`` -1: what is under way is finished.
 
     Three pieces are under way: one multiplied, one stored, one scaled, since what the unit makes is long not there to be read.
@@ -169,17 +147,17 @@ def pieces(three: int, each: int, scaled: int, beside: int, rounded: int) -> Any
         f = carray(pointer(frame), _FRAME, np.int64)
         room_at, row_step = f[_ROOM], f[_ROW]
         odd_at, turn = room_at + 2 * TILE, f[_TURN]
-        last, before = (f[_LAST], f[_LAST + 1], f[_LAST + 2], f[_LAST + 3], f[_LAST + 4]), (
-            f[_BEFORE], f[_BEFORE + 1], f[_BEFORE + 2], f[_BEFORE + 3], f[_BEFORE + 4])  # fmt: skip
+        last = f[_LAST], f[_LAST + 1], f[_LAST + 2], f[_LAST + 3]
+        before = f[_BEFORE], f[_BEFORE + 1], f[_BEFORE + 2], f[_BEFORE + 3]
         if f[_STRIP] < 0:
-            if before[4]:
+            if before[3]:
                 at = odd_at if turn else room_at
-                settle(each, scaled, beside, rounded, at, before[0], before[1], row_step, before[2], before[3], before[4])
+                settle(each, scaled, beside, at, before[0], before[1], row_step, before[2], before[3])
             if turn:
                 keep_tiles(0, each, room_at)
             else:
                 keep_tiles(2, each, room_at)
-            settle(each, scaled, beside, rounded, room_at, last[0], last[1], row_step, last[2], last[3], last[4])
+            settle(each, scaled, beside, room_at, last[0], last[1], row_step, last[2], last[3])
             f[_TURN:] = 0
             return f32(0)
         for m in range(f[_BLOCKS]):
@@ -188,23 +166,23 @@ def pieces(three: int, each: int, scaled: int, beside: int, rounded: int) -> Any
                     w, x = f[_WEIGHTS] + block * f[_DOWN] + skip * part, f[_INPUTS] + m * f[_ACROSS] + skip * part
                     if turn:
                         piece_products(2, three, each, w, f[_PART], x, f[_X_PART])
-                        if last[4]:
+                        if last[3]:
                             keep_tiles(0, each, room_at)
-                        if before[4]:
-                            settle(each, scaled, beside, rounded, odd_at, before[0], before[1], row_step, before[2], before[3], before[4])
+                        if before[3]:
+                            settle(each, scaled, beside, odd_at, before[0], before[1], row_step, before[2], before[3])
                     else:
                         piece_products(0, three, each, w, f[_PART], x, f[_X_PART])
-                        if last[4]:
+                        if last[3]:
                             keep_tiles(2, each, odd_at)
-                        if before[4]:
-                            settle(each, scaled, beside, rounded, room_at, before[0], before[1], row_step, before[2], before[3], before[4])
+                        if before[3]:
+                            settle(each, scaled, beside, room_at, before[0], before[1], row_step, before[2], before[3])
                     turn, before = 1 - turn, last
                     skipped, sums = 16 * block * row_step + 4 * part, f[_SUMS] + m * f[_SUMS_STEP] + LINE * part
                     total = f[_TOTALS] + (4 * m + block) * TILE
-                    last = (f[_SCALES] + skipped, f[_RESTS] + skipped, sums, f[_BY] + m * f[_BY_STEP], total)
+                    last = (f[_SCALES] + skipped, f[_RESTS] + skipped, sums, total)
         f[_TURN] = turn
-        f[_LAST], f[_LAST + 1], f[_LAST + 2], f[_LAST + 3], f[_LAST + 4] = last
-        f[_BEFORE], f[_BEFORE + 1], f[_BEFORE + 2], f[_BEFORE + 3], f[_BEFORE + 4] = before
+        f[_LAST], f[_LAST + 1], f[_LAST + 2], f[_LAST + 3] = last
+        f[_BEFORE], f[_BEFORE + 1], f[_BEFORE + 2], f[_BEFORE + 3] = before
         return f32(0)
 
     return pointed(run)
@@ -213,7 +191,7 @@ def pieces(three: int, each: int, scaled: int, beside: int, rounded: int) -> Any
 @compiled
 def multiply(
     head: Array, slots: Array, constants: Array, made: Any, decoded: Any, pieces: Any, form: Any, each: Any, table: Array, numbers: Any,
-    zero: Any, shape: Array, laid: Array, sums: Array, by: Array, first: Any, out: Array, low: Any, high: Any,
+    zero: Any, shape: Array, laid: Array, sums: Array, first: Any, out: Array, low: Any, high: Any,
 ) -> None:  # fmt: skip
     """Inputs in tiles times rows ``first + low`` … ``first + high`` to ``out[:, low:high]`` (M, n) float32.
 
@@ -221,7 +199,7 @@ def multiply(
     ``pieces``: those of the functions above. ``form``: 0 codes named in ``table`` (32 bfloat16), 1 values less ``zero`` that are bfloat16
     numbers, read from the address ``numbers``, 2 exact weights in float32, 3 codes whose values are the sums of three bfloat16, ``table``
     (3, 32). ``each``: groups in a strip, 0 for weights without scales or rows with one. ``laid``: of ``lay``; ``sums`` (inputs / 16,
-    strips ``each``, 16): of the inputs of each group; ``by``: of ``whole``, (inputs / 16, strips, 16).
+    strips ``each``, 16): of the inputs of each group.
     """
     held, wide, aside = room(head, constants)
     strips, inputs, blocks, groups, parts = head[PADDED] // STRIP, len(out), laid.shape[1], max(each, 1), 3 if form > 1 else 1
@@ -237,12 +215,12 @@ def multiply(
     given_at, rows_at = np.intp(given.ctypes.data), np.intp(rows.ctypes.data)
     factors_ = np.ones((2, _BLOCK + 1, strips * groups + 16), f32)
     s_at, rest_at, x_at = np.intp(factors_.ctypes.data), np.intp(factors_[1].ctypes.data), np.intp(laid.ctypes.data)
-    sums_at, by_at = np.intp(sums.ctypes.data), np.intp(by.ctypes.data)
+    sums_at = np.intp(sums.ctypes.data)
     totals, lines = carray(pointer(total_at), (blocks, 4, 16, 16), f32), carray(pointer(room_at), (16, 16), f32)
     where, f = np.zeros((_BLOCK, 3), np.int64), np.zeros(_FRAME, np.int64)
     f[_WHERE], f[_DOWN], f[_PART], f[_NAMES], f[_NUMBERS] = np.intp(where.ctypes.data), down, part, np.intp(table.ctypes.data), numbers
     f[_ZERO], f[_BLOCKS], f[_ACROSS], f[_X_PART], f[_ROOM] = np.int64(f32(zero).view(u32)), blocks, across, blocks * across, room_at
-    f[_TOTALS], f[_ROW], f[_SUMS_STEP], f[_BY_STEP] = total_at, row_step, strips * groups * LINE, strips * LINE
+    f[_TOTALS], f[_ROW], f[_SUMS_STEP] = total_at, row_step, strips * groups * LINE
     frame = np.intp(f.ctypes.data)
     configure(np.intp(shape.ctypes.data), np.intp(saved.ctypes.data))
     for start in range(low, high, _BLOCK):
@@ -264,7 +242,7 @@ def multiply(
         for k in range(strips):
             f[_STRIP], f[_WEIGHTS], f[_INPUTS] = k, w_at + (4 * TILE * k if form == 2 else 0), x_at + 4 * TILE * k
             f[_SCALES], f[_RESTS] = s_at + 4 * groups * k, rest_at + 4 * groups * k
-            f[_SUMS], f[_BY] = sums_at + groups * LINE * k, by_at + LINE * k
+            f[_SUMS] = sums_at + groups * LINE * k
             if form != 2:
                 call(decoded, frame)
             call(pieces, frame)
