@@ -87,7 +87,6 @@ class Straight:
             made = made.to(dtype)
         return made if len(shape) == 2 else made.view(*shape[:-1], stop - start)
 
-
     def _many(self, x: Tensor, start: int, stop: int, narrow: bool) -> Tensor:
         """``x`` (M, K) float32, in the order of the planes; ``narrow``: bfloat16 numbers."""
         if not len(x):

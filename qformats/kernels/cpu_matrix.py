@@ -24,7 +24,6 @@ __all__ = ["available", "multiply"]
 
 Array = np.ndarray[Any, Any]
 
-_BLOCK = 64  # rows that the loop takes together
 _LARGEST = 2.0**100  # of inputs in three parts: products with codes stay finite
 
 
@@ -135,5 +134,5 @@ def multiply(x: Tensor, plan: Plan, lowered: Lowered, start: int, stop: int, *, 
     made = (find("rows").decoder() if way.form == 2 else find("factors").row_factors()).address
     how = plan.head, plan.slots, plan.constants, made, decoded, pieces, way.form, way.each, way.table, way.numbers, way.zero
     given = loops.shapes(way.each), tiles, sums, start, out.numpy()
-    share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4, step=_BLOCK)
+    share(lambda low, high: loops.multiply(*how, *given, low, high), count, count * padded * 4, step=loops.BLOCK)
     return out

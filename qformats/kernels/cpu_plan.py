@@ -417,7 +417,7 @@ def _assembled(loops: Any, lowered: Lowered, slots: list[_Slot], constants: list
     plain = not layout.signs and index is None and layout.bits <= 8 and kind < 4
     plain = plain and (kind < 3 or k % 128 == 0)
     strips = plain and arithmetic == 0
-    head[[loops.ROWS, loops.STRIPS, loops.QUICK]] = len(planes[0]), strips, arithmetic == 0 and _quick(slots, groups, width, constants)
+    head[[loops.ROWS, loops.QUICK]] = len(planes[0]), arithmetic == 0 and _quick(slots, groups, width, constants)
     integers = _integers(layout, kind) if plain else None
     return Plan(head, table_of, np.array(constants, np.float64), width, int(head[loops.PADDED]), strips, plain, integers, kept, layout.grid)
 

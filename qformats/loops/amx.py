@@ -22,7 +22,7 @@ from qformats.loops.strips import _HALF, many_bytes
 from qformats.loops.vectors import floats
 
 __all__ = [
-    "LINE", "PAIRS", "TILE", "available", "columns_of", "configure", "fetch", "keep_tiles", "laid_codes", "laid_columns", "laid_inputs",
+    "LINE", "TILE", "available", "columns_of", "configure", "fetch", "keep_tiles", "laid_codes", "laid_columns", "laid_inputs",
     "laid_values", "piece_products", "release", "settle", "turned",
 ]  # fmt: skip
 

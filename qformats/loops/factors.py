@@ -43,6 +43,7 @@ from qformats.loops.rows import (
     INNER,
     LOOKUP,
     NUMBER_PLANES,
+    PADDED,
     QUICK,
     REPEAT,
     ROLE,
@@ -59,7 +60,7 @@ from qformats.loops.rows import (
 )  # fmt: skip
 from qformats.loops.strips import STRIP, lanes
 
-__all__ = ["factoring", "factors", "group_at", "lanes_of", "room", "row_factors"]
+__all__ = ["factoring", "factors", "framed", "group_at", "lanes_of", "room", "row_factors"]
 
 Array = np.ndarray[Any, Any]
 u8, u16, u32, f32, f64 = np.uint8, np.uint16, np.uint32, np.float32, np.float64
@@ -231,3 +232,19 @@ def lanes_of(head: Array) -> Any:
 def group_at(number: Any, ahead: Any, every: Any) -> Any:
     """How far the numbers of a strip's first group are behind those of the row's; they go ``ahead`` after ``every`` strips."""
     return ahead * (number if every == 1 else number // every)
+
+
+# a frame for a function of one row in strips: addresses of the row's planes, of its numbers, how far apart their kinds are, strips, table,
+# of ``lanes_of``; then two addresses that the function says
+ROW_FRAME = 14
+NUMBERS, APART, COUNT_OF_STRIPS, ENTRIES_AT, RIGHT, LEFT, BEHIND, AHEAD, EVERY, FIRST, SECOND = range(3, 14)
+
+
+@inlined
+def framed(head: Array, table: Any, p: Any, apart: Any) -> Any:
+    """A frame for the rows of a weight, which lacks the planes and the last two entries."""
+    right, left, behind, ahead, every = lanes_of(head)
+    frame = np.zeros(ROW_FRAME, np.int64)
+    frame[NUMBERS], frame[APART], frame[COUNT_OF_STRIPS], frame[ENTRIES_AT] = p, apart, head[PADDED] // STRIP, table
+    frame[RIGHT], frame[LEFT], frame[BEHIND], frame[AHEAD], frame[EVERY] = right, left, behind, ahead, every
+    return frame

@@ -16,7 +16,23 @@ import numpy as np
 from numba import carray
 
 from qformats.loops.compiled import compiled, inlined, pointed
-from qformats.loops.factors import factoring, group_at, lanes_of, room
+from qformats.loops.factors import (
+    AHEAD,
+    BEHIND,
+    COUNT_OF_STRIPS,
+    ENTRIES_AT,
+    EVERY,
+    FIRST,
+    LEFT,
+    NUMBERS,
+    RIGHT,
+    ROW_FRAME,
+    SECOND,
+    factoring,
+    framed,
+    group_at,
+    room,
+)
 from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
 from qformats.loops.rows import PADDED, SIGNED, SIXTEEN
 from qformats.loops.strips import STRIP, bytes_at, dot, dots, flip, keep, lanes, names_of, paired, planes_of, strip
@@ -83,22 +99,16 @@ def _beside(p: Any, step: Any, unit: Any, bias: Any, sums: Any, vectors: Any) ->
     return total(a)
 
 
-# a frame: addresses of the row's planes, of its scales, strips, table of sixteen bytes, of ``lanes_of``; then those of the input and its
-# scales, or of where the bytes and the scales of their lanes go
-_FRAME = 13
-_P, _STRIPS, _TABLE, _RIGHT, _LEFT, _BEHIND, _AHEAD, _EVERY, _X, _BY = range(3, 13)
-
-
 @cache
 def row_times(widths: tuple[int, int, int], kind: int, fine: bool) -> Any:
     """The bytes of one row times those of one input, scaled; ``fine``: the two vectors of a strip have groups of their own."""
     first, second, third = widths
 
     def run(frame: Any) -> Any:
-        f = carray(pointer(frame), _FRAME, np.int64)
-        planes, p, table, q, scales, s = (f[0], f[1], f[2]), f[_P], f[_TABLE], f[_X], f[_BY], as_floats(f32(0))
-        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
-        for k in range(f[_STRIPS]):
+        f = carray(pointer(frame), ROW_FRAME, np.int64)
+        planes, p, table, q, scales, s = (f[0], f[1], f[2]), f[NUMBERS], f[ENTRIES_AT], f[FIRST], f[SECOND], as_floats(f32(0))
+        right, left, behind, ahead, every = f[RIGHT], f[LEFT], f[BEHIND], f[AHEAD], f[EVERY]
+        for k in range(f[COUNT_OF_STRIPS]):
             a, b = strip((first, second, third), planes, k)
             a, b = _unsigned(a, b, kind, table)
             at, x, by = p + group_at(k, ahead, every), q + STRIP * k, as_floats(carray(pointer(scales + 4 * k), 1, f32)[0])
@@ -117,10 +127,10 @@ def kept(widths: tuple[int, int, int], kind: int) -> Any:
     first, second, third = widths
 
     def run(frame: Any) -> Any:
-        f = carray(pointer(frame), _FRAME, np.int64)
-        planes, p, table, codes, by = (f[0], f[1], f[2]), f[_P], f[_TABLE], f[_X], f[_BY]
-        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
-        for k in range(f[_STRIPS]):
+        f = carray(pointer(frame), ROW_FRAME, np.int64)
+        planes, p, table, codes, by = (f[0], f[1], f[2]), f[NUMBERS], f[ENTRIES_AT], f[FIRST], f[SECOND]
+        right, left, behind, ahead, every = f[RIGHT], f[LEFT], f[BEHIND], f[AHEAD], f[EVERY]
+        for k in range(f[COUNT_OF_STRIPS]):
             a, b = strip((first, second, third), planes, k)
             a, b = _unsigned(a, b, kind, table)
             keep(codes + STRIP * k, a), keep(codes + STRIP * k + 64, b)
@@ -203,13 +213,10 @@ def multiply(
     x_at, sum_at, scale_at = np.intp(x.ctypes.data), np.intp(sums.ctypes.data), np.intp(scales.ctypes.data)
     apart = across + 64  # rows a power of two apart would share the lines of the first cache
     room_, eight = np.zeros(2 * _ROWS * apart + 64 if inputs > 1 else 64, np.uint8), np.zeros(8, f32)
-    beside, frame = np.zeros((_ROWS, inputs), f32), np.zeros(_FRAME, np.int64)
+    beside, frame = np.zeros((_ROWS, inputs), f32), framed(head, np.intp(table.ctypes.data), p, step)
     codes = (np.intp(room_.ctypes.data) + 63) & ~63
     by, frame_at = codes + _ROWS * apart, np.intp(frame.ctypes.data)
-    right, left, behind, ahead, every = lanes_of(head)
-    frame[_P], frame[_STRIPS], frame[_TABLE] = p, strips, np.intp(table.ctypes.data)
-    frame[_RIGHT], frame[_LEFT], frame[_BEHIND], frame[_AHEAD], frame[_EVERY] = right, left, behind, ahead, every
-    frame[_X], frame[_BY] = x_at, scale_at
+    frame[FIRST], frame[SECOND] = x_at, scale_at
     for start in range(low, high, _ROWS):
         count = min(_ROWS, high - start)
         for i in range(count):
@@ -217,12 +224,12 @@ def multiply(
             call(gather, given_at)
             frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
             if inputs > 1:
-                frame[_X], frame[_BY] = codes + i * apart, by + i * apart
+                frame[FIRST], frame[SECOND] = codes + i * apart, by + i * apart
             product = call(made, frame_at)
             for m in range(inputs):
                 beside[i, m] = _beside(p, step, unit, bias, sum_at + 64 * m * vectors, vectors)
             if inputs == 1:
                 out[0, start + i] = product * unit + beside[i, 0]
         if inputs > 1:
-            _block(codes, by, apart, count, strips, behind > 0, x_at, across, scale_at, unit, beside, eight, start, out)
+            _block(codes, by, apart, count, strips, frame[BEHIND] > 0, x_at, across, scale_at, unit, beside, eight, start, out)
     alive(held), alive(wide), alive(aside), alive(given), alive(room_), alive(frame)

@@ -36,12 +36,12 @@ from qformats.loops.lanes import alive, as_floats, call, floats_at, pointer, put
 from qformats.loops.rows import GROUPS, PADDED, ROW, TARGET, WIDTH, decoding, workspace
 from qformats.loops.strips import STRIP, planes_of, strip, value
 
-__all__ = ["decoded", "lay", "multiply", "pieces", "shapes"]
+__all__ = ["BLOCK", "decoded", "lay", "multiply", "pieces", "shapes"]
 
 Array = np.ndarray[Any, Any]
 f32, u8, u16, u32 = np.float32, np.uint8, np.uint16, np.uint32
 
-_BLOCK = 64  # rows decoded before they are multiplied
+BLOCK = 64  # rows decoded before they are multiplied
 
 
 def shapes(each: int) -> Array:
@@ -204,27 +204,27 @@ def multiply(
     held, wide, aside = room(head, constants)
     strips, inputs, blocks, groups, parts = head[PADDED] // STRIP, len(out), laid.shape[1], max(each, 1), 3 if form > 1 else 1
     p, bytes_, values = workspace(head)
-    spare, saved = np.zeros((1 if form == 2 else _BLOCK, 3 * head[PADDED]), u8), np.zeros(64, u8)
+    spare, saved = np.zeros((1 if form == 2 else BLOCK, 3 * head[PADDED]), u8), np.zeros(64, u8)
     down = (strips if form == 2 else 1) * 4 * TILE  # weights in float32 are kept for a whole row
-    part, across, row_step = _BLOCK // 16 * down, strips * 4 * TILE, 4 * (strips * groups + 16)
+    part, across, row_step = BLOCK // 16 * down, strips * 4 * TILE, 4 * (strips * groups + 16)
     buffer = np.zeros(parts * part + (4 + 4 * blocks) * TILE + 64, u8)
     w_at = (np.intp(buffer.ctypes.data) + 63) & ~63
     room_at, total_at, values_at = w_at + parts * part, w_at + parts * part + 4 * TILE, np.intp(values[0].ctypes.data)
     held_at, apart = np.intp(held.ctypes.data), 4 * held.shape[1]
     given, rows = factoring(head, slots, constants, held, wide, aside), decoding(head, slots, constants, p, bytes_, values)
     given_at, rows_at = np.intp(given.ctypes.data), np.intp(rows.ctypes.data)
-    factors_ = np.ones((2, _BLOCK + 1, strips * groups + 16), f32)
+    factors_ = np.ones((2, BLOCK + 1, strips * groups + 16), f32)
     s_at, rest_at, x_at = np.intp(factors_.ctypes.data), np.intp(factors_[1].ctypes.data), np.intp(laid.ctypes.data)
     sums_at = np.intp(sums.ctypes.data)
     totals, lines = carray(pointer(total_at), (blocks, 4, 16, 16), f32), carray(pointer(room_at), (16, 16), f32)
-    where, f = np.zeros((_BLOCK, 3), np.int64), np.zeros(_FRAME, np.int64)
+    where, f = np.zeros((BLOCK, 3), np.int64), np.zeros(_FRAME, np.int64)
     f[_WHERE], f[_DOWN], f[_PART], f[_NAMES], f[_NUMBERS] = np.intp(where.ctypes.data), down, part, np.intp(table.ctypes.data), numbers
     f[_ZERO], f[_BLOCKS], f[_ACROSS], f[_X_PART], f[_ROOM] = np.int64(f32(zero).view(u32)), blocks, across, blocks * across, room_at
     f[_TOTALS], f[_ROW], f[_SUMS_STEP] = total_at, row_step, strips * groups * LINE
     frame = np.intp(f.ctypes.data)
     configure(np.intp(shape.ctypes.data), np.intp(saved.ctypes.data))
-    for start in range(low, high, _BLOCK):
-        count = min(_BLOCK, high - start)
+    for start in range(low, high, BLOCK):
+        count = min(BLOCK, high - start)
         totals[:], f[_COUNT] = f32(0), count
         for i in range(count):
             row = first + start + i

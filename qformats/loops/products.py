@@ -1,6 +1,6 @@
 """The compiled product of inputs with exact weights of lowered planes, and the weights that it multiplies with.
 
-Weights are made strip by strip in registers where ``HEAD[STRIPS]`` says so, in word order (``qformats.loops.strips``), else row by row
+Weights are made strip by strip in registers where a plan's ``strips`` says so, in word order (``qformats.loops.strips``), else row by row
 (``rows.decode``) in the order of columns; inputs lie in the same order. One input is multiplied at once, a few while a row is in cache.
 Sums are float32 and their order depends on the shape of the product alone. Definition: ``qformats.kernels.reference.matmul``. What
 ``head``, ``slots`` and ``constants`` are: ``qformats.loops.rows``.
@@ -15,7 +15,23 @@ import numpy as np
 from numba import carray
 
 from qformats.loops.compiled import compiled, inlined, pointed
-from qformats.loops.factors import factoring, group_at, lanes_of, room
+from qformats.loops.factors import (
+    AHEAD,
+    APART,
+    BEHIND,
+    COUNT_OF_STRIPS,
+    ENTRIES_AT,
+    EVERY,
+    FIRST,
+    LEFT,
+    NUMBERS,
+    RIGHT,
+    ROW_FRAME,
+    factoring,
+    framed,
+    group_at,
+    room,
+)
 from qformats.loops.lanes import alive, as_floats, call, floats_at, fma, pointer, put, total
 from qformats.loops.rows import PADDED, ROW, TARGET, decoding, workspace
 from qformats.loops.strips import STRIP, lanes, planes_of, strip, value
@@ -45,23 +61,17 @@ def _weights(codes: Any, how: Any, table: Any, p: Any, step: Any, right: Any, le
     return a, b, c, d
 
 
-# a frame: addresses of the row's planes, of its numbers, how far apart their kinds are, strips, table, of ``lanes_of``, of the inputs or
-# of where the weights go
-_FRAME = 13
-_P, _STEP, _STRIPS, _TABLE, _RIGHT, _LEFT, _BEHIND, _AHEAD, _EVERY, _X = range(3, 13)
-
-
 @cache
 def row_times(widths: tuple[int, int, int], kind: int, zeros: bool, offsets: bool) -> Any:
     """One row times one input in word order, for ``few_strips``; ``zeros``, ``offsets``: whether there are zero points and offsets."""
     first, second, third = widths
 
     def run(frame: Any) -> Any:
-        f = carray(pointer(frame), _FRAME, np.int64)
-        planes, p, step, table, x, s = (f[0], f[1], f[2]), f[_P], f[_STEP], f[_TABLE], f[_X], as_floats(f32(0))
-        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
+        f = carray(pointer(frame), ROW_FRAME, np.int64)
+        planes, p, step, table, x, s = (f[0], f[1], f[2]), f[NUMBERS], f[APART], f[ENTRIES_AT], f[FIRST], as_floats(f32(0))
+        right, left, behind, ahead, every = f[RIGHT], f[LEFT], f[BEHIND], f[AHEAD], f[EVERY]
         t, u, v = s, s, s
-        for k in range(f[_STRIPS]):
+        for k in range(f[COUNT_OF_STRIPS]):
             low, high = strip((first, second, third), planes, k)
             at, by = p + group_at(k, ahead, every), x + 4 * STRIP * k
             a, b, c, d = _weights(low, (kind, zeros, offsets), table, at, step, right, left)
@@ -81,10 +91,10 @@ def row(widths: tuple[int, int, int], kind: int, zeros: bool, offsets: bool) -> 
     first, second, third = widths
 
     def run(frame: Any) -> Any:
-        f = carray(pointer(frame), _FRAME, np.int64)
-        planes, p, step, table, target = (f[0], f[1], f[2]), f[_P], f[_STEP], f[_TABLE], f[_X]
-        right, left, behind, ahead, every = f[_RIGHT], f[_LEFT], f[_BEHIND], f[_AHEAD], f[_EVERY]
-        for k in range(f[_STRIPS]):
+        f = carray(pointer(frame), ROW_FRAME, np.int64)
+        planes, p, step, table, target = (f[0], f[1], f[2]), f[NUMBERS], f[APART], f[ENTRIES_AT], f[FIRST]
+        right, left, behind, ahead, every = f[RIGHT], f[LEFT], f[BEHIND], f[AHEAD], f[EVERY]
+        for k in range(f[COUNT_OF_STRIPS]):
             low, high = strip((first, second, third), planes, k)
             at, to = p + group_at(k, ahead, every), target + 4 * STRIP * k
             a, b, c, d = _weights(low, (kind, zeros, offsets), table, at, step, right, left)
@@ -180,16 +190,6 @@ def weights(head: Array, slots: Array, constants: Array, decoder: Any, first: An
     alive(p), alive(bytes_), alive(values), alive(frame)
 
 
-@inlined
-def _framed(head: Array, table: Any, p: Any, apart: Any) -> Any:
-    """A frame for the rows of a weight, which lacks the planes and the last entry."""
-    right, left, behind, ahead, every = lanes_of(head)
-    frame = np.zeros(_FRAME, np.int64)
-    frame[_P], frame[_STEP], frame[_STRIPS], frame[_TABLE] = p, apart, head[PADDED] // STRIP, table
-    frame[_RIGHT], frame[_LEFT], frame[_BEHIND], frame[_AHEAD], frame[_EVERY] = right, left, behind, ahead, every
-    return frame
-
-
 @compiled
 def few_strips(
     head: Array, slots: Array, constants: Array, gather: Any, made: Any, table: Any, x: Array, first: Any, out: Array, low: Any, high: Any
@@ -202,7 +202,7 @@ def few_strips(
     held, wide, aside = room(head, constants)
     p, numbers = np.intp(held.ctypes.data), factoring(head, slots, constants, held, wide, aside)
     numbers_at = np.intp(numbers.ctypes.data)
-    frame, spare, at = _framed(head, table, p, 4 * held.shape[1]), np.zeros(3 * head[PADDED], u8), np.intp(x.ctypes.data)
+    frame, spare, at = framed(head, table, p, 4 * held.shape[1]), np.zeros(3 * head[PADDED], u8), np.intp(x.ctypes.data)
     eight, height, frame_at = np.zeros(8, f32), 1 if inputs < 4 else _ROWS, np.intp(frame.ctypes.data)
     room_ = np.zeros(height * head[PADDED] + 32, f32)
     w = (np.intp(room_.ctypes.data) + 63) & ~63
@@ -212,7 +212,7 @@ def few_strips(
             numbers[0] = first + start + i
             call(gather, numbers_at)
             frame[0], frame[1], frame[2] = planes_of(head, first + start + i, spare)
-            frame[_X] = at if inputs == 1 else w + i * step
+            frame[FIRST] = at if inputs == 1 else w + i * step
             product = call(made, frame_at)
             if inputs == 1:
                 out[0, start] = product
@@ -228,12 +228,12 @@ def weights_strips(head: Array, slots: Array, constants: Array, gather: Any, mad
     p, numbers = np.intp(held.ctypes.data), factoring(head, slots, constants, held, wide, aside)
     numbers_at = np.intp(numbers.ctypes.data)
     spare, at, step = np.zeros(3 * head[PADDED], u8), np.intp(out.ctypes.data), 4 * head[PADDED]
-    frame = _framed(head, table, p, 4 * held.shape[1])
+    frame = framed(head, table, p, 4 * held.shape[1])
     frame_at = np.intp(frame.ctypes.data)
     for i in range(len(out)):
         numbers[0] = first + i
         call(gather, numbers_at)
         frame[0], frame[1], frame[2] = planes_of(head, first + i, spare)
-        frame[_X] = at + i * step
+        frame[FIRST] = at + i * step
         call(made, frame_at)
     alive(held), alive(wide), alive(aside), alive(numbers), alive(frame)

@@ -53,8 +53,8 @@ COLUMNS, PADDED, PLANES, PLANE, STRIDE, CODES, KIND, TABLE, V_IN, SIGNS, SIGNS_S
     0, 1, 2, 3, 7, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24,
 )  # fmt: skip
 FIELD = 11  # the widths of the planes
-ROWS, STRIPS, QUICK = 25, 26, 27  # rows of the planes; whether strips have the exact weights; see ``qformats.loops.factors``
-HEAD = 28
+ROWS, QUICK = 25, 26  # rows of the planes; see ``qformats.loops.factors``
+HEAD = 27
 # HEAD[KIND]: codes are unsigned, signed, names of 16 floats, of up to 256 floats, of entries of V_IN floats
 UNSIGNED, SIGNED, SIXTEEN, MANY, ENTRIES = range(5)
 # HEAD[ARITHMETIC]
